@@ -1,0 +1,154 @@
+"""Argument checks for public doors. Each raises an `AidefendError` that names the argument, its value and the cure."""
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from aidefend._core.errors import AidefendError, ConfigurationError, ThreatModelError
+
+T = TypeVar("T")
+
+
+def expected(rule: str, name: str, value: object, cure: str) -> str:
+    """The one form of a message: rule, argument, value, cure."""
+    return f"Expected {rule}, got {name}={describe(value)}. {cure}{'' if cure.endswith('.') else '.'}"
+
+
+def describe(value: object) -> str:
+    """A short text for any value: tensors by type, shape and device, long texts cut."""
+    if isinstance(value, Tensor):
+        return f"tensor({str(value.dtype).removeprefix('torch.')}, shape={tuple(value.shape)}, {value.device})"
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def refuse(
+    rule: str, name: str, value: object, cure: str, error: type[AidefendError] = ConfigurationError
+) -> AidefendError:
+    """The error to raise: `raise refuse("eps >= 0", "eps", eps, "Pass a radius in the units of x")`."""
+    return error(expected(rule, name, value, cure))
+
+
+def check_choice(value: T, choices: Collection[T], name: str) -> T:
+    """One of a closed set."""
+    if value not in choices:
+        options = ", ".join(repr(choice) for choice in choices)
+        raise refuse(f"{name} to be one of {options}", name, value, "Use one of these")
+    return value
+
+
+def check_int(value: Any, name: str, low: int = 1, high: int | None = None) -> int:
+    """An integer (not a bool) with low <= value <= high."""
+    limit = "" if high is None else f" and <= {high}"
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        raise refuse(f"{name} to be an integer >= {low}{limit}", name, value, "Pass a whole number in this range")
+    return value
+
+
+def check_number(
+    value: Any,
+    name: str,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> float:
+    """A finite number inside an interval; `open_*` excludes the end."""
+    rule = f"{name} to be a finite number in {'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
+    cure = "Pass a number in this range"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise refuse(rule, name, value, cure)
+    too_low = value <= low if open_low else value < low
+    too_high = value >= high if open_high else value > high
+    if too_low or too_high:
+        raise refuse(rule, name, value, cure)
+    return float(value)
+
+
+def check_probability(value: Any, name: str) -> float:
+    """A number strictly between 0 and 1."""
+    return check_number(value, name, 0.0, 1.0, open_low=True, open_high=True)
+
+
+def check_tensor(
+    x: Any,
+    name: str,
+    *,
+    ndim: int | None = None,
+    floating: bool | None = None,
+    finite: bool = True,
+    rows: int | None = None,
+) -> Tensor:
+    """A strided tensor with a batch dimension. `floating` True or False demands a kind of dtype.
+
+    An empty batch (N = 0) is accepted: callers that need data use `check_not_empty`.
+    """
+    if not isinstance(x, Tensor):
+        raise refuse(f"{name} to be a torch.Tensor", name, type(x).__name__, "Convert it with torch.as_tensor")
+    if x.layout != torch.strided or x.ndim < 1:
+        raise refuse(f"{name} to be a dense tensor of shape (N, ...)", name, x, "Add the batch dimension")
+    if ndim is not None and x.ndim != ndim:
+        raise refuse(f"{name} to have {ndim} dimension(s)", name, x, "Reshape it; the batch dimension comes first")
+    if floating is True and not x.is_floating_point():
+        raise refuse(f"{name} to be floating point", name, x, f"Convert it with {name}.float() and scale it")
+    if floating is False and (x.is_floating_point() or x.is_complex()):
+        raise refuse(f"{name} to hold integers", name, x, f"Convert it with {name}.long()")
+    if rows is not None and len(x) != rows:
+        raise refuse(f"{name} to have {rows} row(s)", name, x, "Pass one row for each sample")
+    if finite and x.is_floating_point() and not bool(torch.isfinite(x).all()):
+        raise refuse(f"{name} to be finite", name, x, "Remove or repair the rows with NaN or infinity")
+    return x
+
+
+def check_not_empty(n: int, name: str) -> int:
+    """At least one sample."""
+    if n == 0:
+        raise refuse(f"{name} to hold at least one sample", name, "0 samples", "Pass data that is not empty")
+    return n
+
+
+def check_labels(y: Any, n: int, num_classes: int | None = None, name: str = "y") -> Tensor:
+    """Class labels: an integer tensor (N,), 0 <= y, and y < num_classes where it is known."""
+    check_tensor(y, name, ndim=1, floating=False, rows=n)
+    if y.dtype == torch.bool:
+        raise refuse(f"{name} to hold class indices", name, y, f"Convert it with {name}.long()")
+    if n and (int(y.min()) < 0 or (num_classes is not None and int(y.max()) >= num_classes)):
+        top = "" if num_classes is None else f" and < {num_classes}"
+        found = f"labels in [{int(y.min())}, {int(y.max())}]"
+        raise refuse(f"{name} >= 0{top}", name, found, "Map the labels to 0 .. num_classes - 1")
+    return y.long()
+
+
+def check_logits(outputs: Any, n: int, name: str = "model(x)") -> Tensor:
+    """Model outputs: a floating point tensor (N, K) with K >= 2."""
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != n or outputs.shape[1] < 2:
+        rule = f"{name} to be logits of shape ({n}, K >= 2)"
+        raise refuse(rule, name, outputs, "Wrap the model so that it returns one row of logits for each sample")
+    if not outputs.is_floating_point():
+        raise refuse(f"{name} to be floating point logits", name, outputs, "Return the logits, not the predicted class")
+    return outputs
+
+
+def check_inside(
+    x: Tensor, low: Tensor | float, high: Tensor | float, name: str = "x", tolerance: float = 1e-6
+) -> None:
+    """Every element within [low, high] up to `tolerance` of the range's size."""
+    if x.numel() == 0:
+        return
+    slack = tolerance * max(1.0, float(torch.as_tensor(high).abs().max()), float(torch.as_tensor(low).abs().max()))
+    if bool((x < low - slack).any()) or bool((x > high + slack).any()):
+        found = f"values in [{float(x.min()):.6g}, {float(x.max()):.6g}]"
+        cure = "State the range of your data with Threat(bounds=(low, high)), or scale x into it"
+        raise refuse(f"{name} inside the bounds of the threat", name, found, cure, ThreatModelError)
+
+
+def check_same_rows(names: Sequence[str], *lengths: int) -> int:
+    """All arguments have the same number of rows."""
+    if len(set(lengths)) > 1:
+        found = ", ".join(f"{name}: {length}" for name, length in zip(names, lengths, strict=True))
+        raise refuse("the same number of rows in each argument", "rows", found, "Pass one row for each sample in each")
+    return lengths[0]

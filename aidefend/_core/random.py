@@ -1,0 +1,63 @@
+"""Randomness: seeded streams of our own, never the user's global ones, and a secure stream from the operating system."""
+
+import hashlib
+import os
+import secrets
+
+import numpy as np
+import torch
+from scipy.special import ndtri
+from torch import Tensor
+
+from aidefend._core.checks import check_int
+
+
+def make_generator(generator: torch.Generator | None = None, seed: int | None = None) -> torch.Generator:
+    """The caller's generator, or one from `seed`, or a fresh unpredictable one. Always a CPU stream unless given."""
+    if generator is not None:
+        return generator
+    chosen = secrets.randbits(63) if seed is None else check_int(seed, "seed", 0, 2**63 - 1)
+    return torch.Generator().manual_seed(chosen)
+
+
+def derive_seed(seed: int, *names: object) -> int:
+    """A 63-bit seed for a named part of the work, independent of the other parts' seeds.
+
+    Example:
+        >>> derive_seed(0, "start", 1) == derive_seed(0, "start", 1) != derive_seed(0, "start", 2)
+        True
+    """
+    text = "\x1f".join([str(seed), *(str(name) for name in names)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def row_generator(seed: int, row_id: str) -> np.random.Generator:
+    """A stream that belongs to one row: its numbers do not depend on batching, order or workers."""
+    return np.random.Generator(np.random.Philox(key=derive_seed(seed, "row", row_id)))
+
+
+def uniform(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
+    """U[0, 1) with the dtype and device of `like`, drawn on the generator's own device."""
+    wide = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
+    return torch.rand(shape, generator=generator, dtype=wide, device=generator.device).to(like)
+
+
+def normal(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
+    """N(0, 1) with the dtype and device of `like`, drawn on the generator's own device."""
+    wide = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
+    return torch.randn(shape, generator=generator, dtype=wide, device=generator.device).to(like)
+
+
+def secure_uniform(count: int) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+    """`count` uniforms in (0, 1), float64, 53 bits each, from the operating system. Cannot be seeded or replayed."""
+    bits = np.frombuffer(os.urandom(8 * count), dtype=np.uint64) >> np.uint64(11)
+    return (bits.astype(np.float64) + 0.5) * 2.0**-53
+
+
+def secure_normal(
+    shape: tuple[int, ...], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Standard normal noise from the operating system's stream, by inversion in float64."""
+    count = int(np.prod(shape, dtype=np.int64))
+    values = torch.from_numpy(ndtri(secure_uniform(count)))
+    return values.reshape(shape).to(device=device, dtype=dtype)
