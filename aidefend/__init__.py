@@ -65,8 +65,33 @@ _HOMES = {
     "UnsafeArtifact": "errors",
 }
 
-__all__ = [  # noqa: PLE0604, RUF022 - one list, built from the two tables above, sorted
-    *sorted([*_ROOMS, *_HOMES, "__version__"])
+__all__ = [
+    "AidefendError",
+    "BudgetExceeded",
+    "ConfigurationError",
+    "Evidence",
+    "Finding",
+    "IncompatibleModel",
+    "InputRejected",
+    "MissingExtra",
+    "PrivacyError",
+    "Report",
+    "Severity",
+    "Threat",
+    "ThreatModelError",
+    "UnsafeArtifact",
+    "__version__",
+    "adversarial",
+    "artifacts",
+    "attacks",
+    "audit",
+    "collaborate",
+    "datasets",
+    "explain",
+    "monitor",
+    "privacy",
+    "sanitize",
+    "validate",
 ]
 
 

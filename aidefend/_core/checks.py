@@ -75,7 +75,7 @@ def check_probability(value: Any, name: str) -> float:
 
 
 def check_tensor(
-    x: Any,
+    x: object,
     name: str,
     *,
     ndim: int | None = None,
@@ -113,14 +113,14 @@ def check_not_empty(n: int, name: str) -> int:
 
 def check_labels(y: Any, n: int, num_classes: int | None = None, name: str = "y") -> Tensor:
     """Class labels: an integer tensor (N,), 0 <= y, and y < num_classes where it is known."""
-    check_tensor(y, name, ndim=1, floating=False, rows=n)
-    if y.dtype == torch.bool:
+    labels = check_tensor(y, name, ndim=1, floating=False, rows=n)
+    if labels.dtype == torch.bool:
         raise refuse(f"{name} to hold class indices", name, y, f"Convert it with {name}.long()")
-    if n and (int(y.min()) < 0 or (num_classes is not None and int(y.max()) >= num_classes)):
+    if n and (int(labels.min()) < 0 or (num_classes is not None and int(labels.max()) >= num_classes)):
         top = "" if num_classes is None else f" and < {num_classes}"
-        found = f"labels in [{int(y.min())}, {int(y.max())}]"
+        found = f"labels in [{int(labels.min())}, {int(labels.max())}]"
         raise refuse(f"{name} >= 0{top}", name, found, "Map the labels to 0 .. num_classes - 1")
-    return y.long()
+    return labels.long()
 
 
 def check_logits(outputs: Any, n: int, name: str = "model(x)") -> Tensor:

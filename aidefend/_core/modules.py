@@ -135,7 +135,7 @@ def _keep_random_streams() -> Callable[[], None]:
 
 def find_module(model: nn.Module, layer: str | nn.Module) -> nn.Module:
     """The submodule with this dotted name, or the given one if it belongs to the model."""
-    named = dict(model.named_modules())
+    named: dict[str, nn.Module] = dict(model.named_modules())
     if isinstance(layer, str) and layer in named:
         return named[layer]
     if isinstance(layer, nn.Module) and any(layer is module for module in named.values()):

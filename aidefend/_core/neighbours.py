@@ -73,5 +73,5 @@ def _nearest_of_block(
 
 def _unit(rows: Tensor) -> Tensor:
     """Rows of length one; a zero row stays zero, at right angles to every other."""
-    length = rows.norm(dim=1, keepdim=True)
+    length: Tensor = rows.norm(dim=1, keepdim=True)
     return rows / length.clamp(min=torch.finfo(rows.dtype).tiny)

@@ -196,7 +196,7 @@ class Report:
                 raise KeyError("schema")
         except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
             raise refuse("a file written by Report.save", "path", str(path), f"Could not read it ({error})") from error
-        parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("scores", "p_values", "fitted")}
+        parts: dict[str, Any] = {kind: {} for kind in ("scores", "p_values", "fitted")}
         for name in [name for name in tensors if "/" in name]:
             kind, _, rest = name.partition("/")
             parts[kind][rest] = tensors.pop(name)

@@ -111,8 +111,9 @@ class Threat:
         """Length of the perturbation of each sample in this norm: (N,) float64."""
         step = (x_adv.double() - x.double()).flatten(1)
         if step.shape[1] == 0:
-            return step.new_zeros(len(step))
-        return step.abs().amax(dim=1) if self.norm == "linf" else step.norm(dim=1)
+            return torch.zeros(len(step), dtype=step.dtype, device=step.device)
+        length: Tensor = step.abs().amax(dim=1) if self.norm == "linf" else step.norm(dim=1)
+        return length
 
     def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Which samples lie inside the threat: (N,) bool, up to the rounding of x's own dtype."""
@@ -173,14 +174,15 @@ def _check_bounds(bounds: tuple[float | Tensor, float | Tensor]) -> None:
 def _fits(shape: torch.Size, target: torch.Size) -> bool:
     """Whether a tensor of `shape` broadcasts to exactly `target`."""
     try:
-        return torch.broadcast_shapes(shape, target) == target
+        return bool(torch.broadcast_shapes(shape, target) == target)
     except RuntimeError:
         return False
 
 
 def _length(step: Tensor) -> Tensor:
     """Euclidean length over all but the batch dimension, shaped to broadcast against it."""
-    return step.flatten(1).norm(dim=1).reshape(-1, *[1] * (step.ndim - 1))
+    length: Tensor = step.flatten(1).norm(dim=1)
+    return length.reshape(-1, *[1] * (step.ndim - 1))
 
 
 def _project_ball(step: Tensor, x: Tensor, eps: Tensor, low: Tensor, high: Tensor) -> Tensor:
