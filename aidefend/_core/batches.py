@@ -76,7 +76,8 @@ def iterate(data: Any, batch_size: int = 256) -> Iterator[Batch]:
 
     Args:
         data: A tensor or array (N, ...); a pair (x, y); a map-style or iterable Dataset whose samples are x, (x, y) or
-            dicts; a DataLoader or any iterable of batches in these forms. Dict keys: see INPUT_KEYS, LABEL_KEYS.
+            dicts; a DataLoader or any iterable of batches in these forms. Dict keys: see INPUT_KEYS, LABEL_KEYS. A list
+            is taken as batches if the labels of its first element are more than one number, else as samples.
         batch_size: Rows a batch, where the data does not come in batches already.
     Returns: Batches; labels are class indices (one-hot rows are converted), or None where there are none.
     Raises: ConfigurationError: the data has none of these forms, or labels for a part of the rows only.
@@ -126,7 +127,7 @@ def as_dataset(data: Any) -> Dataset[Any]:
 def _pairs(data: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     if isinstance(data, Tensor | np.ndarray) or _is_pair(data) or _is_table(data):
         yield from _slices(*_split(data), batch_size)
-    elif isinstance(data, DataLoader):
+    elif isinstance(data, DataLoader) or (isinstance(data, list | tuple) and _holds_batches(data)):
         yield from (_split(batch) for batch in data)
     elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, IterableDataset | Mapping):
         yield from _chunks((data[i] for i in range(len(data))), batch_size)
@@ -211,6 +212,14 @@ def _is_pair(data: Any) -> bool:
     """Two arrays of rows: the form (x, y)."""
     arrays = (Tensor, np.ndarray)
     return isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, arrays) for part in data)
+
+
+def _holds_batches(data: Sequence[Any]) -> bool:
+    """Whether a list is one of batches and not of samples: the labels of its first element are more than one number."""
+    if not data:
+        return False
+    labels = _pick(data[0])[1]
+    return isinstance(data[0], Mapping) if labels is None else np.ndim(labels) > 0
 
 
 def _is_table(data: Any) -> bool:
