@@ -46,10 +46,11 @@ def pretty_json(value: Any) -> str:
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], mode: int = 0o644) -> Iterator[Path]:
     """A temporary path beside the target; renamed onto it on success, removed on any exception.
 
-    The data is flushed to disk before the rename, so a crash leaves the old file or the new one, never a mixture.
+    The data is flushed to disk before the rename, so a crash leaves the old file or the new one, never a mixture. A new
+    file gets `mode`, an existing one keeps its own.
     """
     target = Path(path)
     if not target.parent.is_dir():
@@ -61,17 +62,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~umask)
+        temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else mode)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
+def write_atomic(path: str | os.PathLike[str], data: bytes | str, mode: int = 0o644) -> None:
     """Write the whole file or nothing."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, mode) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
