@@ -1,0 +1,43 @@
+"""What the adversary does. Knows no defense: every attack is a frozen configuration, called on any model.
+
+Sub-rooms: evasion, poisoning, membership, inversion, extraction, federated. Their public names are also reachable here
+(`aidefend.attacks.PGD`); a sub-room adds one sorted line for each to the table below.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aidefend.attacks.evasion import APGD as APGD
+    from aidefend.attacks.evasion import PGD as PGD
+    from aidefend.attacks.evasion import AttackResult as AttackResult
+    from aidefend.attacks.extraction import Extraction as Extraction
+    from aidefend.attacks.extraction import ExtractionResult as ExtractionResult
+    from aidefend.attacks.inversion import ClassInversion as ClassInversion
+    from aidefend.attacks.inversion import InversionResult as InversionResult
+    from aidefend.attacks.membership import LiRA as LiRA
+    from aidefend.attacks.membership import LossThreshold as LossThreshold
+
+_HOMES = {
+    "APGD": "evasion",
+    "AttackResult": "evasion",
+    "ClassInversion": "inversion",
+    "Extraction": "extraction",
+    "ExtractionResult": "extraction",
+    "InversionResult": "inversion",
+    "LiRA": "membership",
+    "LossThreshold": "membership",
+    "PGD": "evasion",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"aidefend.attacks.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'aidefend.attacks' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
