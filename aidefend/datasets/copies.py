@@ -21,7 +21,7 @@ from aidefend.datasets.image_data import (
 )
 from aidefend.datasets.npz import member_names, read_npz
 from aidefend.datasets.published import PUBLISHED, DatasetName, Published, identify
-from aidefend.datasets.reading import check_path, damage_refused, is_file, is_folder, refused
+from aidefend.datasets.reading import MAX_BYTES, check_limit, check_path, damage_refused, is_file, is_folder, refused
 
 ENVIRONMENT_VARIABLE = "AIDEFEND_DATA"
 _DEFAULT_ROOTS = ("data", "~/data", "~/.keras/datasets", "/usr/share/datasets")
@@ -90,7 +90,7 @@ def find(name: DatasetName, roots: str | PathLike[str] | Sequence[str | PathLike
     raise refuse(f"a copy of {PUBLISHED[name].title} in one of the places looked at", "name", name, cure)
 
 
-def load(path: str | PathLike[str]) -> ImageData:
+def load(path: str | PathLike[str], *, max_bytes: int = MAX_BYTES) -> ImageData:
     """Load labelled images from a path that the user names: an .npz file, or a folder that holds exactly one data set.
 
     Guarantee: as for `find`; data that is not a published set has `verified=False` and classes "0", "1", ...
@@ -98,11 +98,12 @@ def load(path: str | PathLike[str]) -> ImageData:
         path: An .npz file with `train_x, train_y, test_x, test_y` (or `x_train` ..): images (N, H, W), (N, C, H, W) or
             (N, H, W, C), uint8 or float in [0, 1]; labels (N,), integers from 0. Or a folder, searched like a root of
             `find`.
+        max_bytes: Largest unpacked size to accept, in bytes, of the .npz arrays together or of each IDX file.
     Returns: The data.
     Raises:
         ConfigurationError: nothing there, several data sets there, or arrays of another shape, dtype or range.
         UnsafeArtifact: a damaged or hostile file.
-    Cost: reads and hashes the data once.
+    Cost: reads and hashes the data once; bytes take four times their memory as float32.
     Example:
         >>> import pathlib, tempfile
         >>> import numpy as np
@@ -112,7 +113,7 @@ def load(path: str | PathLike[str]) -> ImageData:
         ...     load(pathlib.Path(folder, "tiny.npz"))
         ImageData(4 train + 4 test, images (1, 8, 8), 4 classes, not verified)
     """
-    raw = read_raw(only_copy(path))
+    raw = read_raw(only_copy(path), check_limit(max_bytes))
     return _image_data(raw, PUBLISHED[raw.actual] if raw.actual else None)
 
 
@@ -183,9 +184,9 @@ def _distinct(copies: Iterator[Copy]) -> Iterator[Copy]:
             yield copy
 
 
-def read_raw(copy: Copy) -> Raw:
+def read_raw(copy: Copy, max_bytes: int = MAX_BYTES) -> Raw:
     """Read one copy: images (N, C, H, W) in their own dtype, labels int64, and which published set it is."""
-    arrays = _read_arrays(copy.files)
+    arrays = _read_arrays(copy.files, max_bytes)
     for part in ("train", "test"):
         x, y = f"{part}_x", f"{part}_y"
         arrays[x] = as_images(arrays[x], f"{copy.place}[{x}]")
@@ -194,17 +195,17 @@ def read_raw(copy: Copy) -> Raw:
     return Raw(copy.place, arrays, digest, identify(digest))
 
 
-def _read_arrays(files: Sequence[Path]) -> dict[str, Tensor]:
+def _read_arrays(files: Sequence[Path], max_bytes: int) -> dict[str, Tensor]:
     """The four arrays as they are, from one .npz file or from four IDX files in the order of `PARTS`."""
     if len(files) > 1:
-        return {part: read_idx(file) for part, file in zip(PARTS, files, strict=True)}
+        return {part: read_idx(file, max_bytes=max_bytes) for part, file in zip(PARTS, files, strict=True)}
     with damage_refused(str(files[0])), files[0].open("rb") as stream:
         if stream.read(2) != b"PK":
             raise refused("an .npz file", str(files[0]), "For IDX files, pass the folder that holds all four")
         names = set(member_names(stream, str(files[0])))
     for spelling in _SPELLINGS:
         if names.issuperset(spelling):
-            arrays = read_npz(files[0], spelling)
+            arrays = read_npz(files[0], spelling, max_bytes=max_bytes)
             return {part: arrays[key] for part, key in zip(PARTS, spelling, strict=True)}
     spellings = " or ".join(", ".join(spelling) for spelling in _SPELLINGS)
     raise refused(f"an .npz file with arrays {spellings}", str(files[0]), "Save the four arrays under these names")

