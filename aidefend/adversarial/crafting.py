@@ -1,0 +1,90 @@
+"""Calling the user's attack and model inside an objective: the mode for crafting, traces, errors."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.nn import functional
+
+from aidefend._core.checks import check_choice, check_not_empty, check_same_rows, check_tensor, expected, refuse
+from aidefend._core.errors import AidefendError
+from aidefend._core.modules import Model, evaluate, preserve
+
+Attack = Callable[..., Tensor]
+PerExampleLoss = Callable[[Any, Tensor], Tensor]
+AttackMode = Literal["eval", "given"]
+_NARROW = (torch.float16, torch.bfloat16)
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
+def cross_entropy(outputs: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of each sample: logits (N, K), class indices (N,) or class probabilities (N, K) -> (N,)."""
+    return functional.cross_entropy(wide(outputs), y, reduction="none")
+
+
+def wide(outputs: Tensor) -> Tensor:
+    """16-bit logits as float32: losses need the digits."""
+    return outputs.float() if outputs.dtype in _NARROW else outputs
+
+
+def check_fields(attack: Any, criterion: Any, attack_mode: Any) -> None:
+    """Refuse an objective with parts that cannot be called."""
+    if not callable(attack):
+        raise refuse("attack to be callable (model, x, y) -> x_adv", "attack", attack, "Pass PGD(threat) or a lambda")
+    if not callable(criterion):
+        cure = 'Pass a function such as nn.CrossEntropyLoss(reduction="none")'
+        raise refuse("criterion to be callable (outputs, y) -> (N,)", "criterion", criterion, cure)
+    check_choice(attack_mode, ("eval", "given"), "attack_mode")
+
+
+def check_batch(x: Any, y: Any) -> None:
+    """Refuse an empty batch and unequal rows; the attack checks the rest."""
+    check_tensor(x, "x", finite=False)
+    check_tensor(y, "y", finite=False)
+    check_not_empty(check_same_rows(("x", "y"), len(x), len(y)), "x")
+
+
+@contextmanager
+def crafting(model: Model, attack_mode: AttackMode) -> Iterator[Model]:
+    """The model for the attack: without its data-parallel wrapper, in eval mode or as given, every trace undone.
+
+    Version counters of the buffers are kept: the clean forward pass of an objective waits for its backward pass.
+    """
+    inner: Model = model.module if isinstance(model, _WRAPPERS) else model
+    buffers = tuple(inner.buffers()) if isinstance(inner, nn.Module) else ()
+    with _unsafe_preserve_version_counter(buffers), preserve(inner):
+        if attack_mode == "eval":
+            evaluate(inner)
+        yield inner
+
+
+def craft(attack: Attack, model: Model, x: Tensor, y: Tensor, generator: torch.Generator | None) -> Tensor:
+    """x_adv of any attack; a foreign one need not know `generator`."""
+    x_adv: Any = attack(model, x, y) if generator is None else attack(model, x, y, generator=generator)
+    if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape:
+        cure = "Return a tensor of the shape of x, for example lambda model, x, y: foreign(model)(x, y)"
+        raise refuse(f"attack(model, x, y) of shape {tuple(x.shape)}", "attack", x_adv, cure)
+    crafted: Tensor = x_adv.detach()
+    return crafted
+
+
+def outputs_of(model: Model, x: Tensor) -> Any:
+    """The training forward pass; an error of the model is named."""
+    try:
+        return model(x)
+    except (AidefendError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+        rule = f"the model to accept x of shape {tuple(x.shape)}"
+        raise AidefendError(expected(rule, "model", found, "Call model(x) to see the cause")) from error
+
+
+def check_losses(losses: Any, n: int) -> Tensor:
+    """One loss for each sample: a mean would hide the samples from private training."""
+    if not isinstance(losses, Tensor) or losses.shape != (n,):
+        raise refuse(f"criterion(outputs, y) of shape ({n},)", "criterion", losses, 'Use reduction="none"')
+    return losses

@@ -1,0 +1,141 @@
+"""The rows under attack: who is still active, what was found for each, which passes each has cost."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from aidefend._core.threat import Threat
+from aidefend.attacks.evasion.access import Access, Scored
+from aidefend.attacks.evasion.result import AttackResult
+from aidefend.attacks.evasion.streams import Stream
+
+
+class Search:
+    """State of one run over N rows.
+
+    `x`, `y` and `threat` are those of the active rows; `compact` drops rows that are broken (only when
+    `stop_at_success`). Records of all rows are kept at full size.
+    """
+
+    def __init__(
+        self, access: Access, threat: Threat, x: Tensor, y: Tensor, stream: Stream, *, stop_at_success: bool = False
+    ) -> None:
+        self._access, self._stop = access, stop_at_success
+        self.x, self.y, self.threat, self._stream = x, y, threat, stream
+        self._index = torch.arange(len(x), device=x.device)
+        self._found = x.clone()
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self._climb = torch.full((len(x),), -torch.inf, dtype=wide, device=x.device)
+        self._hit = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self._total = AttackResult(*(part.clone() for part in self._active_records()), *_zeros(len(x), x.device, 2))
+        self._passes = [0, 0]
+        self._turn = 0
+        self._detour = x
+
+    def start(self, random: bool) -> Tensor:
+        """The first point of a restart, and the directions to take where there is no gradient."""
+        self._detour = self._stream.normal(self.x)
+        return self._stream.start(self.threat, self.x) if random else self.x.clone()
+
+    def gradient(self, point: Tensor) -> tuple[Scored, Tensor]:
+        """Score the active rows at `point` and give the gradient there."""
+        scored, grad = self._access.gradient(point, self.y)
+        self._count(1, 1)
+        self._record_if_stopping(point, scored)
+        return scored, grad
+
+    def score(self, point: Tensor) -> Scored:
+        """Score the active rows at `point`, one forward pass."""
+        scored = self._access.score(point, self.y)
+        self._count(1, 0)
+        self._record_if_stopping(point, scored)
+        return scored
+
+    def offer(self, point: Tensor, scored: Scored) -> None:
+        """Keep `point` for the active rows where it beats what is kept: success first, then the larger loss."""
+        climb = scored.climb.to(self._climb).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        larger = climb > self._climb
+        better = ~self._hit & (scored.hit | larger) if self._stop else larger
+        self._found = torch.where(_as_rows(better, point), point, self._found)
+        self._climb = torch.where(better, climb, self._climb)
+        self._hit = torch.where(better, scored.hit, self._hit)
+
+    def begin(self, logits: Tensor | None) -> None:
+        """Take x itself as the first candidate: from its logits if they are known, else by one forward pass."""
+        if logits is None:
+            self.score(self.x)
+        else:
+            self.offer(self.x, self._access.scored(logits, self.y))
+
+    def direction(self, grad: Tensor) -> Tensor:
+        """The steepest step of length one in the norm. Rows without a usable gradient get a random direction."""
+        if self.threat.mask is not None:
+            grad = torch.where(self.threat.mask.to(grad.device), grad, 0)
+        usable = (grad.isfinite().flatten(1).all(dim=1)) & (grad != 0).flatten(1).any(dim=1)
+        self._turn += 1
+        detour = self._detour.flatten(1).roll(self._turn, dims=1).reshape(grad.shape)
+        grad = torch.where(_as_rows(usable, grad), grad, detour)
+        return grad.sign() if self.threat.norm == "linf" else _unit(grad)
+
+    def compact(self, done: int) -> Tensor | None:
+        """Drop broken rows after `done` steps; the kept rows (to index any state with), or None where nothing moved.
+
+        Only at checkpoints (0, 1, 2, 4, 8, then every 8 steps), so that nothing waits for the device in between.
+        """
+        if not self._stop or (done % 8 and done not in (1, 2, 4)) or not bool(self._hit.any()):
+            return None
+        keep = (~self._hit).nonzero()[:, 0]
+        self._store()
+        self._found, self._climb, self._hit = self._found[keep], self._climb[keep], self._hit[keep]
+        self.threat = self.threat.rows(self.x, keep)
+        self.x, self.y, self._index = self.x[keep], self.y[keep], self._index[keep]
+        self._stream, self._detour = self._stream.rows(keep), self._detour[keep]
+        return keep
+
+    @property
+    def active(self) -> int:
+        """Number of rows still under attack."""
+        return len(self.x)
+
+    def result(self) -> AttackResult:
+        """What was found for all rows."""
+        self._store()
+        return dataclasses.replace(self._total, loss=self._access.loss_of(self._total.loss))
+
+    def _count(self, forwards: int, backwards: int) -> None:
+        self._passes[0] += forwards
+        self._passes[1] += backwards
+
+    def _record_if_stopping(self, point: Tensor, scored: Scored) -> None:
+        if self._stop:
+            self.offer(point, scored)
+
+    def _active_records(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._found, self._hit, self._climb
+
+    def _store(self) -> None:
+        for target, value in zip(
+            (self._total.x_adv, self._total.success, self._total.loss), self._active_records(), strict=True
+        ):
+            target[self._index] = value
+        self._total.forwards[self._index] += self._passes[0]
+        self._total.backwards[self._index] += self._passes[1]
+        self._passes = [0, 0]
+
+
+def _zeros(n: int, device: torch.device, count: int) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros(n, dtype=torch.int64, device=device) for _ in range(count))
+
+
+def _as_rows(flags: Tensor, like: Tensor) -> Tensor:
+    """(N,) shaped to broadcast against (N, ...)."""
+    return flags.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _unit(grad: Tensor) -> Tensor:
+    """Rows of Euclidean length one; divided by the largest element first, so that tiny gradients do not underflow."""
+    flat = grad.flatten(1)
+    flat = flat / flat.abs().amax(dim=1, keepdim=True)
+    unit: Tensor = flat / flat.norm(dim=1, keepdim=True)
+    return unit.reshape(grad.shape)

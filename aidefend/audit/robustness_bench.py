@@ -1,0 +1,129 @@
+"""The set-up of a robustness evaluation: model, rows and seeds, and the three things one can do with them."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from aidefend._core.batches import gather
+from aidefend._core.checks import check_int, check_labels, refuse
+from aidefend._core.modules import Model, device_of
+from aidefend._core.progress import progress
+from aidefend._core.random import derive_seed
+from aidefend._core.threat import Threat
+from aidefend.attacks.evasion import APGD, PGD, AttackResult
+from aidefend.attacks.evasion.access import Access, quiet_access
+from aidefend.attacks.evasion.losses import Loss, misclassified
+from aidefend.attacks.evasion.streams import RowStreams
+
+MakeAttack = Callable[[Threat], PGD | APGD]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bench:
+    """Model and labelled rows under one threat. Every random number belongs to a row, whatever order and batches."""
+
+    model: Model
+    threat: Threat
+    ids: tuple[str, ...]
+    x: Tensor
+    y: Tensor
+    logits: Tensor
+    seed: int
+    batch_size: int
+
+    @classmethod
+    def of(cls, model: Model, data: object, threat: Threat, seed: int, batch_size: int) -> "Bench":
+        """Check the data, and run the clean pass."""
+        check_int(seed, "seed", 0)
+        check_int(batch_size, "batch_size")
+        if not isinstance(threat, Threat):
+            raise refuse("a Threat", "threat", threat, 'Pass Threat("linf", eps) first')
+        ids, x, y = gather(data)
+        if y is None:
+            raise refuse("data with labels", "data", "inputs alone", "Pass (x, y) or a loader of (x, y) batches")
+        threat.check(x, "data")
+        check_labels(y, len(x), name="labels")
+        bench = cls(model, threat, ids, x, y, x, seed, batch_size)
+        logits = bench.outputs(x)
+        check_labels(y, len(x), logits.shape[1], name="labels")
+        return dataclasses.replace(bench, logits=logits)
+
+    @property
+    def correct(self) -> Tensor:
+        """Rows that are right without an attack, (N,) bool."""
+        return ~misclassified(self.logits, self.y)
+
+    def outputs(self, x: Tensor, batch_size: int | None = None) -> Tensor:
+        """Logits of any points, in batches, on the device of the data."""
+        device = device_of(self.model, x.device)
+        parts = []
+        with quiet_access(self.model):
+            access = Access(self.model, "margin", targeted=False, is_success=None)
+            for part in x.split(batch_size or self.batch_size):
+                parts.append(access.outputs(part.to(device)).to(x.device))
+        return torch.cat(parts)
+
+    def wrong(self, points: Tensor, rows: Tensor) -> Tensor:
+        """Which of these points for x[rows] are misclassified."""
+        return misclassified(self.outputs(points), self.y[rows])
+
+    def gradients(self, rows: Tensor, loss: Loss) -> Tensor:
+        """Input gradients of a loss at x[rows]."""
+        device = device_of(self.model, self.x.device)
+        parts = []
+        with quiet_access(self.model):
+            access = Access(self.model, loss, targeted=False, is_success=None)
+            for part in rows.split(self.batch_size):
+                _, grad = access.gradient(self.x[part].to(device), self.y[part].to(device))
+                parts.append(grad.to(self.x.device))
+        return torch.cat(parts)
+
+    def attack(self, name: str, make: MakeAttack, rows: Tensor, threat: Threat | None = None) -> AttackResult:
+        """first_success on x[rows]; `name` selects the random numbers. Successes outside the threat do not count."""
+        allowed = threat or self.threat
+        device = device_of(self.model, self.x.device)
+        parts = [
+            self._attack_part(name, make, part, allowed, device)
+            for part in progress(rows.split(self.batch_size), f"attack: {name}")
+        ]
+        fields = [field.name for field in dataclasses.fields(AttackResult)]
+        return AttackResult(
+            *(torch.cat([getattr(part, field) for part in parts]).to(self.x.device) for field in fields)
+        )
+
+    def _attack_part(
+        self, name: str, make: MakeAttack, rows: Tensor, threat: Threat, device: torch.device
+    ) -> AttackResult:
+        x, y = self.x[rows].to(device), self.y[rows].to(device)
+        local = threat.rows(self.x, rows)
+        seeds = self.row_seeds(name, rows)
+        result = make(local).run(
+            self.model, x, y, goal="first_success", logits=self.logits[rows].to(device), row_seeds=seeds
+        )
+        return dataclasses.replace(result, success=result.success & local.contains(result.x_adv, x))
+
+    def noise(self, name: str, rows: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+        """Random allowed points, half inside and half on the surface of the threat: (points, broken) for x[rows]."""
+        x, threat = self.x[rows], self.threat.rows(self.x, rows)
+        streams = RowStreams.of(self.row_seeds(name, rows))
+        found, broken = x.clone(), torch.zeros(len(rows), dtype=torch.bool, device=x.device)
+        for draw in range(draws):
+            points = streams.start(threat, x)
+            if draw % 2:
+                points = threat.project(x + 1e3 * (points - x), x)
+            hit = self.wrong(points, rows) & threat.contains(points, x) & ~broken
+            found[hit] = points[hit]
+            broken |= hit
+        return found, broken
+
+    def row_seeds(self, name: str, rows: Tensor) -> Tensor:
+        """Seeds of these rows for one named part of the work."""
+        return torch.tensor([derive_seed(self.seed, name, self.ids[i]) for i in rows.tolist()], dtype=torch.int64)
+
+    def subset(self, rows: Tensor, count: int) -> Tensor:
+        """At most `count` of these rows, chosen by their seeds: the same ones in any order of the data."""
+        if len(rows) <= count:
+            return rows
+        return rows[self.row_seeds("subset", rows).argsort()[:count].to(rows.device)].sort().values
