@@ -35,7 +35,7 @@ class ImageData:
         >>> data = mnist_subset()
         >>> data
         ImageData(6000 train + 1000 test, images (1, 28, 28), 10 classes, verified)
-        >>> x, y = next(iter(torch.utils.data.DataLoader(data.train, batch_size=32)))
+        >>> x, y = next(iter(torch.utils.data.DataLoader(data.train, 32, generator=torch.Generator())))
         >>> tuple(x.shape), len(data.test)
         ((32, 1, 28, 28), 1000)
     """

@@ -1,5 +1,6 @@
 """Reading files that somebody else made: regular files only, and never more bytes than their header announces."""
 
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ MAX_BYTES = 2**30
 
 _DEFLATE_RATIO = 1032  # no deflate stream unpacks to more than this many bytes for each of its own (zlib, deflate.c)
 _BLOCK = 2**20
+# zipfile meets a broken directory with any of these: versions from the future, undecodable names, negative offsets.
+_DAMAGE = (EOFError, OSError, RuntimeError, ValueError, OverflowError, struct.error, zlib.error, zipfile.BadZipFile)
 
 
 class Readable(Protocol):
@@ -76,7 +79,9 @@ def damage_refused(label: str) -> Iterator[None]:
         yield
     except PermissionError as error:
         raise refuse("path to be readable", "path", label, "Give yourself the right to read it") from error
-    except (EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
+    except AidefendError:
+        raise
+    except _DAMAGE as error:
         what = str(error) or type(error).__name__
         raise refused(f"an undamaged file ({what.rstrip('.')})", label) from error
 

@@ -59,6 +59,6 @@ def test_views_share_memory_and_the_object_is_frozen():
 def test_repr_is_one_line_and_pickle_keeps_everything():
     data = ImageData(**parts())
     assert repr(data) == "ImageData(6 train + 4 test, images (3, 4, 5), 2 classes, not verified)"
-    copy = pickle.loads(pickle.dumps(data))  # noqa: S301
+    copy = pickle.loads(pickle.dumps(data))
     assert torch.equal(copy.train_x, data.train_x)
     assert copy.classes == data.classes

@@ -81,7 +81,7 @@ def test_the_digits_look_like_their_labels(data):
 
 
 def test_datasets_feed_a_loader(data):
-    batches = list(DataLoader(data.test, batch_size=300))
+    batches = list(DataLoader(data.test, batch_size=300, generator=torch.Generator()))
     assert [len(y) for _, y in batches] == [300, 300, 300, 100]
     assert torch.equal(torch.cat([x for x, _ in batches]), data.test_x)
     assert len(data.train) == 6000
@@ -136,9 +136,9 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_no_global_random_stream_is_touched():
-    before = torch.get_rng_state(), random.getstate(), pickle.dumps(np.random.get_state())  # noqa: NPY002
+    before = torch.get_rng_state(), random.getstate(), pickle.dumps(np.random.get_state())
     mnist_subset()
-    after = torch.get_rng_state(), random.getstate(), pickle.dumps(np.random.get_state())  # noqa: NPY002
+    after = torch.get_rng_state(), random.getstate(), pickle.dumps(np.random.get_state())
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]
 

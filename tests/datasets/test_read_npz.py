@@ -171,7 +171,8 @@ def test_the_limit_counts_all_arrays_together(tmp_path):
 
 def edited_directory(path, **changes):
     """The archive with fields of its first directory entry overwritten: what a liar would do."""
-    offsets = {"flags": (8, "<H"), "method": (10, "<H"), "packed": (20, "<I"), "unpacked": (24, "<I")}
+    offsets = {"version": (6, "<H"), "flags": (8, "<H"), "method": (10, "<H"), "packed": (20, "<I")}
+    offsets |= {"unpacked": (24, "<I"), "local_offset": (42, "<I"), "name": (46, "<H")}
     data = bytearray(path.read_bytes())
     start = data.index(b"PK\x01\x02")
     for field, value in changes.items():
@@ -207,6 +208,22 @@ def test_encrypted_and_exotic_members_are_refused(tmp_path):
             read_npz(archive(tmp_path / "b.npz", good, packing))
     with pytest.raises(UnsafeArtifact, match="stored or deflated"):
         read_npz(edited_directory(archive(tmp_path / "c.npz", good), method=99))
+
+
+DIRECTORY_DAMAGE = {
+    "version from the future": {"version": 231},
+    "name that does not decode": {"flags": 0x800, "name": 0xFFFF},
+    "offset beyond the file": {"local_offset": 0x7FFFFFFF},
+    "offset inside the data": {"local_offset": 11},
+    "patched data": {"flags": 0x20},
+}
+
+
+@pytest.mark.parametrize("case", DIRECTORY_DAMAGE)
+def test_what_zipfile_says_about_a_broken_directory_is_translated(tmp_path, case):
+    path = archive(tmp_path / "a.npz", [("x.npy", npy(header(), b"abcd"))])
+    with pytest.raises(UnsafeArtifact, match="undamaged"):
+        read_npz(edited_directory(path, **DIRECTORY_DAMAGE[case]))
 
 
 def test_repeated_and_foreign_members_are_refused(tmp_path):
