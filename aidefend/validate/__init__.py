@@ -1,0 +1,38 @@
+"""Input validation in service: hard checks, calibrated detectors, hardened outputs, and a guard that joins them."""
+
+from aidefend.validate.attackable import AttackableGuard
+from aidefend.validate.calibration import Calibration
+from aidefend.validate.collaborators import Budget, Log, MetricsSink, Policy
+from aidefend.validate.decision import GuardDecision
+from aidefend.validate.detector import Detector, FittedDetector
+from aidefend.validate.guard import Guard
+from aidefend.validate.logit_scores import Energy, MaxLogit, MaxSoftmax
+from aidefend.validate.mahalanobis import Mahalanobis, RelativeMahalanobis
+from aidefend.validate.nearest_neighbours import NearestNeighbours
+from aidefend.validate.outputs import LabelOnly, Rounded, Tempered, TopK
+from aidefend.validate.spec import InputSpec, SpecResult
+
+__all__ = [
+    "AttackableGuard",
+    "Budget",
+    "Calibration",
+    "Detector",
+    "Energy",
+    "FittedDetector",
+    "Guard",
+    "GuardDecision",
+    "InputSpec",
+    "LabelOnly",
+    "Log",
+    "Mahalanobis",
+    "MaxLogit",
+    "MaxSoftmax",
+    "MetricsSink",
+    "NearestNeighbours",
+    "Policy",
+    "RelativeMahalanobis",
+    "Rounded",
+    "SpecResult",
+    "Tempered",
+    "TopK",
+]

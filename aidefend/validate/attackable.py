@@ -1,0 +1,46 @@
+"""Model and guard as one differentiable classifier, for attacks and audits that know both."""
+
+import torch
+from torch import Tensor, nn
+
+from aidefend._core.checks import check_tensor
+from aidefend.validate.calibrating import score_all
+from aidefend.validate.judging import Panel
+from aidefend.validate.spec import InputSpec
+
+_LARGEST_MARGIN = 1e4
+
+
+class AttackableGuard(nn.Module):
+    """From x (N, ...) to logits (N, K + 1): the model's K classes and, last, the refusal.
+
+    The logit of the refusal is the largest class logit plus the margin by which the detectors refuse the row, so that
+    the last class wins exactly for the rows that the guard refuses, and its gradient leads around the detectors. A row
+    that the specification refuses, or whose output is not finite, has the constant row (0, .., 0, 1). Nothing is
+    hardened, logged or charged: this is what an attacker who holds the whole system sees.
+    Guarantee: `argmax == K` where and only where the guard in mode "enforce" refuses the row as an input.
+    """
+
+    def __init__(self, guard: nn.Module, panel: Panel, spec: InputSpec, num_classes: int) -> None:
+        super().__init__()
+        self.guard, self._panel, self._spec, self.num_classes = guard, panel, spec, num_classes
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of the whole, differentiable in x."""
+        check_tensor(x, "x", finite=False)
+        checked = self._spec.check(x.detach())
+        constant = torch.zeros(len(x), self.num_classes + 1, device=x.device)
+        constant[:, -1] = 1.0
+        rows = checked.accepted.nonzero().flatten()
+        if checked.fault is not None or len(rows) == 0:
+            return constant
+        given = self._spec.clip(x)
+        outputs = self._panel.capture.run(self._panel.model, given if len(rows) == len(x) else given[rows])
+        healthy = torch.isfinite(outputs.logits).all(dim=1) & torch.isfinite(outputs.features).all(dim=1)
+        logits = outputs.logits[healthy]
+        scores = score_all(self._panel.detectors, outputs.features[healthy], logits)
+        margin = self._panel.calibration.margin(scores).clamp(-_LARGEST_MARGIN, _LARGEST_MARGIN)
+        refusal = logits.amax(dim=1) + margin.to(logits)
+        joined = torch.cat([logits, refusal[:, None]], dim=1)
+        return constant.to(joined).index_put((rows[healthy],), joined)

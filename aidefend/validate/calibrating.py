@@ -1,0 +1,265 @@
+"""From a model and clean data to everything that a guard needs."""
+
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aidefend._core.batches import Batch, input_id, iterate
+from aidefend._core.checks import check_int, check_not_empty, refuse
+from aidefend._core.errors import IncompatibleModel, Offender
+from aidefend._core.modules import (
+    Model,
+    device_of,
+    find_module,
+    last_linear,
+    looks_like_probabilities,
+    preserve,
+    training_layers,
+)
+from aidefend._core.progress import progress
+from aidefend._core.random import derive_seed
+from aidefend.validate.calibration import Calibration, share_rows
+from aidefend.validate.detector import Detector, FittedDetector
+from aidefend.validate.features import PassCapture
+from aidefend.validate.model_identity import identify, uncompiled
+from aidefend.validate.spec import InputSpec
+
+_PURPOSES = ("fit", "reference", "calibration")
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What was calibrated, on how much, for which model; JSON types only."""
+
+    alpha: float
+    seed: int
+    own_fit: bool
+    fit_n: int
+    reference_n: int
+    calibration_n: int
+    refused_n: int
+    layer: str | None
+    num_classes: int
+    logits_dtype: str
+    identity: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """Everything that a guard is made of, apart from the model."""
+
+    spec: InputSpec
+    detectors: tuple[FittedDetector, ...]
+    calibration: Calibration
+    facts: Facts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Outputs of the model on the rows of one purpose, and how many rows the specification refused."""
+
+    features: Tensor
+    logits: Tensor
+    labels: Tensor | None
+    refused: int
+
+
+def calibrate(
+    model: Model,
+    data: Any,
+    spec: InputSpec | None,
+    detectors: Sequence[Detector],
+    alpha: float,
+    fit: Any,
+    layer: str | nn.Module | None,
+    train_ids: Collection[str] | None,
+    seed: int,
+    batch_size: int,
+) -> Calibrated:
+    """Split the data, run the model once over it, fit the detectors, calibrate. See `Guard.calibrate`."""
+    check_int(seed, "seed", 0)
+    check_int(batch_size, "batch_size")
+    check_detectors(detectors)
+    check_mode(model)
+    parts = _split(list(iterate(data, batch_size)), fit, len(detectors), alpha, train_ids, seed, batch_size)
+    rules = InputSpec.infer(batch.x for batch in parts["fit"]) if spec is None else spec
+    with preserve(model), torch.no_grad():
+        module = _find_layer(model, layer, detectors, parts["fit"], rules)
+        capture = PassCapture(model, module)
+        rows = {name: _run(model, capture, parts[name], rules, batch_size, name) for name in _PURPOSES if parts[name]}
+    _check_logits(rows["calibration"].logits)
+    with torch.no_grad():
+        fitted = tuple(detector.fit(r.features, r.logits, r.labels) for r in [rows["fit"]] for detector in detectors)
+        names = unique_names(fitted)
+        scores = score_all(fitted, rows["calibration"].features, rows["calibration"].logits)
+        reference = rows.get("reference")
+        basis = scores[:0] if reference is None else score_all(fitted, reference.features, reference.logits)
+        calibration = Calibration.of(names, scores, basis, alpha)
+    facts = Facts(
+        alpha=float(alpha),
+        seed=seed,
+        own_fit=fit is not None,
+        fit_n=len(rows["fit"].logits),
+        reference_n=len(basis),
+        calibration_n=len(scores),
+        refused_n=rows["calibration"].refused,
+        layer=_layer_name(model, module),
+        num_classes=rows["calibration"].logits.shape[1],
+        logits_dtype=str(rows["calibration"].logits.dtype).removeprefix("torch."),
+        identity=identify(model),
+    )
+    return Calibrated(rules, fitted, calibration, facts)
+
+
+def check_detectors(detectors: Sequence[Detector]) -> None:
+    """At least one configuration, each with `fit`."""
+    if not isinstance(detectors, list | tuple) or not detectors or not all(hasattr(d, "fit") for d in detectors):
+        raise refuse("a list of detectors", "detectors", detectors, "Pass for example [Energy(), NearestNeighbours()]")
+
+
+def check_mode(model: Model) -> None:
+    """Refuse layers in train mode: they would make a row's verdict depend on its batch mates or on chance."""
+    if offenders := training_layers(model):
+        raise IncompatibleModel("Expected a model in eval mode.", offenders)
+
+
+def score_all(detectors: Iterable[FittedDetector], features: Tensor, logits: Tensor) -> Tensor:
+    """Scores of all detectors: (N, D) float64."""
+    columns = [detector.score(features, logits) for detector in detectors]
+    for column in columns:
+        if column.shape != (len(logits),):
+            raise refuse(f"scores of shape ({len(logits)},)", "score", column, "Return one score for each row")
+    return torch.stack([column.double() for column in columns], dim=1)
+
+
+def unique_names(detectors: Iterable[FittedDetector]) -> tuple[str, ...]:
+    """The detectors' names; the second of a kind gets "-2"."""
+    counts: dict[str, int] = {}
+    names = []
+    for detector in detectors:
+        counts[detector.name] = count = counts.get(detector.name, 0) + 1
+        names.append(detector.name if count == 1 else f"{detector.name}-{count}")
+    return tuple(names)
+
+
+def _split(
+    batches: list[Batch],
+    fit: Any,
+    detectors: int,
+    alpha: float,
+    train_ids: Collection[str] | None,
+    seed: int,
+    batch_size: int,
+) -> dict[str, list[Batch]]:
+    """Rows by purpose. Equal inputs stay together; the split depends on content and seed, not on the order."""
+    names = {input_id(row_id) for batch in batches for row_id in batch.ids}
+    check_not_empty(len(names), "calibration_loader")
+    fit_batches = [] if fit is None else list(iterate(fit, batch_size))
+    _check_apart(names, (row_id for batch in fit_batches for row_id in batch.ids), "fit")
+    _check_apart(names, train_ids or (), "train_ids")
+    shares = share_rows(len(names), fit is not None, detectors, alpha)
+    order = sorted(names, key=lambda name: derive_seed(seed, "calibration", name))
+    purpose = dict.fromkeys(order[: shares.fit], "fit")
+    purpose |= dict.fromkeys(order[shares.fit : shares.fit + shares.reference], "reference")
+    parts = {name: _of_purpose(batches, purpose, name) for name in _PURPOSES}
+    if fit is not None:
+        check_not_empty(sum(len(batch.ids) for batch in fit_batches), "fit")
+        parts["fit"] = fit_batches
+    return parts
+
+
+def _of_purpose(batches: list[Batch], purpose: dict[str, str], name: str) -> list[Batch]:
+    found = []
+    for batch in batches:
+        index = [i for i, row in enumerate(batch.ids) if purpose.get(input_id(row), "calibration") == name]
+        if index:
+            labels = None if batch.y is None else batch.y[index]
+            found.append(Batch(tuple(batch.ids[i] for i in index), batch.x[index], labels))
+    return found
+
+
+def _check_apart(names: set[str], other: Iterable[str], name: str) -> None:
+    if shared := names & {input_id(row_id) for row_id in other}:
+        rule = f"calibration rows that are not in {name}: rows that were used before score too low"
+        found = f"{len(shared)} shared inputs"
+        raise refuse(rule, name, found, "Calibrate on rows that were held out from training and fitting")
+
+
+def _find_layer(
+    model: Model,
+    layer: str | nn.Module | None,
+    detectors: Sequence[Detector],
+    batches: list[Batch],
+    spec: InputSpec,
+) -> nn.Module | None:
+    """The module whose input is the feature vector, or None if no detector looks at features."""
+    inner = uncompiled(model)
+    if layer is None and not any(getattr(detector, "uses_features", True) for detector in detectors):
+        return None
+    if not isinstance(inner, nn.Module):
+        cure = "Wrap it in an nn.Module, or use detectors of logits such as Energy()"
+        raise IncompatibleModel("Expected an nn.Module to read features from.", [Offender("", "a callable", cure)])
+    if layer is not None:
+        return find_module(inner, layer)
+    good, _, _ = _checked(batches[0], spec, device_of(model))
+    return last_linear(inner, good if len(good) else batches[0].x.to(device_of(model)))
+
+
+def _layer_name(model: Model, module: nn.Module | None) -> str | None:
+    inner = uncompiled(model)
+    if module is None or not isinstance(inner, nn.Module):
+        return None
+    names: list[str] = [name for name, found in inner.named_modules() if found is module]
+    return names[0]
+
+
+def _run(
+    model: Model, capture: PassCapture, batches: list[Batch], spec: InputSpec, batch_size: int, name: str
+) -> _Rows:
+    """One pass over all rows that satisfy the specification."""
+    features, logits, labels, refused = [], [], [], 0
+    for batch in progress(batches, f"guard: {name}", len(batches)):
+        for part in _slices(batch, batch_size):
+            x, y, bad = _checked(part, spec, device_of(model))
+            refused += bad
+            if len(x):
+                outputs = capture.run(model, x)
+                features.append(outputs.features)
+                logits.append(outputs.logits)
+                labels.append(y)
+    check_not_empty(len(logits), f"rows for {name} that satisfy the input specification")
+    known = [y for y in labels if y is not None]
+    rows = _Rows(
+        torch.cat(features), torch.cat(logits), torch.cat(known) if len(known) == len(labels) else None, refused
+    )
+    healthy = torch.isfinite(rows.features).all(dim=1) & torch.isfinite(rows.logits).all(dim=1)
+    if not bool(healthy.all()):
+        reason = f"{int((~healthy).sum())} of {len(healthy)} clean rows give NaN or infinity"
+        raise IncompatibleModel("Expected finite outputs.", [Offender("", reason, "Repair the model or the data")])
+    return rows
+
+
+def _slices(batch: Batch, size: int) -> Iterable[Batch]:
+    for start in range(0, len(batch.ids), size):
+        part = slice(start, start + size)
+        yield Batch(batch.ids[part], batch.x[part], None if batch.y is None else batch.y[part])
+
+
+def _checked(batch: Batch, spec: InputSpec, device: torch.device) -> tuple[Tensor, Tensor | None, int]:
+    """The rows that satisfy the specification, their labels, and how many do not."""
+    result = spec.check(batch.x.to(device))
+    if result.fault is not None or result.x is None:
+        cure = "Give the specification of this data, or data of this specification"
+        raise refuse("data that satisfies spec", "calibration_loader", result.fault, cure)
+    keep = result.accepted
+    labels = None if batch.y is None else batch.y.to(device)[keep]
+    return result.x[keep], labels, int((~keep).sum())
+
+
+def _check_logits(logits: Tensor) -> None:
+    if looks_like_probabilities(logits):
+        offender = Offender("", "every row of the outputs is a probability vector", "Return the logits, before softmax")
+        raise IncompatibleModel("Expected a model that returns logits.", [offender])

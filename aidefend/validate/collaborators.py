@@ -1,0 +1,122 @@
+"""What a guard takes from outside: access policy, query budget, audit log, metrics, and the order in which it asks."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from aidefend._core.errors import BudgetExceeded
+
+ACTION = "predict"
+_LOGGER = logging.getLogger("aidefend.validate")
+_LOGGER.addHandler(logging.NullHandler())  # silent until the application configures logging
+
+
+class Authorization(Protocol):
+    """What a policy answers."""
+
+    @property
+    def allowed(self) -> bool:
+        """Whether the request may go on."""
+
+    @property
+    def reason(self) -> str:
+        """Why, in words, for the operator."""
+
+
+class Policy(Protocol):
+    """Decides who may do what."""
+
+    def authorize(self, principal: str, action: str, resource: str) -> Authorization:
+        """Allow or deny; the guard asks for the action "predict" on its `resource`."""
+
+
+class Budget(Protocol):
+    """Counts what each principal asks for, in cost units (one unit a row)."""
+
+    def reserve(self, principal: str, cost: float) -> Any:
+        """Set units aside and return a reservation, or raise `BudgetExceeded` and spend nothing."""
+
+    def commit(self, reservation: Any) -> None:
+        """The reserved units are spent."""
+
+    def refund(self, reservation: Any) -> None:
+        """The reserved units return."""
+
+
+class Log(Protocol):
+    """A durable record."""
+
+    def append(self, event: Mapping[str, Any]) -> int:
+        """Write one event of JSON values; returns its sequence number once it is on disk."""
+
+
+class MetricsSink(Protocol):
+    """Counters and histograms."""
+
+    def observe(self, *, verdict: str, reason: str, rows: int, seconds: float, p_values: Sequence[float] = ()) -> None:
+        """Record one call.
+
+        Args:
+            verdict: "accepted" (every row has an answer), "refused" or "failed".
+            reason: Of the first row without an answer, "access", "budget", "specification", "detector" or "error";
+                "none" if every row has one.
+            rows: Rows of the call.
+            seconds: Its duration.
+            p_values: Combined p-values of the rows that were scored.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Collaborators:
+    """The four, each optional, and the name of what they protect."""
+
+    policy: Policy | None = None
+    budget: Budget | None = None
+    log: Log | None = None
+    metrics: MetricsSink | None = None
+    resource: str = "model"
+
+    def present(self) -> tuple[str, ...]:
+        """Names of those that are there."""
+        names = ("policy", "budget", "log", "metrics")
+        return tuple(name for name in names if getattr(self, name) is not None)
+
+    def admit(self, principal: str | None, rows: int) -> "Admission":
+        """Authorize, then reserve. Every exception is a refusal."""
+        if principal is None and (self.policy is not None or self.budget is not None):
+            return Admission("access: no principal")
+        step = "policy"
+        try:
+            if self.policy is not None:
+                answer = self.policy.authorize(str(principal), ACTION, self.resource)
+                if answer.allowed is not True:
+                    return Admission(f"access: {answer.reason}")
+            step = "budget"
+            if self.budget is not None:
+                return Admission(None, self.budget.reserve(str(principal), float(rows)), True)
+        except BudgetExceeded:
+            return Admission("budget: exceeded")
+        except Exception as error:
+            return Admission(failure(step, error))
+        return Admission(None)
+
+    def settle(self, admission: "Admission", *, spent: bool) -> None:
+        """Commit or refund what was reserved."""
+        if self.budget is not None and admission.reserved:
+            (self.budget.commit if spent else self.budget.refund)(admission.reservation)
+
+
+@dataclasses.dataclass(frozen=True)
+class Admission:
+    """Whether a call may go on: a refusal in words, or a reservation to settle."""
+
+    refusal: str | None
+    reservation: Any = None
+    reserved: bool = False
+
+
+def failure(step: str, error: Exception) -> str:
+    """The reason of a row that was refused because a part failed; the details go to the operator's logger."""
+    _LOGGER.error("the guard refused a call because its %s failed", step, exc_info=error)
+    return f"error: {step} failed ({type(error).__name__})"

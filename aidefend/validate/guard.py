@@ -1,0 +1,293 @@
+"""A model with input validation in front of it and hardened outputs behind it."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aidefend._core.checks import check_choice, refuse
+from aidefend._core.errors import InputRejected
+from aidefend._core.evidence import Evidence
+from aidefend._core.modules import Model, find_module
+from aidefend.validate.attackable import AttackableGuard
+from aidefend.validate.calibrating import Calibrated, calibrate, check_mode, unique_names
+from aidefend.validate.calibration_record import calibration_evidence, summarise
+from aidefend.validate.collaborators import Admission, Budget, Collaborators, Log, MetricsSink, Policy, failure
+from aidefend.validate.decision import GuardDecision, Verdict, decide, refuse_whole
+from aidefend.validate.detector import Detector
+from aidefend.validate.features import PassCapture
+from aidefend.validate.guard_file import read_guard, write_guard
+from aidefend.validate.judging import Mode, Output, Panel, blank_row, judge
+from aidefend.validate.logit_scores import Energy
+from aidefend.validate.model_identity import uncompiled
+from aidefend.validate.nearest_neighbours import NearestNeighbours
+from aidefend.validate.settling import Call, settle
+from aidefend.validate.spec import InputSpec, count_rows
+
+_MODES = ("enforce", "monitor", "shadow")
+_DETECTORS = (Energy(), NearestNeighbours(k=50))
+
+
+class Guard(nn.Module):
+    """A model behind input checks, detectors with an exact rate of false positives, and hardened outputs.
+
+    Build one with `Guard.calibrate` or `Guard.load`. A call goes through these steps, and stops at the first refusal of
+    the whole batch: policy, budget, input specification, one pass of the model with all detectors, hardening of the
+    outputs, audit log, settlement of the budget, metrics.
+
+    | mode | refused rows get no answer if they fail | outputs |
+    |---|---|---|
+    | enforce | access, budget, specification, finite outputs, detectors | hardened |
+    | monitor | access, budget, specification, finite outputs; detectors only remark | hardened |
+    | shadow | access, budget, faults of the batch (shape, dtype, caps); all else only remarks | as the bare model's |
+
+    Guarantee: (1) A clean row that is exchangeable with the calibration rows and satisfies the specification is
+        refused by the detectors with probability floor(alpha (n + 1)) / (n + 1) <= alpha; drift voids it. (2) No input
+        raises, whatever its type or content. Outside mode "shadow", a row that breaks a rule of the specification never
+        reaches the model, so it cannot harm its batch mates. A row that makes the model itself raise refuses its whole
+        batch. (3) It fails closed: an exception in policy, budget, log, metrics, model, detectors or hardening refuses
+        every row; the units are returned if the model had not run. (4) Nothing about adversarial inputs: an attacker
+        who knows the detectors can pass them. Measure how far with `attackable()`.
+    Threads may call one guard at the same time. Verdicts tell an attacker what passes: give clients `accepted` and
+    `outputs` alone, and a budget.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        parts: Calibrated,
+        mode: Mode = "enforce",
+        output: Output | None = None,
+        collaborators: Collaborators | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice(mode, _MODES, "mode")
+        check_mode(model)
+        facts = parts.facts
+        inner = uncompiled(model)
+        layer = find_module(inner, facts.layer) if facts.layer is not None and isinstance(inner, nn.Module) else None
+        self.model, self.spec, self.mode, self.output = model, parts.spec, mode, output
+        self.collaborators = collaborators or Collaborators()
+        self.facts, self.detectors, self.calibration = facts, parts.detectors, parts.calibration
+        for name, detector in zip(unique_names(parts.detectors), parts.detectors, strict=True):
+            if isinstance(detector, nn.Module):
+                self.add_module(f"detector_{name}", detector)
+        self._switches = list(model.modules()) if isinstance(model, nn.Module) else []
+        self._blank = blank_row(facts.num_classes, getattr(torch, facts.logits_dtype), output, mode)
+        self._capture = PassCapture(model, layer)
+        self._closed = False
+        self.eval()
+
+    @classmethod
+    def calibrate(
+        cls,
+        model: Model,
+        calibration_loader: Any,
+        spec: InputSpec | None = None,
+        detectors: Sequence[Detector] = _DETECTORS,
+        alpha: float = 0.01,
+        fit: Any = None,
+        layer: str | nn.Module | None = None,
+        train_ids: Collection[str] | None = None,
+        *,
+        seed: int = 0,
+        mode: Mode = "enforce",
+        output: Output | None = None,
+        policy: Policy | None = None,
+        budget: Budget | None = None,
+        log: Log | None = None,
+        metrics: MetricsSink | None = None,
+        resource: str = "model",
+        batch_size: int = 256,
+    ) -> "Guard":
+        """Fit the detectors and calibrate the decision on clean rows.
+
+        The calibration rows are split by content and seed. Without `fit`, 40 % of them fit the detectors. With several
+        detectors, a fifth of the rest (20 to 500 rows) puts their scores on one scale. All others calibrate: they are
+        the n of the guarantee. Equal inputs stay in one part.
+        Args:
+            model: Returns logits (N, K >= 2); in eval mode. May be compiled. Any callable will do where no detector
+                reads features.
+            calibration_loader: Clean rows that were held out from training, in any form that `Dataset`s, loaders and
+                tensors have; labels are optional. Held in memory. Rows that break `spec` are counted and left out.
+            spec: Hard rules; None infers them from the rows that fit the detectors.
+            detectors: Configurations, at least one.
+            alpha: Rate of false positives of the whole decision, in (0, 1).
+            fit: Other clean rows for the detectors, for example training data; none of the calibration rows.
+            layer: The module whose input is the feature vector, or its name; None = the Linear that runs last.
+            train_ids: Content ids of the training rows: calibration rows among them are refused. An id depends on
+                dtype and shape, so take ids of rows as the model sees them.
+            seed: Of the split.
+            mode: See the class.
+            output: A callable from logits (N, K) to N rows, such as `LabelOnly()`; None = the logits themselves.
+            policy: Has the method of `Policy`; with one, a call without a principal is refused.
+            budget: Has the methods of `Budget`; one unit a row; with one, a call without a principal is refused.
+            log: Has the method of `Log`.
+            metrics: Has the method of `MetricsSink`.
+            resource: What the policy is asked about (the action is "predict").
+            batch_size: Rows a pass during calibration.
+        Returns: An open guard.
+        Raises: ConfigurationError: too few rows for alpha (says how many), rows shared with `fit` or `train_ids`, data
+                that contradicts `spec`.
+            IncompatibleModel: layers in train mode, probabilities in place of logits, no such layer, outputs that
+                are not finite; lists the offenders.
+        Cost: One forward pass over all rows, the detectors' fits, a hash of rows and weights.
+        Example:
+            >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+            >>> rows = torch.rand(400, 4, generator=torch.Generator().manual_seed(0))
+            >>> guard = Guard.calibrate(model, rows, detectors=[Energy(), NearestNeighbours(k=5)], alpha=0.05)
+            >>> decision = guard(torch.stack([rows[0], rows[1] + 9, rows[2] * float("nan")]))
+            >>> decision.accepted.tolist(), decision.reasons[1:]
+            ([True, False, False], (('input: out of range',), ('input: not finite',)))
+        """
+        collaborators = Collaborators(policy, budget, log, metrics, resource)
+        check_choice(mode, _MODES, "mode")
+        parts = calibrate(model, calibration_loader, spec, detectors, alpha, fit, layer, train_ids, seed, batch_size)
+        return cls(model, parts, mode, output, collaborators)
+
+    def forward(self, x: object, principal: str | None = None) -> GuardDecision:
+        """Judge and answer one batch. Never raises because of x or of a collaborator.
+
+        Args:
+            x: (N, ...); anything else is refused as one row.
+            principal: Who asks, as verified by your front end.
+        Returns: A decision on every row.
+        Raises: ConfigurationError: the guard was closed.
+        Cost: One forward pass, two reductions over x, the detectors, one hash of each row.
+        """
+        if self._closed:
+            raise refuse("an open guard", "guard", "closed", "Calibrate or load it again")
+        started = time.perf_counter()
+        rows = count_rows(x)
+        admission = self.collaborators.admit(principal, rows)
+        try:
+            verdict, spent = self._verdict(x, rows, admission)
+        except BaseException:  # an interrupt: nothing is delivered, nothing is charged
+            self.collaborators.settle(admission, spent=False)
+            raise
+        call = Call(principal, admission, spent, time.perf_counter() - started, self._setting())
+        final = settle(self.collaborators, call, verdict, self._refuse)
+        return decide(x, final, self.mode, call.setting, call.seconds)
+
+    __call__: Callable[..., GuardDecision]
+
+    def predict(self, x: object, principal: str | None = None) -> Tensor:
+        """The outputs, if every row is answered.
+
+        Raises: InputRejected: a row was refused; `.report` says which and why (for the operator, not for the client).
+        """
+        decision = self(x, principal=principal)
+        if bool(decision.accepted.all()):
+            return decision.outputs
+        count = len(decision.accepted) - int(decision.accepted.sum())
+        message = f"Expected rows that the guard accepts, got {count} of {len(decision.accepted)} refused."
+        raise InputRejected(f"{message} See .report for the reasons.", decision.report)
+
+    def _verdict(self, x: object, rows: int, admission: Admission) -> tuple[Verdict, bool]:
+        """The verdict, and whether the model has run."""
+        if admission.refusal is not None:
+            return self._refuse(rows, admission.refusal), False
+        step, ran = "specification", False
+        try:
+            with torch.no_grad():
+                checked = self.spec.check(x)
+                if checked.fault is not None or checked.x is None or not isinstance(x, Tensor):
+                    return self._refuse(rows, checked.fault or "input: not a plain tensor"), False
+                if any(module.training for module in self._switches):
+                    check_mode(self.model)
+                shadow = self.mode == "shadow"
+                chosen = torch.arange(rows, device=x.device) if shadow else checked.accepted.nonzero().flatten()
+                if len(chosen) == 0:
+                    nothing = self._refuse(rows, "")
+                    return dataclasses.replace(nothing, reasons=checked.reasons), False
+                step, ran = "model", True
+                return judge(self._panel(), checked, x.detach() if shadow else checked.x, chosen), True
+        except Exception as error:
+            return self._refuse(rows, failure(step, error)), ran
+
+    def _panel(self) -> Panel:
+        return Panel(self.model, self._capture, self.detectors, self.calibration, self.output, self.mode, self._blank)
+
+    def _refuse(self, rows: int, reason: str) -> Verdict:
+        return refuse_whole(rows, reason, self._blank, [*self.calibration.names, "combined"])
+
+    def _setting(self) -> dict[str, Any]:
+        return {"alpha": self.facts.alpha, "n": self.facts.calibration_n, "detectors": list(self.calibration.names)}
+
+    def attackable(self) -> AttackableGuard:
+        """The whole as one differentiable classifier (N, ...) -> (N, K + 1), whose last class is the refusal."""
+        return AttackableGuard(self, self._panel(), self.spec, self.facts.num_classes)
+
+    def summary(self) -> str:
+        """Two lines: what is refused, and how often that happens to clean rows."""
+        return summarise(self.facts, self.calibration, self.mode)
+
+    def to_evidence(self) -> Evidence:
+        """The rate of false positives with its interval, and the share of rows that the specification refused."""
+        return calibration_evidence(self.facts, self.calibration, self.spec, self.mode)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything but the model to one safetensors file: calibration, detectors, specification, output.
+
+        The collaborators are not written, only that they were there. The file is not signed: sign it like a model.
+        Raises: ConfigurationError: a detector or an output is not one of this package.
+        """
+        parts = Calibrated(self.spec, self.detectors, self.calibration, self.facts)
+        write_guard(path, parts, self.mode, self.output, self.collaborators)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: Model,
+        *,
+        policy: Policy | None = None,
+        budget: Budget | None = None,
+        log: Log | None = None,
+        metrics: MetricsSink | None = None,
+    ) -> "Guard":
+        """The guard back from `save`, around the very model that it was calibrated for.
+
+        Args:
+            path: A file written by `save`; nothing in it is executed.
+            model: Same structure and weights as at calibration.
+            policy: The one that the guard had; a missing one is refused.
+            budget: The same.
+            log: The same.
+            metrics: The same.
+        Raises: ConfigurationError: another model or other weights, a missing collaborator, a file of another kind.
+        """
+        given = Collaborators(policy, budget, log, metrics)
+        parts, mode, output, collaborators = read_guard(path, model, given)
+        return cls(model, parts, mode, output, collaborators)
+
+    def train(self, mode: bool = True) -> "Guard":
+        """A guard stays in eval mode: its calibration holds for no other."""
+        super().train(False)
+        return self
+
+    def close(self) -> None:
+        """Remove the hook from the model. A closed guard refuses to be called."""
+        self._capture.close()
+        self._closed = True
+
+    def __enter__(self) -> "Guard":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Guard":
+        """Move everything, but change the dtype of the model alone: the calibration stays exact."""
+        own = [module for name, child in self.named_children() if name != "model" for module in child.modules()]
+        kept = [(module, name, buffer) for module in own for name, buffer in module._buffers.items()]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call, unused-ignore]
+        for module, name, buffer in kept:
+            if buffer is not None:
+                moved = module._buffers[name]
+                module._buffers[name] = buffer if moved is None else buffer.to(moved.device)
+        return self

@@ -1,0 +1,134 @@
+"""A guard on disk: one safetensors file with a JSON header, written whole or not at all; no code in it."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from aidefend._core.checks import check_choice, refuse
+from aidefend._core.errors import AidefendError
+from aidefend._core.modules import Model
+from aidefend._core.storage import atomic_path, canonical_json
+from aidefend.validate.calibrating import Calibrated, Facts, unique_names
+from aidefend.validate.calibration import Calibration
+from aidefend.validate.collaborators import Collaborators
+from aidefend.validate.detector import FittedDetector
+from aidefend.validate.judging import Mode, Output
+from aidefend.validate.logit_scores import Energy, MaxLogit, MaxSoftmax
+from aidefend.validate.mahalanobis import FittedMahalanobis
+from aidefend.validate.model_identity import check_identity
+from aidefend.validate.nearest_neighbours import FittedNearestNeighbours
+from aidefend.validate.outputs import LabelOnly, Rounded, Tempered, TopK
+from aidefend.validate.spec import InputSpec
+
+_SCHEMA = "aidefend.guard/1"
+_CALIBRATION = ("scores", "knots", "heights", "slopes")
+_DETECTORS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (Energy, MaxLogit, MaxSoftmax, FittedNearestNeighbours, FittedMahalanobis)
+}
+_OUTPUTS: dict[str, type[Any]] = {kind.__name__: kind for kind in (LabelOnly, TopK, Rounded, Tempered)}
+
+
+def write_guard(
+    path: str | os.PathLike[str], parts: Calibrated, mode: Mode, output: Output | None, collaborators: Collaborators
+) -> None:
+    """Everything but the model and the collaborators; see `Guard.save`."""
+    header = {
+        "schema": _SCHEMA,
+        "mode": mode,
+        "spec": parts.spec.to_dict(),
+        "facts": dataclasses.asdict(parts.facts),
+        "output": None if output is None else _configuration(output, _OUTPUTS, "output"),
+        "detectors": [_described(detector) for detector in parts.detectors],
+        "collaborators": list(collaborators.present()),
+        "resource": collaborators.resource,
+    }
+    arrays = {f"calibration/{name}": getattr(parts.calibration, name) for name in _CALIBRATION}
+    for i, detector in enumerate(parts.detectors):
+        found: Mapping[str, Tensor] = detector.arrays()  # type: ignore[attr-defined]  # of a kind of ours, see above
+        arrays |= {f"detector-{i}/{name}": array for name, array in found.items()}
+    tensors = {name: array.detach().cpu().contiguous().clone() for name, array in arrays.items()}
+    with atomic_path(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, {"guard": canonical_json(header)})
+
+
+def read_guard(
+    path: str | os.PathLike[str], model: Model, given: Collaborators
+) -> tuple[Calibrated, Mode, Output | None, Collaborators]:
+    """The parts back from `write_guard`, checked against the model and the collaborators that are given."""
+    header, arrays = _open(path)
+    try:
+        facts = Facts(**header["facts"])
+        check_identity(model, facts.identity)
+        parts = Calibrated(
+            InputSpec.from_dict(header["spec"]),
+            *_restored(header["detectors"], arrays, facts.alpha),
+            facts,
+        )
+        mode = check_choice(header["mode"], ("enforce", "monitor", "shadow"), "mode")
+        output = None if header["output"] is None else _rebuilt(header["output"], _OUTPUTS)
+        wanted, resource = list(header["collaborators"]), str(header["resource"])
+    except AidefendError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise _damaged(path, error) from error
+    if missing := [name for name in wanted if name not in given.present()]:
+        cure = (
+            f"Pass {', '.join(f'{name}=' for name in missing)}: without it the guard would let more through than before"
+        )
+        raise refuse(f"the collaborators {wanted} that the guard was saved with", "given", given.present(), cure)
+    return parts, mode, output, dataclasses.replace(given, resource=resource)
+
+
+def _open(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["guard"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        if header["schema"] != _SCHEMA:
+            raise KeyError(header["schema"])
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        raise _damaged(path, error) from error
+    return header, arrays
+
+
+def _damaged(path: str | os.PathLike[str], error: Exception) -> AidefendError:
+    return refuse("a file written by Guard.save", "path", str(path), f"Could not read it ({error!r})")
+
+
+def _described(detector: FittedDetector) -> list[Any]:
+    kind = type(detector).__name__
+    if _DETECTORS.get(kind) is not type(detector):
+        rule = f"detectors of this package to save ({', '.join(sorted(_DETECTORS))})"
+        raise refuse(rule, "detectors", kind, "Keep the fitted detector yourself and calibrate again")
+    return [kind, dict(detector.settings())]  # type: ignore[attr-defined]  # checked by kind
+
+
+def _configuration(value: object, kinds: Mapping[str, type[Any]], name: str) -> list[Any]:
+    kind = type(value).__name__
+    if kinds.get(kind) is not type(value):
+        cure = "Apply your own function to decision.outputs instead"
+        raise refuse(f"an {name} of this package to save ({', '.join(sorted(kinds))})", name, kind, cure)
+    return [kind, dataclasses.asdict(value)]  # type: ignore[call-overload]  # all kinds are dataclasses
+
+
+def _rebuilt(described: list[Any], kinds: Mapping[str, type[Any]]) -> Any:
+    kind, settings = described
+    return kinds[kind](**settings)
+
+
+def _restored(
+    described: list[Any], arrays: Mapping[str, Tensor], alpha: float
+) -> tuple[tuple[FittedDetector, ...], Calibration]:
+    detectors = []
+    for i, (kind, settings) in enumerate(described):
+        prefix = f"detector-{i}/"
+        own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+        detectors.append(_DETECTORS[kind](**own, **settings))
+    fields = {name: arrays[f"calibration/{name}"] for name in _CALIBRATION}
+    return tuple(detectors), Calibration(unique_names(detectors), **fields, alpha=alpha)

@@ -1,0 +1,131 @@
+"""One batch through the specification's survivors, the model and the detectors: a verdict for each row."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from aidefend._core.checks import refuse
+from aidefend._core.modules import Model
+from aidefend.validate.calibrating import score_all
+from aidefend.validate.calibration import COMBINED, Calibration
+from aidefend.validate.collaborators import failure
+from aidefend.validate.decision import Verdict, refused_constant
+from aidefend.validate.detector import FittedDetector
+from aidefend.validate.features import Outputs, PassCapture
+from aidefend.validate.spec import SpecResult
+
+Mode = Literal["enforce", "monitor", "shadow"]
+Output = Callable[[Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """Everything that looks at a batch which has passed the specification."""
+
+    model: Model
+    capture: PassCapture
+    detectors: tuple[FittedDetector, ...]
+    calibration: Calibration
+    output: Output | None
+    mode: Mode
+    blank: Tensor
+
+
+class _Opinion(NamedTuple):
+    """What the detectors say about n rows: numbers by name (n,), which rows they refuse (n,) bool, and why each."""
+
+    scores: dict[str, Tensor]
+    p_values: dict[str, Tensor]
+    strange: Tensor
+    remarks: list[str]
+
+
+def blank_row(num_classes: int, dtype: torch.dtype, output: Output | None, mode: Mode) -> Tensor:
+    """The output of a refused row: the shape and dtype of an answer, filled with a constant that is none.
+
+    Raises: ConfigurationError: `output` does not map logits (1, K) to a tensor of one row, floating point or signed.
+    """
+    probe = torch.zeros(1, num_classes, dtype=dtype)
+    shown: Any = probe if output is None or mode == "shadow" else output(probe)
+    if not isinstance(shown, Tensor) or shown.ndim < 1 or len(shown) != 1:
+        raise refuse("output to map logits (N, K) to N rows", "output", shown, "Return one row for each row of logits")
+    if not shown.is_floating_point() and shown.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
+        raise refuse("outputs that are floating point or signed integers", "output", shown, "Return another dtype")
+    return torch.full_like(shown[0], refused_constant(shown).item())
+
+
+def judge(panel: Panel, checked: SpecResult, x: Tensor, rows: Tensor) -> Verdict:
+    """The verdict on x (N, ...) after one pass over its rows with these numbers (ascending, at least one).
+
+    A detector that fails refuses every row, which the modes "monitor" and "shadow" do not enforce.
+    """
+    n = len(x)
+    outputs = panel.capture.run(panel.model, x if len(rows) == n else x[rows])
+    healthy = torch.isfinite(outputs.logits).all(dim=1) & torch.isfinite(outputs.features).all(dim=1)
+    allowed = checked.accepted[rows]
+    usable = allowed & healthy
+    scored = rows[usable]
+    opinion = _opinion(panel, _select(outputs, usable))
+    remarks = dict.fromkeys(rows[allowed & ~healthy].tolist(), ("model: output not finite",))
+    remarks |= {i: (text,) for i, text in zip(scored[opinion.strange].tolist(), opinion.remarks, strict=True)}
+    keep = torch.zeros(n, dtype=torch.bool, device=rows.device)
+    keep[scored] = ~opinion.strange
+    answered = keep if panel.mode == "enforce" else torch.zeros_like(keep)
+    answered[scored if panel.mode == "monitor" else rows[:0]] = True
+    if panel.mode == "shadow":
+        answered[rows] = True
+    return Verdict(
+        keep,
+        answered,
+        _shown(panel, outputs.logits[answered[rows]], answered),
+        tuple(reasons + remarks.get(i, ()) for i, reasons in enumerate(checked.reasons)),
+        {name: _spread(values, scored, n) for name, values in opinion.scores.items()},
+        {name: _spread(values, scored, n) for name, values in opinion.p_values.items()},
+    )
+
+
+def _opinion(panel: Panel, outputs: Outputs) -> _Opinion:
+    """Scores, p-values and refusals; if a detector fails, every row is refused without numbers."""
+    calibration = panel.calibration
+    try:
+        scores = score_all(panel.detectors, outputs.features, outputs.logits)
+        p_values = calibration.p_values(scores)
+        strange = calibration.margin(scores) > 0
+    except Exception as error:
+        n = len(outputs.logits)
+        unknown = outputs.logits.new_full((n,), torch.nan, dtype=torch.float64)
+        nothing = dict.fromkeys([*calibration.names, COMBINED], unknown)
+        return _Opinion(nothing, nothing, torch.ones_like(unknown, dtype=torch.bool), [failure("detectors", error)] * n)
+    by_name = {name: scores[:, i] for i, name in enumerate(calibration.names)}
+    by_name[COMBINED] = calibration.join(scores)
+    lowest = torch.stack([p_values[name] for name in calibration.names], dim=1)[strange].argmin(dim=1)
+    remarks = [f"detector: unlike the calibration data ({calibration.names[i]})" for i in lowest.tolist()]
+    return _Opinion(by_name, p_values, strange, remarks)
+
+
+def _select(outputs: Outputs, keep: Tensor) -> Outputs:
+    return outputs if bool(keep.all()) else Outputs(outputs.logits[keep], outputs.features[keep])
+
+
+def _spread(values: Tensor, rows: Tensor, n: int) -> Tensor:
+    """Values at their rows, NaN elsewhere: (n,)."""
+    if len(rows) == n:
+        return values
+    spread = values.new_full((n,), torch.nan)
+    spread[rows] = values
+    return spread
+
+
+def _shown(panel: Panel, logits: Tensor, answered: Tensor) -> Tensor:
+    """Outputs of all rows: hardened logits where there is an answer, the constant elsewhere."""
+    hardened = logits if panel.output is None or panel.mode == "shadow" else panel.output(logits)
+    if hardened.shape[1:] != panel.blank.shape or len(hardened) != len(logits):
+        raise refuse(f"outputs of shape {tuple(panel.blank.shape)} a row", "output", hardened, "Keep shape and order")
+    if len(logits) == len(answered):
+        return hardened
+    shown = panel.blank.to(hardened).expand(len(answered), *panel.blank.shape).clone()
+    shown[answered] = hardened
+    return shown
