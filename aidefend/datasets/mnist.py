@@ -25,7 +25,7 @@ def mnist_subset() -> ImageData:
     Returns: `train_x (6000, 1, 28, 28)` and `test_x (1000, 1, 28, 28)` float32 in [0, 1], `train_y`, `test_y` int64 in
         0..9; fresh tensors at each call.
     Raises: UnsafeArtifact: the data file is missing or not the one that was shipped.
-    Cost: about 50 ms and 22 MB.
+    Cost: about 60 ms on an idle core; 22 MB are returned.
     Example:
         >>> data = mnist_subset()
         >>> data.train_x.shape, float(data.train_x.max())
