@@ -128,7 +128,7 @@ class Extraction:
                         continue  # batch normalisation cannot train on one row
                     loss = functional.cross_entropy(student(x[rows]), answers[rows].exp().to(x))
                     optimizer.zero_grad()
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss.backward()
                     optimizer.step()
         return student.eval()
 

@@ -64,7 +64,9 @@ class ClassInversion:
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
-        >>> result = ClassInversion(steps=5, total_variation=0.0)(model, torch.tensor([0, 1]), shape=(4,), seed=0)
+        >>> result = ClassInversion(steps=5, total_variation=0.0)(
+        ...     model, torch.tensor([0, 1]), shape=(4,), seed=0
+        ... )
         >>> result.x.shape, bool((result.confidence >= result.start_confidence).all())
         (torch.Size([2, 4]), True)
     """

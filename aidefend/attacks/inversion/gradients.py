@@ -8,7 +8,7 @@ from torch import Tensor
 from aidefend._core.checks import check_labels
 from aidefend._core.modules import Model
 from aidefend._core.random import normal
-from aidefend.attacks.membership.outputs import answer, log_probabilities
+from aidefend.attacks.membership.outputs import read
 
 
 class Gradients(Protocol):
@@ -47,10 +47,9 @@ class Exact:
             score = _log_probability(self._model, variable, self._y)
             if not score.requires_grad:
                 return score, torch.zeros_like(x)
-            (slope,) = torch.autograd.grad(score.sum(), variable, allow_unused=True)
+            (slope,) = torch.autograd.grad(score.sum(), variable, allow_unused=True, materialize_grads=True)
         self.backwards += 1
-        slope = torch.zeros_like(x) if slope is None else slope.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        return score.detach(), slope
+        return score.detach(), slope.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 class Estimate:
@@ -88,6 +87,6 @@ class Estimate:
 
 
 def _log_probability(model: Model, x: Tensor, y: Tensor) -> Tensor:
-    outputs = answer(model, x)
-    check_labels(y, len(y), outputs.shape[1])
-    return log_probabilities(outputs).gather(1, y[:, None])[:, 0]
+    log_probability = read(model, x, int(y.max()) + 1)
+    check_labels(y, len(y), log_probability.shape[1])
+    return log_probability.gather(1, y[:, None])[:, 0]

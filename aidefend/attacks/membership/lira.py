@@ -88,7 +88,7 @@ class LiRA:
         return torch.stack(scores), inside
 
     def _score(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
-        log_probability = ask(model, x, self.batch_size)
+        log_probability = ask(model, x, self.batch_size, int(y.max()) + 1)
         labels = check_labels(y, len(x), log_probability.shape[1])
         return scaled_logit(log_probability, labels.cpu())
 
@@ -134,7 +134,8 @@ def likelihood_ratio(
     mean_out, deviation_out = _normal_fit(shadow.double(), ~inside, variance)
     z_out = (observed.double() - mean_out) / deviation_out
     if mode == "offline":
-        return torch.special.log_ndtr(z_out) - torch.special.log_ndtr(-z_out)
+        odds: Tensor = torch.special.log_ndtr(z_out) - torch.special.log_ndtr(-z_out)
+        return odds
     mean_in, deviation_in = _normal_fit(shadow.double(), inside, variance)
     z_in = (observed.double() - mean_in) / deviation_in
     return (z_out.square() - z_in.square()) / 2 + (deviation_out / deviation_in).log()

@@ -29,7 +29,9 @@ class LossThreshold:
         caller.
 
     Example:
-        >>> scores = LossThreshold()(torch.nn.Identity(), torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 0]))
+        >>> scores = LossThreshold()(
+        ...     torch.nn.Identity(), torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 0])
+        ... )
         >>> bool(scores[0] > scores[1])
         True
     """
@@ -44,7 +46,7 @@ class LossThreshold:
     def __call__(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         """Scores (N,) float64, higher = rather a member. x (N, ...), y (N,) labels."""
         labels = _checked(x, y)
-        log_probability = ask(model, x, self.batch_size)
+        log_probability = ask(model, x, self.batch_size, int(labels.max()) + 1)
         column = check_labels(labels, len(x), log_probability.shape[1]).cpu()
         if self.score == "loss":
             return functional.logsigmoid(scaled_logit(log_probability, column))

@@ -1,7 +1,10 @@
 """What an adversary reads off a model's outputs: log-probabilities, whatever form the outputs have."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from aidefend._core.checks import check_logits, expected
 from aidefend._core.errors import AidefendError
@@ -13,12 +16,14 @@ _SMALLEST = 1e-12
 def log_probabilities(outputs: Tensor) -> Tensor:
     """Log-probabilities (N, K) float64 from logits or from probabilities; keeps the gradient.
 
-    Rows that are non-negative and sum to one are taken as probabilities (hardened outputs such as labels only or the
-    first k): a zero becomes `log(1e-12)`. A non-finite output counts as no support for its class.
+    Where all finite rows are non-negative and sum to one, or sum to less and hold zeros (the first k only), they are
+    taken as probabilities: a zero becomes `log(1e-12)`. A non-finite output counts as no support for its class.
     """
     wide = outputs.double()
-    if looks_like_probabilities(outputs):
-        return wide.clamp(min=_SMALLEST).log()
+    shown = outputs.detach()
+    shown = shown[torch.isfinite(shown).all(dim=1)]
+    if looks_like_probabilities(shown) or _looks_cut_off(shown):
+        return wide.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(min=_SMALLEST).log()
     limited = wide.nan_to_num(nan=-1e9, posinf=1e9, neginf=-1e9)
     return torch.log_softmax(limited, dim=1)
 
@@ -34,22 +39,44 @@ def scaled_logit(log_probability: Tensor, y: Tensor) -> Tensor:
     return of_label - others
 
 
-def ask(model: Model, x: Tensor, batch_size: int = 512) -> Tensor:
-    """All outputs of a model as given, without a trace: log-probabilities (N, K) float64 on the CPU."""
+def ask(model: Model, x: Tensor, batch_size: int = 512, classes: int = 2) -> Tensor:
+    """All answers of a model as given, without a trace: log-probabilities (N, K) float64 on the CPU.
+
+    `classes` is the least K where the model answers with labels alone.
+    """
     with preserve(model), torch.no_grad():
-        return torch.cat([log_probabilities(answer(model, part)).cpu() for part in x.split(batch_size)])
+        parts = [read(model, part, classes).cpu() for part in x.split(batch_size)]
+    most = max(part.shape[1] for part in parts)
+    if any(part.shape[1] < most for part in parts):
+        unseen = torch.tensor(_SMALLEST, dtype=torch.float64).log().item()
+        parts = [functional.pad(part, (0, most - part.shape[1]), value=unseen) for part in parts]
+    return torch.cat(parts)
 
 
-def answer(model: Model, x: Tensor) -> Tensor:
-    """The outputs of one batch (N, K), checked; an error inside the model is named as such."""
+def read(model: Model, x: Tensor, classes: int = 2) -> Tensor:
+    """Log-probabilities (N, K) float64 of one batch; the gradient is kept; an error inside the model is named as such.
+
+    Labels alone (N,), integers, count as certain; a negative label (a refused row) supports no class.
+    """
     try:
-        outputs = model(x)
+        outputs: Any = model(x)
     except (AidefendError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         found = f"{type(error).__name__}: {error}"
-        cure = "Call the model with such an x to see the cause"
-        raise AidefendError(
-            expected(f"the model to accept x of shape {tuple(x.shape)}", "model", found, cure)
-        ) from error
-    return check_logits(outputs, len(x))
+        message = expected(f"the model to accept x of shape {tuple(x.shape)}", "model", found, "Call it with such an x")
+        raise AidefendError(message) from error
+    if isinstance(outputs, Tensor) and outputs.shape == (len(x),) and not outputs.is_floating_point():
+        width = max(classes, int(outputs.max()) + 1 if len(outputs) else 0)
+        certain = functional.one_hot(outputs.long().clamp(min=0), width) * (outputs >= 0)[:, None]
+        return certain.double().clamp(min=_SMALLEST).log()
+    return log_probabilities(check_logits(outputs, len(x)))
+
+
+def _looks_cut_off(outputs: Tensor) -> bool:
+    """Probabilities of the k largest classes, zeros elsewhere."""
+    if len(outputs) == 0:
+        return False
+    total = outputs.double().sum(dim=1)
+    zeros = (outputs == 0).any(dim=1)
+    return bool((outputs >= 0).all() and zeros.all() and (total > 0).all() and (total <= 1 + 1e-3).all())
