@@ -80,14 +80,24 @@ class TRADES:
     def per_example(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """The loss of each sample, (N,); arguments as for `PGDTraining`, y as the criterion takes it."""
         check_batch(x, y)
+        if self.attack_mode == "eval" and training_layers(model):
+            x_adv = self._craft(model, x, None, generator)
+            clean = _logits(model, x)
+        else:
+            clean = _logits(model, x)
+            x_adv = self._craft(model, x, clean.detach(), generator)
+        natural = check_losses(self.criterion(clean, y), len(x))
+        divergence = kl_divergence(_logits(model, x_adv), functional.log_softmax(wide(clean), dim=1))
+        return natural + self.beta * divergence
+
+    def _craft(self, model: Model, x: Tensor, answer: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """The point where the answer differs most from the clean one, which is computed here where it is not known."""
         attack = self.attack.with_loss(kl_divergence)  # type: ignore[attr-defined]  # checked at construction
-        modes_differ = self.attack_mode == "eval" and bool(training_layers(model))
-        clean = check_logits(outputs_of(model, x), len(x))
         with crafting(model, self.attack_mode) as inner:
             with torch.no_grad():
-                answer = check_logits(outputs_of(inner, x), len(x)) if modes_differ else clean.detach()
-                target = functional.log_softmax(wide(answer), dim=1)
-            x_adv = craft(attack, inner, x, target, generator)
-        natural = check_losses(self.criterion(clean, y), len(x))
-        attacked = check_logits(outputs_of(model, x_adv), len(x))
-        return natural + self.beta * kl_divergence(attacked, functional.log_softmax(wide(clean), dim=1))
+                target = functional.log_softmax(wide(_logits(inner, x) if answer is None else answer), dim=1)
+            return craft(attack, inner, x, target, generator)
+
+
+def _logits(model: Model, x: Tensor) -> Tensor:
+    return check_logits(outputs_of(model, x), len(x))

@@ -57,13 +57,15 @@ class Bench:
 
     def outputs(self, x: Tensor, batch_size: int | None = None) -> Tensor:
         """Logits of any points, in batches, on the device of the data."""
+        return self.passes(x, 1, batch_size)[0]
+
+    def passes(self, x: Tensor, count: int, batch_size: int | None = None) -> list[Tensor]:
+        """The logits of `count` passes in a row: the random streams go on between them, as they do in service."""
         device = device_of(self.model, x.device)
-        parts = []
         with quiet_access(self.model):
             access = Access(self.model, "margin", targeted=False, is_success=None)
-            for part in x.split(batch_size or self.batch_size):
-                parts.append(access.outputs(part.to(device)).to(x.device))
-        return torch.cat(parts)
+            parts = x.split(batch_size or self.batch_size)
+            return [torch.cat([access.outputs(part.to(device)).to(x.device) for part in parts]) for _ in range(count)]
 
     def wrong(self, points: Tensor, rows: Tensor) -> Tensor:
         """Which of these points for x[rows] are misclassified."""

@@ -170,14 +170,13 @@ class _Path:
 
 def _checkpoints(steps: int) -> dict[int, int]:
     """Step of each checkpoint -> step of the one before: 0.22 of the steps, then gaps that shrink from .19 to .06."""
-    marks, share, gap = {}, 0.22, 0.22
-    before = 0
-    while share <= 1.0:
-        mark = math.ceil(share * steps)
+    marks, share, gap, before = {}, 22, 22, 0
+    while share <= 100:
+        mark = -(-share * steps // 100)
         if mark > before:
             marks[mark] = before
             before = mark
-        gap = max(gap - 0.03, 0.06)
+        gap = max(gap - 3, 6)
         share += gap
     return marks
 

@@ -25,7 +25,8 @@ class PGD:
     Args:
         threat: The set of allowed points, norm linf or l2.
         steps: Gradient steps, >= 1.
-        step_size: Length of a step in the units of x, > 0; None means 2.5 * eps / steps, by sample and feature.
+        step_size: Length of a step in the units of x, > 0; None means 2.5 * eps / steps, by sample and feature. In l2
+            a point on the sphere turns by this length only, so that few small steps end before the optimum: use APGD.
         restarts: Random starts, >= 1; the worst end point of each sample is kept.
         random_start: Start at a random point of the threat (uniform in cube or ball), else at x.
         loss: What to climb: a name, or a function (outputs, y) -> (N,) of yours; then y may be anything with N rows.

@@ -1,0 +1,144 @@
+"""One list of adversarial training objectives; each line inherits every convention."""
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from aidefend import AidefendError, Threat
+from aidefend.adversarial import TRADES, PGDTraining
+from aidefend.attacks.evasion import APGD, PGD
+
+THREAT = Threat("linf", 0.05)
+OBJECTIVES = {
+    "pgd-training": lambda: PGDTraining(PGD(THREAT, 3, 0.02)),
+    "pgd-training-given": lambda: PGDTraining(PGD(THREAT, 3, 0.02), attack_mode="given"),
+    "trades": lambda: TRADES(PGD(THREAT, 3, 0.02)),
+    "trades-apgd-l2": lambda: TRADES(APGD(Threat("l2", 0.1), 3), beta=2.0),
+    "trades-given": lambda: TRADES(PGD(THREAT, 3, 0.02), attack_mode="given"),
+}
+every_objective = pytest.mark.parametrize("name", OBJECTIVES)
+
+
+def stream(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def plain():
+    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def with_batch_norm():
+    """One BatchNorm that trains and one that is frozen."""
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    model[3].eval()
+    return model
+
+
+def rows(n=6):
+    x = torch.rand(n, 5, generator=stream(1))
+    return x, x[:, :3].argmax(dim=1)
+
+
+@every_objective
+@pytest.mark.parametrize("make", [plain, with_batch_norm])
+def test_scalar_is_the_mean_of_the_examples(name, make):
+    objective, model, (x, y) = OBJECTIVES[name](), make(), rows()
+    losses = objective.per_example(model, x, y, generator=stream())
+    if make is with_batch_norm:
+        model[1].reset_running_stats()
+    scalar = objective(model, x, y, generator=stream())
+    assert losses.shape == (6,) and scalar.shape == () and losses.requires_grad and scalar.requires_grad
+    torch.testing.assert_close(losses.mean(), scalar)
+
+
+@every_objective
+@pytest.mark.parametrize("make", [plain, with_batch_norm])
+def test_only_the_training_passes_touch_the_model(name, make):
+    """Flags, .grad and requires_grad are as before; BatchNorm counts the training forward passes alone."""
+    objective, model, (x, y) = OBJECTIVES[name](), make(), rows()
+    model[0].bias.requires_grad_(False)
+    before = [module.training for module in model.modules()]
+    global_stream = torch.get_rng_state()
+    loss = objective(model, x, y)
+    assert [module.training for module in model.modules()] == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [parameter.requires_grad for parameter in model.parameters()][:2] == [True, False]
+    assert torch.equal(torch.get_rng_state(), global_stream) and not x.requires_grad
+    if make is with_batch_norm:
+        assert model[1].num_batches_tracked == (2 if name.startswith("trades") else 1)
+        assert model[3].num_batches_tracked == 0
+    loss.backward()
+    assert model[0].weight.grad is not None and model[0].bias.grad is None
+
+
+@every_objective
+def test_training_lowers_it(name):
+    objective, model, (x, y) = OBJECTIVES[name](), plain(), rows(60)
+    optimizer, g = torch.optim.Adam(model.parameters(), 0.03), stream()
+    first = objective(model, x, y, generator=g).item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        objective(model, x, y, generator=g).backward()
+        optimizer.step()
+    assert objective(model, x, y, generator=g).item() < 0.7 * first
+
+
+@every_objective
+def test_pickle_and_seeds(name):
+    objective, model, (x, y) = OBJECTIVES[name](), plain(), rows()
+    again = pickle.loads(pickle.dumps(objective))
+    assert again == objective
+    first = objective.per_example(model, x, y, generator=stream(3))
+    assert torch.equal(first, again.per_example(model, x, y, generator=stream(3)))
+    assert not torch.equal(first, objective.per_example(model, x, y, generator=stream(4)))
+
+
+@every_objective
+def test_float64_and_bfloat16(name):
+    for dtype in (torch.float64, torch.bfloat16):
+        model, (x, y) = plain().to(dtype), rows()
+        loss = OBJECTIVES[name]()(model, x.to(dtype), y)
+        loss.backward()
+        assert loss.isfinite() and model[0].weight.grad.isfinite().all()
+
+
+@every_objective
+def test_bad_arguments(name):
+    objective, model, (x, y) = OBJECTIVES[name](), plain(), rows()
+    cases = [
+        (x[:0], y[:0], "at least one sample"),
+        (x, y[:2], "same number of rows"),
+        (x + 1, y, "inside the bounds"),
+        (x[:, :3], y, "model"),
+    ]
+    for bad_x, bad_y, rule in cases:
+        with pytest.raises(AidefendError, match=rule):
+            objective(model, bad_x, bad_y)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@every_objective
+def test_an_exception_on_the_way_restores_the_model(name):
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.passes, self.fail_at = with_batch_norm(), 0, 99
+
+        def forward(self, x):
+            self.passes += 1
+            if self.passes >= self.fail_at:
+                raise RuntimeError("broken pass")
+            return self.body(x)
+
+    count = Fails()
+    OBJECTIVES[name]()(count, *rows())
+    for fail_at in range(1, count.passes + 1):
+        model = Fails()
+        model.fail_at = fail_at
+        flags = [module.training for module in model.modules()]
+        with pytest.raises(AidefendError, match=r"model=.*broken pass"):
+            OBJECTIVES[name]()(model, *rows())
+        assert [module.training for module in model.modules()] == flags
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
