@@ -17,17 +17,25 @@ if TYPE_CHECKING:
     from aidefend.attacks.inversion import InversionResult as InversionResult
     from aidefend.attacks.membership import LiRA as LiRA
     from aidefend.attacks.membership import LossThreshold as LossThreshold
+    from aidefend.attacks.poisoning import Blend as Blend
+    from aidefend.attacks.poisoning import LabelFlip as LabelFlip
+    from aidefend.attacks.poisoning import Patch as Patch
+    from aidefend.attacks.poisoning import Poisoned as Poisoned
 
 _HOMES = {
     "APGD": "evasion",
     "AttackResult": "evasion",
+    "Blend": "poisoning",
     "ClassInversion": "inversion",
     "Extraction": "extraction",
     "ExtractionResult": "extraction",
     "InversionResult": "inversion",
+    "LabelFlip": "poisoning",
     "LiRA": "membership",
     "LossThreshold": "membership",
     "PGD": "evasion",
+    "Patch": "poisoning",
+    "Poisoned": "poisoning",
 }
 
 __all__ = sorted(_HOMES)

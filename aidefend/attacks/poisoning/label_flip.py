@@ -1,0 +1,70 @@
+"""Label flips: inputs stay as they are, labels lie."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from aidefend._core.batches import as_dataset
+from aidefend._core.checks import check_int, check_number, refuse
+from aidefend._core.random import derive_seed
+from aidefend.attacks.poisoning.poisoned import Poisoned, PoisonedDataset, choose, labels_of
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelFlip:
+    """Wrong labels without a trigger: towards one class, or to any other class at random.
+
+    Guarantee: none, it is an attack. Exactly `round(rate * N)` rows get a label other than their own.
+    Args:
+        rate: Share of the whole data set that is flipped, in (0, 1).
+        target: Label that flipped rows get (rows that have it are not chosen); None: any other label that occurs in
+            the data, at random.
+        source_class: Flip rows of this class only; None: all.
+    Raises: ConfigurationError: arguments out of range, too few rows, only one class in the data.
+    Cost: One read of the labels.
+    Source: Biggio, Nelson, Laskov 2011 (random flips).
+
+    Example:
+        >>> x, y = torch.zeros(20, 3), torch.arange(20) % 4
+        >>> poisoned = LabelFlip(rate=0.1).poison((x, y), seed=0)
+        >>> [int(poisoned.dataset[i][1]) != int(y[i]) for i in poisoned.indices.tolist()]
+        [True, True]
+    """
+
+    rate: float = 0.05
+    target: int | None = None
+    source_class: int | None = None
+
+    def __post_init__(self) -> None:
+        check_number(self.rate, "rate", 0, 1, open_low=True, open_high=True)
+        for name in ("target", "source_class"):
+            if getattr(self, name) is not None:
+                check_int(getattr(self, name), name, 0)
+        if self.target is not None and self.target == self.source_class:
+            raise refuse("source_class other than target", "source_class", self.source_class, "Choose another class")
+
+    def poison(self, dataset: Any, seed: int = 0) -> Poisoned:
+        """The data set with wrong labels in it, and its ground truth. There is no trigger."""
+        base = as_dataset(dataset)
+        y = labels_of(base)
+        eligible = torch.ones(len(y), dtype=torch.bool) if self.source_class is None else y == self.source_class
+        if self.target is not None:
+            eligible = eligible & (y != self.target)
+        rows = choose(eligible, round(self.rate * len(y)), seed, "label flip")
+        is_poison = torch.zeros(len(y), dtype=torch.bool)
+        is_poison[rows] = True
+        labels = dict(zip(rows.tolist(), self._wrong(y, rows, seed), strict=True))
+        return Poisoned(PoisonedDataset(base, labels, None), is_poison, self.target)
+
+    def _wrong(self, y: torch.Tensor, rows: torch.Tensor, seed: int) -> list[int]:
+        if self.target is not None:
+            return [self.target] * len(rows)
+        classes = y.unique()
+        if len(classes) < 2:
+            raise refuse("labels of at least two classes", "dataset", f"classes {classes.tolist()}", "Pass a target")
+        stream = torch.Generator().manual_seed(derive_seed(seed, "wrong label"))
+        place = torch.searchsorted(classes, y[rows])
+        step = torch.randint(1, len(classes), (len(rows),), generator=stream)
+        wrong: list[int] = classes[(place + step) % len(classes)].tolist()
+        return wrong
