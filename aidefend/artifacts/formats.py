@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from aidefend._core.evidence import Severity
 from aidefend.artifacts.files import unsafe
+from aidefend.artifacts.global_names import is_pickle
 
 
 class Format(NamedTuple):
@@ -154,6 +155,8 @@ def _sniff_text(data: bytes) -> Format:
     """Protocol 0 pickles are text; so only text in which no line imports a name counts as text."""
     head = data[:65536]
     if _TEXT_NAME.match(head) or (_TEXT_NAME.search(head) and data.rstrip()[-1:] == b"."):
+        return PICKLE
+    if is_pickle(data):
         return PICKLE
     control = set(range(32)) - {9, 10, 12, 13}
     try:

@@ -1,13 +1,23 @@
 """Names of code that a refused file mentions, for the report. The verdict never rests on this list: it may be short."""
 
+import io
+import itertools
 import pickletools
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 _MAX_BYTES = 2**24
 _MAX_OPCODES = 200_000
 _MAX_NAMES = 50
+_MAX_STARTS = 16
+_MAX_PICKLES = 100
+_START = re.compile(rb"\x80[\x02-\x05]")
+_KNOWN = {
+    *sys.stdlib_module_names,
+    *["__builtin__", "commands", "torch", "numpy", "pandas", "joblib", "dill", "cloudpickle", "pip"],
+}
 _RAW = re.compile(rb"[ci]([A-Za-z_][A-Za-z0-9_.]{0,120})\n([A-Za-z_][A-Za-z0-9_.]{0,120})\n")
 _TEXTS = ("SHORT_BINUNICODE", "BINUNICODE", "UNICODE", "BINUNICODE8", "STRING", "SHORT_BINSTRING", "BINSTRING")
 
@@ -15,27 +25,44 @@ _TEXTS = ("SHORT_BINUNICODE", "BINUNICODE", "UNICODE", "BINUNICODE8", "STRING", 
 def find_globals(data: bytes) -> list[str]:
     """Sorted `module.name` pairs that pickles in these bytes may import; at least those that can be read off."""
     head = data[:_MAX_BYTES]
-    names = {f"{_text(match[1])}.{_text(match[2])}" for match in _RAW.finditer(head)}
-    start = 0
-    while start < len(head) and len(names) <= _MAX_NAMES:
-        found, start = _walk(head, start)
-        names |= found
+    names = {f"{_module(match[1].decode('ascii'))}.{match[2].decode('ascii')}" for match in _RAW.finditer(head)}
+    starts = [match.start() for match in itertools.islice(_START.finditer(head), _MAX_STARTS)]
+    for start in [0, *starts]:
+        names |= _walk(head, start)
     return sorted(names)[:_MAX_NAMES]
 
 
-def _walk(data: bytes, start: int) -> tuple[set[str], int]:
-    """The names in the pickle at `start`, and where the next one may begin."""
+def is_pickle(data: bytes) -> bool:
+    """Whether the bytes, all of them, read as a few pickles, whatever the protocol."""
+    stream = io.BytesIO(data[:_MAX_BYTES])
+    try:
+        for _ in range(_MAX_PICKLES):
+            for _ in pickletools.genops(stream):
+                pass
+            if stream.tell() == len(data):
+                return True
+    except Exception:  # no pickle, or one that is cut
+        return False
+    return False
+
+
+def _module(found: str) -> str:
+    """The module in a run of letters that may begin before its opcode: `ghtcposix` ends with the opcode c and posix."""
+    for start in [0, *(index + 1 for index, letter in enumerate(found) if letter in "ci")]:
+        if found[start:].partition(".")[0] in _KNOWN:
+            return found[start:]
+    return found
+
+
+def _walk(data: bytes, start: int) -> set[str]:
+    """The names in the pickle at `start`, up to its end or to where it breaks."""
     reader = _Reader()
     try:
-        for count, (opcode, argument, position) in enumerate(pickletools.genops(data[start:])):
+        for opcode, argument, _ in itertools.islice(pickletools.genops(data[start:]), _MAX_OPCODES):
             reader.read(opcode.name, argument)
-            if opcode.name == "STOP":
-                return reader.names, start + (position or 0) + 1
-            if count > _MAX_OPCODES:
-                break
     except Exception:  # a hostile stream may fail in any way; the names so far count
-        return reader.names, len(data)
-    return reader.names, len(data)
+        return reader.names
+    return reader.names
 
 
 class _Reader:
@@ -65,7 +92,3 @@ def outside(names: Iterable[str], allowed: Iterable[tuple[str, str]]) -> list[st
     """The names that no checkpoint needs."""
     known = {f"{module}.{name}" for module, name in allowed}
     return [name for name in names if name not in known]
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode("ascii")

@@ -171,16 +171,14 @@ def _member(data: bytes, header: _Header, cursor: int, stop: int) -> tuple[memor
 
 def _check_local_extra(extra: bytes, header: _Header) -> None:
     """Alignment padding as torch writes it, and zip64 sizes that equal the directory's."""
+    sizes, place = struct.pack("<Q", header.size), struct.pack("<Q", header.offset)
+    wide = (sizes + struct.pack("<Q", header.packed), sizes + bytes(8), place)  # torch leaves the packed size at 0
     cursor = 0
     while cursor + 4 <= len(extra):
         kind, length = struct.unpack_from("<2H", extra, cursor)
         value = extra[cursor + 4 : cursor + 4 + length]
-        sizes = struct.pack("<2Q", header.size, header.packed)
-        if (
-            kind not in (_PADDING, _ZIP64)
-            or len(value) != length
-            or (kind == _ZIP64 and value not in (sizes, bytes(16)))
-        ):
+        fits = kind == _PADDING or (kind == _ZIP64 and value in wide)
+        if not fits or len(value) != length:
             raise _bad("alignment padding only", f"extra field of {header.name}", extra[:16])
         cursor += 4 + length
     if cursor != len(extra):
