@@ -259,9 +259,9 @@ def entry(shape: Any = (2,), dtype: Any = "F32", offsets: Any = (0, 8)) -> dict[
 def header_cases() -> dict[str, tuple[bytes, str]]:
     """safetensors whose header lies."""
     two = bytes(8)
-    pair = (
-        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
-    )
+    one = b'"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+    pair = b"{" + one + b"," + one + b"}"
+    twice = b"{" + one.replace(b'"shape"', b'"dtype":"F64","shape"') + b"}"
     nan = struct.pack("<2f", 1.0, float("nan"))
     return {
         "header past the end": (header_file({"a": entry()}, two, length=2**40), "unknown"),
