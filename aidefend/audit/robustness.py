@@ -216,7 +216,9 @@ def _accuracy_over_eps(cascade: _Cascade, effort: _Effort, radii: tuple[float, .
     return tuple(points)
 
 
-def _check_curve(curve: Sequence[float], threat: Threat) -> tuple[float, ...]:
+def _check_curve(curve: Any, threat: Threat) -> tuple[float, ...]:
+    if isinstance(curve, str | int | float):
+        raise refuse("a sequence of radii", "curve", curve, "Pass for example curve=(0.1, 0.2)")
     radii = tuple(check_number(radius, "curve", 0.0) for radius in curve)
     if radii and not isinstance(getattr(threat, "eps", None), int | float):
         raise refuse("one eps for all rows where a curve is asked for", "eps", threat.eps, "Leave out curve=")

@@ -1,5 +1,7 @@
 """evaluate_robustness where the true worst case is known, on any order and batch size, without a trace."""
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -127,6 +129,7 @@ def test_evidence_and_summary(world):
     assert Evidence.from_dict(evidence.to_dict()).digest == evidence.digest
     assert result.summary().startswith("Threat: linf")
     assert "FGSM" in result.summary()
+    assert pickle.loads(pickle.dumps(result)).summary() == result.summary()
 
 
 def test_a_row_never_broken_by_anything_but_all_stages_is_met_by_all(world):
@@ -151,6 +154,7 @@ def test_bad_input(world):
         ((data, threat, {"seed": -1}), "seed"),
         ((data, threat, {"batch_size": 0}), "batch_size"),
         ((data, threat, {"curve": [-0.1]}), "curve"),
+        ((data, threat, {"curve": 0.1}), "curve"),
         ((data, Threat("linf", torch.ones(60, 1), FREE), {"curve": [0.1]}), "one eps"),
     ]
     for (bad_data, bad_threat, options), rule in cases:

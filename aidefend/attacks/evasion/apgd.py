@@ -1,7 +1,6 @@
 """Auto-PGD: steps with momentum whose size halves where progress stalls, restarted from the best point."""
 
 import dataclasses
-import math
 
 import torch
 from torch import Tensor
