@@ -1,0 +1,23 @@
+"""Differentially private training around your own loop, and the account of what it cost."""
+
+from aidefend.privacy.accounting import epsilon as epsilon
+from aidefend.privacy.config import PrivacyConfig as PrivacyConfig
+from aidefend.privacy.ledger import LedgerRun as LedgerRun
+from aidefend.privacy.ledger import PrivacyLedger as PrivacyLedger
+from aidefend.privacy.readiness import Problem as Problem
+from aidefend.privacy.readiness import check_private_ready as check_private_ready
+from aidefend.privacy.statement import PrivacyStatement as PrivacyStatement
+from aidefend.privacy.training import PrivateTraining as PrivateTraining
+from aidefend.privacy.training import make_private as make_private
+
+__all__ = [
+    "LedgerRun",
+    "PrivacyConfig",
+    "PrivacyLedger",
+    "PrivacyStatement",
+    "PrivateTraining",
+    "Problem",
+    "check_private_ready",
+    "epsilon",
+    "make_private",
+]

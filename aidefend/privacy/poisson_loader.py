@@ -1,0 +1,134 @@
+"""Batches that each row joins on its own: what the accounting assumes, drawn from secure randomness."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from aidefend._core.batches import as_dataset
+from aidefend._core.checks import check_not_empty, refuse
+from aidefend._core.random import derive_seed, secure_uniform
+from aidefend.privacy.config import PrivacyConfig
+from aidefend.privacy.step_book import StepBook, refused
+
+_PROBES = 8
+RowForm = tuple[tuple[torch.Size, torch.dtype], tuple[torch.Size, torch.dtype]]
+
+
+class RowSource:
+    """Rows (x, y) of a map-style data set, stacked by index. Rows of another shape than the others are left out."""
+
+    def __init__(self, dataset: Any) -> None:
+        if isinstance(dataset, DataLoader):
+            cure = "Pass loader.dataset: batches come from a sampler of our own, the only one whose epsilon is known"
+            raise refused("a data set, not a DataLoader or sampler", "dataset", type(dataset).__name__, cure)
+        if isinstance(dataset, IterableDataset | torch.utils.data.Sampler):
+            cure = "Pass a map-style data set: each row must be able to join any batch"
+            raise refused("a data set that can be indexed", "dataset", type(dataset).__name__, cure)
+        self._dataset: Any = as_dataset(dataset)
+        self._tensors = self._dataset.tensors if type(self._dataset) is TensorDataset else None
+        check_not_empty(len(self), "dataset")
+        self._form = self._common_form()
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor, int]:
+        """x, y and the number of rows that had to be left out."""
+        if self._tensors is not None:
+            x, y = self._tensors
+            return x[indices], y[indices], 0
+        rows = [row for row in map(self._read, indices) if row is not None and _form(row) == self._form]
+        if not rows:
+            return *self.empty(), len(indices)
+        x, y = (torch.stack(column) for column in zip(*rows, strict=True))
+        return x, y, len(indices) - len(rows)
+
+    def empty(self) -> tuple[Tensor, Tensor]:
+        """The batch with no row."""
+        (shape_x, type_x), (shape_y, type_y) = self._form
+        return torch.empty(0, *shape_x, dtype=type_x), torch.empty(0, *shape_y, dtype=type_y)
+
+    def probe(self, rows: int) -> tuple[Tensor, Tensor]:
+        """A few rows with which the model's structure is checked; at least two."""
+        indices = np.linspace(0, len(self) - 1, num=min(rows, len(self)), dtype=int).tolist()
+        x, y, _ = self.batch(indices)
+        if len(x) == 1:
+            return x.repeat(2, *[1] * (x.ndim - 1)), y.repeat(2, *[1] * (y.ndim - 1))
+        return x, y
+
+    def _common_form(self) -> RowForm:
+        if self._tensors is not None:
+            if len(self._tensors) != 2:
+                raise refuse("rows (x, y)", "dataset", f"{len(self._tensors)} tensors", "Pass inputs and targets")
+            x, y = self._tensors
+            return (x.shape[1:], x.dtype), (y.shape[1:], y.dtype)
+        count = min(_PROBES, len(self))
+        probes = np.linspace(0, len(self) - 1, num=count, dtype=int).tolist()
+        forms = Counter(_form(row) for row in map(self._read, probes) if row is not None)
+        if not forms:
+            cure = "Return (x, y) of tensors, arrays or numbers from dataset[i], for example with transforms.ToTensor()"
+            raise refuse("rows (x, y) that fit tensors", "dataset", type(self._dataset[probes[0]]).__name__, cure)
+        return forms.most_common(1)[0][0]
+
+    def _read(self, index: int) -> tuple[Tensor, Tensor] | None:
+        """One row, or None for one that cannot be read: an error would tell whose row is in the batch."""
+        try:
+            x, y = self._dataset[index]
+            return _tensor(x), _tensor(y)
+        except Exception:
+            return None
+
+
+def _tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, bool | int | float | np.generic):
+        return torch.as_tensor(value)
+    raise TypeError(type(value).__name__)
+
+
+def _form(row: tuple[Tensor, Tensor]) -> RowForm:
+    return (row[0].shape, row[0].dtype), (row[1].shape, row[1].dtype)
+
+
+class PoissonLoader:
+    """Iterate over it in the training loop: each pass gives `steps_per_pass` batches, or all that remain.
+
+    Guarantee: at each step every row joins with probability `sample_rate`, independently of all others and of all other
+        steps. Batches vary in size and may be empty; an empty one needs its step like any other. `len()` is public.
+    Raises: BudgetExceeded: at the start of a pass with nothing left.
+    Cost: Eight bytes from the operating system for each row of the data set and step.
+    """
+
+    def __init__(self, source: RowSource, config: PrivacyConfig, book: StepBook) -> None:
+        self._source, self._config, self._book = source, config, book
+        self.unreadable = 0
+
+    def __len__(self) -> int:
+        """Batches of the next pass."""
+        return min(self._config.steps_per_pass or self._book.remaining, self._book.remaining)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self._book.check_remaining()
+        return self._pass(len(self))
+
+    def _pass(self, batches: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(batches):
+            indices = np.flatnonzero(self._uniforms() < self._config.rate).tolist()
+            x, y, lost = self._source.batch(indices)
+            self._book.draw(len(x))
+            self.unreadable += lost
+            yield x, y
+
+    def _uniforms(self) -> Any:
+        if self._config.insecure_seed is None:
+            return secure_uniform(len(self._source))
+        seed = derive_seed(self._config.insecure_seed, "batch", self._book.charged + 1)
+        return torch.rand(len(self._source), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).numpy()

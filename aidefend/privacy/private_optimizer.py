@@ -1,0 +1,164 @@
+"""The user's optimizer behind the noise: it sees private gradients only, once for each batch of the loader."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aidefend._core.checks import refuse
+from aidefend._core.random import derive_seed, secure_normal
+from aidefend.privacy.config import PrivacyConfig
+from aidefend.privacy.step_book import StepBook, refused
+
+_OWN = "Let gradients come from private.loss(...).backward() or private.backward(losses) alone: no clipping, scaling, "
+_OWN += "penalty or backward of your own between backward and step"
+
+
+class ParameterGuard:
+    """The trainable parameters as they were when the run began."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._model, self._optimizer = model, optimizer
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._facts = self._now()
+        self._groups = self._members()
+
+    def check(self) -> None:
+        """Refuse parameters that were added, replaced, frozen, unfrozen or retyped since."""
+        now = self._now()
+        changed = sorted(name for name in self._facts.keys() | now.keys() if self._facts.get(name) != now.get(name))
+        if changed:
+            cure = "Change the model before make_private, or private.release() and wrap it again (the runs compose)"
+            raise refused("the parameters of make_private, unchanged", "changed parameters", changed[:10], cure)
+        if self._members() != self._groups:
+            cure = "Give the optimizer all its parameters before make_private"
+            raise refused("the parameter groups of make_private", "parameter groups", "changed", cure)
+
+    def optimized(self) -> list[Tensor]:
+        """All parameters that the optimizer steps."""
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+    def _now(self) -> dict[str, tuple[Any, ...]]:
+        return {n: (id(p), p.shape, p.dtype, p.requires_grad) for n, p in self._model.named_parameters()}
+
+    def _members(self) -> set[int]:
+        return {id(parameter) for parameter in self.optimized()}
+
+
+class Noise:
+    """Gaussian noise from the operating system's stream, or, by a name that says so, from a seed or not at all."""
+
+    def __init__(self, config: PrivacyConfig) -> None:
+        self._config = config
+
+    def like(self, parameter: Tensor, name: str, step: int) -> Tensor:
+        """Noise for one parameter at one step, in the units of the clipped sum, float32 or wider."""
+        dtype = parameter.dtype if parameter.dtype == torch.float64 else torch.float32
+        shape, device = tuple(parameter.shape), parameter.device
+        if self._config.insecure_no_noise:
+            return torch.zeros(shape, dtype=dtype, device=device)
+        scale = self._config.noise * self._config.max_grad_norm
+        if self._config.insecure_seed is None:
+            return secure_normal(shape, device, dtype) * scale
+        stream = torch.Generator().manual_seed(derive_seed(self._config.insecure_seed, "noise", step, name))
+        return torch.randn(shape, generator=stream, dtype=dtype).to(device) * scale
+
+
+class PrivateOptimizer(torch.optim.Optimizer):
+    """The user's optimizer; `step` adds the noise, divides by the expected batch size, and steps. Schedulers take it.
+
+    Whatever the inner optimizer does with the noisy gradient (momentum, weight decay, adaptive rates) is
+    post-processing and costs nothing.
+    """
+
+    def __init__(
+        self, inner: torch.optim.Optimizer, config: PrivacyConfig, book: StepBook, guard: ParameterGuard
+    ) -> None:
+        # The parent's constructor would make a second set of groups and state: both are the inner optimizer's own.
+        self.inner = inner
+        self.defaults = inner.defaults
+        self._optimizer_step_pre_hooks = inner._optimizer_step_pre_hooks
+        self._optimizer_step_post_hooks = inner._optimizer_step_post_hooks
+        self._config, self._book, self._guard = config, book, guard
+        self._noise = Noise(config)
+        self._sums: dict[str, Tensor] = {}
+        self._holders: dict[str, tuple[Tensor, int]] = {}
+        self.on_step: Callable[[], None] = lambda: None
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]  # the parent declares an attribute
+        """The groups of the inner optimizer."""
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]  # the parent declares an attribute
+        """The state of the inner optimizer."""
+        return self.inner.state
+
+    def accept(self, sums: dict[str, Tensor]) -> None:
+        """Take the clipped sums of the open batch; `.grad` holds zeros until the step, so that no raw sum is seen."""
+        self._sums = sums
+        for name, parameter in self._guard.trainable.items():
+            if parameter.grad is None or self._is_own(name, parameter.grad):
+                parameter.grad = torch.zeros_like(parameter)
+                self._holders[name] = (parameter.grad, parameter.grad._version)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # a closure would run the loop again
+        """One private step.
+
+        Raises: BudgetExceeded: no step is left; nothing was changed. PrivacyError: gradients that are not those of
+            exactly one open batch of the loader, or a changed model.
+        """
+        if closure is not None:
+            raise refuse("step() without a closure", "closure", closure, "Call backward first, then step()")
+        ticket = self._book.begin_step()
+        self._guard.check()
+        self._refuse_foreign()
+        for name, parameter in self._guard.trainable.items():
+            noisy = self._noise.like(parameter, name, ticket.number)
+            if name in self._sums:
+                noisy += self._sums[name]
+            self._holders[name][0].copy_(noisy / self._config.expected_batch_size)
+        self._sums = {}
+        ticket.closed = True
+        self.on_step()
+        self.inner.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, also sums that wait for their step."""
+        self._sums = {}
+        self._book.discard()
+        self.inner.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: parameters cannot join a running private training."""
+        cure = "Give the optimizer all its parameters before make_private"
+        raise refused("the parameter groups of make_private", "param_group", sorted(param_group), cure)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the inner optimizer."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load into the inner optimizer."""
+        self.inner.load_state_dict(state_dict)
+
+    def __repr__(self) -> str:
+        return f"Private{self.inner!r}"
+
+    def _is_own(self, name: str, grad: Tensor) -> bool:
+        return name in self._holders and self._holders[name][0] is grad
+
+    def _refuse_foreign(self) -> None:
+        own = {id(parameter): name for name, parameter in self._guard.trainable.items()}
+        for parameter in self._guard.optimized():
+            name = own.get(id(parameter))
+            if name is None:
+                if parameter.grad is not None:
+                    raise refused("frozen parameters without .grad", "grad", parameter.grad, _OWN)
+                continue
+            holder = self._holders.get(name)
+            if holder is None or parameter.grad is not holder[0] or parameter.grad._version != holder[1]:
+                raise refused(f"the gradient of {name} untouched since backward", "grad", parameter.grad, _OWN)

@@ -1,0 +1,312 @@
+"""Remembers what ran inside a model, so that one backward pass gives the gradients of each example.
+
+A forward pass leaves, for each layer with trainable parameters, its inputs and the place of its output in the autograd
+graph. The backward pass asks for the gradients at these places only: passes that the losses do not depend on (attacks,
+evaluations) get none and so cannot disturb, and no parameter gradient is ever computed by autograd.
+"""
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from aidefend._core.errors import IncompatibleModel, Offender
+from aidefend.privacy.layer_gradients import Call, own_parameters
+from aidefend.privacy.step_book import Ticket, refused
+
+Calls = dict[str, list[Call]]
+
+
+class Tap(NamedTuple):
+    """One run of one layer inside a forward pass."""
+
+    path: str
+    inputs: tuple[Any, ...]
+    versions: tuple[int, ...]
+    edge: GradientEdge
+
+
+class Deferred(NamedTuple):
+    """A pass that ran without a graph, in blocks of rows; the backward pass runs each block again."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    streams: list[tuple[slice, Any]]
+    output: Tensor
+
+
+class ForwardPass:
+    """One call of the private model while a batch is open."""
+
+    def __init__(self, ticket: Ticket, rows: int) -> None:
+        self.ticket, self.rows = ticket, rows
+        self.taps: list[Tap] = []
+        self.deferred: Deferred | None = None
+        self.consumed: GradientEdge | None = None
+
+    def consume(self) -> None:
+        """Another backward pass ran through: give the activations back, keep one place to notice a second use."""
+        if self.taps:
+            self.consumed = self.taps[-1].edge
+            self.taps = []
+
+    @property
+    def edges(self) -> list[Any]:
+        """Where the gradients of this pass arise."""
+        kept: list[Any] = [tap.edge for tap in self.taps]
+        if self.deferred is not None:
+            kept.append(self.deferred.output)
+        return kept
+
+
+class Recorder:
+    """Forward passes of one model. Hooks sit on the layers only while a pass runs."""
+
+    def __init__(self, model: nn.Module, microbatch: int | None = None) -> None:
+        self._model = model
+        self._microbatch = microbatch
+        self.layers = {path: layer for path, layer in model.named_modules() if own_parameters(layer)}
+        self._passes: list[ForwardPass] = []
+        self._collecting = False
+
+    def run(self, ticket: Ticket, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One forward pass, remembered."""
+        rows = count_rows(args, kwargs)
+        record = ForwardPass(ticket, rows)
+        splits = self._microbatch is not None and rows > self._microbatch and not _differentiated(args, kwargs)
+        output = self._deferred(record, args, kwargs) if splits else self._tapped(record.taps, args, kwargs)
+        self._passes.append(record)
+        self._watch(record)
+        return output
+
+    def clear(self) -> None:
+        """Forget all passes."""
+        self._passes = []
+
+    def example_calls(self, losses: Tensor, ticket: Ticket) -> Iterator[Calls]:
+        """What each layer saw and got, by blocks of rows that together are the batch."""
+        passes = self.passes(ticket)
+        gradients = self.gradients(losses.sum(), passes)
+        used = [(record, grads) for record, grads in zip(passes, gradients, strict=True) if any_given(grads)]
+        self._check(used, passes, ticket)
+        if all(record.deferred is None for record, _ in used):
+            yield _check_rows(tapped_calls(used), ticket.rows)
+            return
+        size = self._microbatch or ticket.rows
+        for start in range(0, ticket.rows, size):
+            stop = min(start + size, ticket.rows)
+            yield _check_rows(self._block(used, slice(start, stop)), stop - start)
+
+    def gradients(
+        self, total: Tensor, passes: Sequence[ForwardPass], retain: bool = False
+    ) -> list[list[Tensor | None]]:
+        """The gradients of `total` at the edges of each pass."""
+        edges = [edge for record in passes for edge in record.edges]
+        edges += [record.consumed for record in passes if record.consumed is not None]
+        with self._ours():
+            flat = torch.autograd.grad(total, edges, allow_unused=True, retain_graph=retain) if edges else ()
+        places = iter(flat)
+        split = [[next(places) for _ in record.edges] for record in passes]
+        if any_given(list(places)):
+            cure = (
+                "Compute the training losses from a forward pass of their own, with no torch.autograd.grad through it"
+            )
+            raise refused("each forward pass in one backward pass", "backward passes", 2, cure)
+        return split
+
+    def parameter_gradients(self, total: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """What plain training would compute; keeps the graph."""
+        with self._ours():
+            return torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
+
+    def passes(self, ticket: Ticket) -> list[ForwardPass]:
+        """The remembered passes of one batch."""
+        return [record for record in self._passes if record.ticket is ticket]
+
+    def _tapped(self, taps: list[Tap], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def keep(path: str, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            if not own_parameters(layer) or (isinstance(output, Tensor) and not output.requires_grad):
+                return
+            if named or not isinstance(output, Tensor):
+                reason = "it takes keyword arguments or returns something else than one tensor"
+                raise IncompatibleModel(
+                    "Expected layers from tensors to one tensor.",
+                    [Offender(path, reason, "Call it with positional arguments, or wrap it in layers that do")],
+                )
+            kept = tuple(value.detach() if isinstance(value, Tensor) else value for value in inputs)
+            versions = tuple(value._version for value in kept if isinstance(value, Tensor))
+            taps.append(Tap(path, kept, versions, get_gradient_edge(output)))
+
+        handles = []
+        try:
+            for path, layer in self.layers.items():
+                hook = _hook(keep, path)
+                handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
+            return self._model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _deferred(self, record: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        outputs, streams = [], []
+        for start in range(0, record.rows, self._microbatch or 1):
+            rows = slice(start, min(start + (self._microbatch or 1), record.rows))
+            streams.append((rows, _streams()))
+            with torch.no_grad():
+                output = self._model(*_slice(args, record.rows, rows), **_slice(kwargs, record.rows, rows))
+            if not isinstance(output, Tensor):
+                reason = Offender(
+                    "", "microbatch joins outputs of blocks of rows", "Return one tensor, or drop microbatch"
+                )
+                raise IncompatibleModel("Expected a model that returns one tensor.", [reason])
+            outputs.append(output)
+        joined = torch.cat(outputs).requires_grad_()
+        record.deferred = Deferred(args, kwargs, streams, joined)
+        return joined.view_as(joined)
+
+    def _watch(self, record: ForwardPass) -> None:
+        """Notice a backward pass that is not ours."""
+        if not record.taps:
+            return
+        weak, recorder = weakref.ref(record), weakref.ref(self)
+
+        def notice(_: Any) -> None:
+            seen, owner = weak(), recorder()
+            if seen is not None and owner is not None and not owner._collecting:
+                seen.consume()
+
+        record.taps[-1].edge.node.register_prehook(notice)
+
+    def _check(
+        self, used: Sequence[tuple[ForwardPass, list[Tensor | None]]], passes: Sequence[ForwardPass], ticket: Ticket
+    ) -> None:
+        if not used:
+            cure = "Compute the losses from private.model(x), in grad mode, with the batch that the loader gave last"
+            raise refused("losses that depend on private.model", "forward passes", len(passes), cure)
+        for record, _ in used:
+            if record.rows != ticket.rows:
+                cure = "Call private.model once for each version of the batch, row i from example i"
+                raise refused(f"passes with the {ticket.rows} rows of the batch", "rows", record.rows, cure)
+
+    def _block(self, used: Sequence[tuple[ForwardPass, list[Tensor | None]]], rows: slice) -> Calls:
+        """One block of rows: passes that were deferred run again, with the random numbers of the first time."""
+        calls: Calls = {}
+        for record, gradients in used:
+            if record.deferred is None:
+                part = {
+                    path: [call.rows(rows) for call in each]
+                    for path, each in tapped_calls([(record, gradients)]).items()
+                }
+            else:
+                part = self._again(record, record.deferred, gradients[-1], rows)
+            for path, each in part.items():
+                calls.setdefault(path, []).extend(each)
+        return calls
+
+    def _again(self, record: ForwardPass, deferred: Deferred, gradient: Tensor | None, rows: slice) -> Calls:
+        taps: list[Tap] = []
+        stream = next(state for block, state in deferred.streams if block == rows)
+        with _replayed(stream), torch.enable_grad():
+            args, kwargs = (_slice(part, record.rows, rows) for part in (deferred.args, deferred.kwargs))
+            output = self._tapped(taps, args, kwargs)
+        seed = gradient[rows] if gradient is not None else torch.zeros_like(output)
+        with self._ours():
+            found = torch.autograd.grad(output, [tap.edge for tap in taps], seed, allow_unused=True)
+        return _calls(taps, list(found))
+
+    @contextmanager
+    def _ours(self) -> Iterator[None]:
+        self._collecting = True
+        try:
+            yield
+        finally:
+            self._collecting = False
+
+
+def tapped_calls(used: Sequence[tuple[ForwardPass, list[Tensor | None]]]) -> Calls:
+    """Inputs and gradients by layer, over all passes that kept their graph."""
+    calls: Calls = {}
+    for record, gradients in used:
+        for path, each in _calls(record.taps, gradients[: len(record.taps)]).items():
+            calls.setdefault(path, []).extend(each)
+    return calls
+
+
+def _calls(taps: Sequence[Tap], gradients: Sequence[Tensor | None]) -> Calls:
+    calls: Calls = {}
+    for tap, gradient in zip(taps, gradients, strict=True):
+        if gradient is None:
+            continue
+        now = tuple(value._version for value in tap.inputs if isinstance(value, Tensor))
+        if now != tap.versions:
+            cure = "Replace the in-place operation that follows the use of this tensor"
+            raise refused(f"inputs of {tap.path or 'the model'} unchanged until backward", "versions", now, cure)
+        calls.setdefault(tap.path, []).append(Call(tap.inputs, gradient.detach()))
+    return calls
+
+
+def _check_rows(calls: Calls, rows: int) -> Calls:
+    for path, each in calls.items():
+        if any(len(call.gradient) != rows for call in each):
+            cure = "Keep the batch dimension first inside the model: one row of each layer for each example"
+            raise refused(f"{rows} rows in layer {path}", "rows", [len(call.gradient) for call in each], cure)
+    return calls
+
+
+def any_given(gradients: Sequence[Tensor | None]) -> bool:
+    """Whether a gradient reached any of the places."""
+    return any(gradient is not None for gradient in gradients)
+
+
+def count_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Rows of the first tensor among the arguments of a model."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 0]
+    if not tensors:
+        cure = "Pass x as a tensor with the batch dimension first"
+        raise refused("a tensor among the arguments of private.model", "arguments", len(args) + len(kwargs), cure)
+    return len(tensors[0])
+
+
+def _hook(keep: Any, path: str) -> Any:
+    def hook(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        keep(path, layer, inputs, named, output)
+
+    return hook
+
+
+def _differentiated(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values()))
+
+
+def _slice(values: Any, n: int, rows: slice) -> Any:
+    """Tensors with n rows cut to some rows, in a tuple or a dict."""
+    if isinstance(values, dict):
+        return {key: _slice((value,), n, rows)[0] for key, value in values.items()}
+    cut = (isinstance(value, Tensor) and value.ndim > 0 and len(value) == n for value in values)
+    return tuple(value[rows] if by_row else value for value, by_row in zip(values, cut, strict=True))
+
+
+def _streams() -> tuple[Tensor, list[Tensor]]:
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else []
+
+
+@contextmanager
+def _replayed(states: tuple[Tensor, list[Tensor]]) -> Iterator[None]:
+    """The global streams as they were, for dropout that must fall the same way again; then as they are now."""
+    now = _streams()
+    _set_streams(states)
+    try:
+        yield
+    finally:
+        _set_streams(now)
+
+
+def _set_streams(states: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(states[0])
+    if states[1]:
+        torch.cuda.set_rng_state_all(states[1])

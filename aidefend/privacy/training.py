@@ -1,0 +1,294 @@
+"""Differentially private training around the user's own loop."""
+
+import inspect
+import os
+import secrets
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aidefend._core.checks import check_int, expected, refuse
+from aidefend._core.errors import IncompatibleModel, Offender, PrivacyError
+from aidefend._core.modules import device_of, preserve
+from aidefend.privacy.checkpoint import load_run, read_facts, save_run
+from aidefend.privacy.clipping import clipped_sum
+from aidefend.privacy.config import PrivacyConfig
+from aidefend.privacy.first_step import verify_losses
+from aidefend.privacy.ledger import PrivacyLedger
+from aidefend.privacy.poisson_loader import PoissonLoader, RowSource
+from aidefend.privacy.private_loss import PerExampleLoss, checked_losses, example_losses, scalar_with
+from aidefend.privacy.private_model import PrivateModel, zero_rows
+from aidefend.privacy.private_optimizer import ParameterGuard, PrivateOptimizer
+from aidefend.privacy.readiness import Problem, dynamic_problems, static_problems
+from aidefend.privacy.recorder import Recorder
+from aidefend.privacy.statement import PrivacyStatement, make_statement
+from aidefend.privacy.step_book import StepBook, refused
+
+_PROBE_ROWS = 4
+_CLAIMED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+def make_private(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    dataset: Any,
+    per_example_loss: PerExampleLoss,
+    config: PrivacyConfig,
+    *,
+    ledger: PrivacyLedger | None = None,
+) -> "PrivateTraining":
+    """Wrap model, optimizer, data and loss so that the user's own loop is differentially private.
+
+    Guarantee: the weights after any number of steps are (epsilon, delta)-DP with the epsilon of `private.epsilon()`,
+        for the unit and neighbouring relation of `private.statement()`. Set-ups that void this are refused: batches of
+        another sampler, coupled examples, un-noised buffers, gradients from elsewhere, more steps than planned. What
+        cannot be seen from here is listed in the statement under "Not covered".
+    Args:
+        model: In train mode where that matters; not compiled, not data-parallel. Trainable: what requires_grad.
+        optimizer: A fresh torch optimizer over exactly the trainable parameters of the model.
+        dataset: Map-style, samples (x, y); or tensors (x, y). Its length serves to draw batches and nothing else.
+        per_example_loss: (outputs, targets) -> (N,), loss i from row i alone.
+        config: The public numbers.
+        ledger: The ledger of this data set, if runs are to compose.
+    Returns: `PrivateTraining`, with `.loader .model .optimizer .loss .backward` for the loop.
+    Raises: IncompatibleModel: lists every module or parameter that cannot be trained privately. PrivacyError: another
+        part of the set-up voids the guarantee. BudgetExceeded: the ledger has no room for the run.
+    Cost: About fifteen passes of four rows; then each step costs one forward and one backward pass, and the
+        per-example gradients of each layer.
+
+    Source: Abadi et al. 2016; output gradients kept for a second use: Bu, Wang, Zha, Karypis 2023 (book-keeping).
+
+    Example:
+        >>> x, y = torch.rand(64, 4), torch.arange(64) % 2
+        >>> config = PrivacyConfig(
+        ...     expected_batch_size=16,
+        ...     public_size=64,
+        ...     steps=3,
+        ...     max_grad_norm=1.0,
+        ...     delta=1e-5,
+        ...     noise_multiplier=1.0,
+        ... )
+        >>> model = nn.Linear(4, 2)
+        >>> private = make_private(
+        ...     model,
+        ...     torch.optim.SGD(model.parameters(), lr=0.1),
+        ...     (x, y),
+        ...     nn.CrossEntropyLoss(reduction="none"),
+        ...     config,
+        ... )
+        >>> for x, y in private.loader:
+        ...     private.optimizer.zero_grad()
+        ...     private.loss(private.model(x), y).backward()
+        ...     private.optimizer.step()
+        >>> round(private.epsilon(), 1)
+        5.2
+    """
+    _check_arguments(model, optimizer, per_example_loss, config, ledger)
+    if any(module in _CLAIMED for module in model.modules()):
+        cure = "Call release() on the first one; both runs compose (keep them in one PrivacyLedger)"
+        raise refused("a model without a private training around it", "model", type(model).__name__, cure)
+    source = RowSource(dataset)
+    refuse_problems(static_problems(model))
+    _check_optimizer(model, optimizer)
+    probe = tuple(part.to(device_of(model)) for part in source.probe(_PROBE_ROWS))
+    refuse_problems(dynamic_problems(model, per_example_loss, probe[0], probe[1]))
+    return PrivateTraining(model, optimizer, source, per_example_loss, config, ledger, (probe[0], probe[1]))
+
+
+class PrivateTraining:
+    """What `make_private` returns: the parts of the loop, and the account of what it cost.
+
+    Attributes:
+        loader: Poisson batches (x, y); iterating with nothing left raises BudgetExceeded.
+        model: The model for training and attack passes; `model.module` is the user's own.
+        optimizer: Takes schedulers; its `step` raises BudgetExceeded before it would overspend.
+        config: As given.
+        masked_rows: Rows without a finite gradient so far. Private: it is not noised, do not publish it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        source: RowSource,
+        per_example_loss: PerExampleLoss,
+        config: PrivacyConfig,
+        ledger: PrivacyLedger | None,
+        probe: tuple[Tensor, Tensor],
+    ) -> None:
+        self.config = config
+        self.masked_rows = 0
+        self._module, self._per_example_loss, self._probe = model, per_example_loss, probe
+        self._ledger = ledger
+        self._run = secrets.token_hex(16) if ledger is None else ledger.open_run(config)
+        self._covered = 0
+        self._verified = False
+        self._approved = {_shape_of(model)}
+        self._book = StepBook(config.steps, self._reserve)
+        self._guard = ParameterGuard(model, optimizer)
+        self._recorder = Recorder(model, config.microbatch)
+        self.loader = PoissonLoader(source, config, self._book)
+        self.model = PrivateModel(model, self._book, self._recorder, self._approve, self._empty_outputs)
+        self.optimizer = PrivateOptimizer(optimizer, config, self._book, self._guard)
+        self.optimizer.on_step = self._recorder.clear
+        _CLAIMED.update(model.modules())
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps that are charged: every batch drawn from the loader, stepped or not."""
+        return self._book.charged
+
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        """The mean of the per-example losses, as a scalar whose `backward()` is the private one.
+
+        Its value is not private. Rows that the loss cannot take are masked.
+        """
+        losses, failed = example_losses(self._per_example_loss, outputs, targets)
+        self.masked_rows += failed
+        return scalar_with(losses, self.backward)
+
+    def backward(self, losses: Tensor) -> None:
+        """The private backward pass of per-example losses (N,) that were computed with `private.model`.
+
+        Guarantee: as `make_private`, if losses[i] depends on row i alone. In the first steps the dependence of the
+            gradients is checked; a coupling of values without a gradient (a detached batch mean) is not seen here:
+            `check_private_ready` sees it in a loss of outputs and targets.
+        Args:
+            losses: From one or several forward passes of the batch that the loader gave last, row i from example i.
+        Raises: PrivacyError: wrong shape, a second backward pass for one batch, passes with other rows, losses that
+            couple rows or reach parameters on another way than through the model's layers.
+        """
+        checked_losses(losses)
+        ticket = self._book.begin_backward(len(losses))
+        if ticket is None:
+            return
+        if len(losses) == 0:
+            self._take({}, ticket)
+            return
+        self._guard.check()
+        if not self._verified:
+            seed = secrets.randbits(62)
+            self._verified = verify_losses(self._recorder, losses, ticket, self._guard.trainable, seed)
+        found = clipped_sum(self._recorder, losses, ticket, self.config.max_grad_norm, self.config.clipping)
+        self.masked_rows += found.masked
+        self._take(found.sums, ticket)
+
+    def epsilon(self) -> float:
+        """What the charged steps have spent, at config.delta. Before the first: 0."""
+        return self.config.spent(self._book.charged).epsilon
+
+    def statement(self) -> PrivacyStatement:
+        """The guarantee of the run as it stands now."""
+        return make_statement(self.config, self._book.charged)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights, optimizer state and spent steps to one file, whole or not at all. No random state is kept."""
+        facts = {"digest": self.config.digest(), "config": self.config.to_dict(), "run": self._run}
+        save_run(path, self._module, self.optimizer.inner, {**facts, "charged": self._book.charged})
+
+    def resume(self, path: str | os.PathLike[str]) -> None:
+        """Take up a saved run: same configuration, fresh noise, spent steps stay spent.
+
+        Steps between the save and a crash are charged if the run has a ledger; without one they are unknown here.
+        Raises: PrivacyError: another configuration, model or optimizer, a damaged file, or a run that has begun.
+        """
+        if self._book.charged:
+            cure = "Call resume right after make_private"
+            raise refused("a run without steps", "steps taken", self._book.charged, cure)
+        header, tensors = read_facts(path)
+        facts = header.get("facts")
+        if not isinstance(facts, dict) or facts.get("digest") != self.config.digest():
+            cure = "Resume with the very PrivacyConfig of the saved run; another one is another run"
+            raise refused("the configuration of the saved run", "config", self.config, cure)
+        charged = check_int(facts.get("charged"), "charged", 0, self.config.steps)
+        run = str(facts.get("run"))
+        if self._ledger is not None:
+            charged = max(charged, self._ledger.reserved(run, self.config.digest()))
+        load_run(path, self._module, self.optimizer.inner, header, tensors)
+        if self._ledger is not None:
+            self._ledger.close_run(self._run, 0)
+        self._run, self._covered = run, charged
+        self._book.charged = charged
+
+    def release(self) -> None:
+        """End the run: the model is free for another one, and the ledger gets unused steps back."""
+        if self._book.released:
+            return
+        self._book.released = True
+        self._recorder.clear()
+        for module in self._module.modules():
+            _CLAIMED.discard(module)
+        if self._ledger is not None:
+            self._ledger.close_run(self._run, self._book.charged)
+
+    def _take(self, sums: dict[str, Tensor], ticket: Any) -> None:
+        self.optimizer.accept(sums)
+        ticket.graded = True
+        self._recorder.clear()
+
+    def _reserve(self, steps: int) -> None:
+        self._recorder.clear()
+        if self._ledger is not None and steps > self._covered:
+            self._covered = self._ledger.reserve(self._run, steps)
+
+    def _approve(self, model: nn.Module) -> None:
+        """Another train/eval mode or another module since the last look is looked at again."""
+        shape = _shape_of(model)
+        if shape not in self._approved:
+            x, y = self._probe
+            refuse_problems(static_problems(model) or dynamic_problems(model, self._per_example_loss, x, y))
+            self._approved.add(shape)
+
+    def _empty_outputs(self) -> Any:
+        with preserve(self._module), torch.no_grad():
+            return zero_rows(self._module(self._probe[0]))
+
+
+def refuse_problems(problems: list[Problem]) -> None:
+    """Raise for what `check_private_ready` found: the loss by PrivacyError, the model by IncompatibleModel."""
+    of_loss = [problem for problem in problems if problem.name.startswith("loss-")]
+    if of_loss:
+        first = of_loss[0]
+        raise refused("a loss of independent examples", "per_example_loss", first.reason, first.cure)
+    if problems:
+        offenders = [Offender(problem.path, problem.reason, problem.cure) for problem in problems]
+        raise IncompatibleModel("Expected a model that can be trained privately.", offenders)
+
+
+def _shape_of(model: nn.Module) -> tuple[tuple[type, bool], ...]:
+    return tuple((type(module), module.training) for module in model.modules())
+
+
+def _check_arguments(model: Any, optimizer: Any, per_example_loss: Any, config: Any, ledger: Any) -> None:
+    if not isinstance(model, nn.Module) or isinstance(model, PrivateModel):
+        raise refuse("model to be the plain nn.Module", "model", type(model).__name__, "Pass the module itself")
+    if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, PrivateOptimizer):
+        cure = "Pass a plain torch optimizer, such as SGD or Adam"
+        raise refused("a plain torch.optim.Optimizer", "optimizer", type(optimizer).__name__, cure)
+    if not callable(per_example_loss):
+        cure = 'Pass a function such as nn.CrossEntropyLoss(reduction="none")'
+        raise refuse("per_example_loss(outputs, targets) -> (N,)", "per_example_loss", per_example_loss, cure)
+    if not isinstance(config, PrivacyConfig):
+        raise refuse("config to be a PrivacyConfig", "config", type(config).__name__, "Build PrivacyConfig(...)")
+    if ledger is not None and not isinstance(ledger, PrivacyLedger):
+        raise refuse("ledger to be a PrivacyLedger", "ledger", type(ledger).__name__, "Open PrivacyLedger(path)")
+
+
+def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if isinstance(optimizer, torch.optim.LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty):
+        cure = "Use an optimizer that steps once on one gradient, such as SGD or Adam"
+        raise refused("an optimizer without closures", "optimizer", type(optimizer).__name__, cure)
+    if optimizer.state:
+        cure = "Make a fresh optimizer: its state may hold un-noised gradients. To go on with a private run use resume"
+        raise refused("an optimizer without state", "optimizer.state", f"{len(optimizer.state)} entries", cure)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    foreign = len(held - names.keys())
+    if missing or foreign:
+        found = f"{missing[:10]} missing, {foreign} of no such model"
+        message = expected("an optimizer over the model's trainable parameters", "optimizer", found, "Rebuild it")
+        raise PrivacyError(message)
