@@ -28,7 +28,7 @@ def describe(value: object) -> str:
 def refuse(
     rule: str, name: str, value: object, cure: str, error: type[AidefendError] = ConfigurationError
 ) -> AidefendError:
-    """The error to raise: `raise refuse("eps >= 0", "eps", eps, "Pass a radius in the units of x")`."""
+    """Make the error for a bad argument, to be raised by the caller."""
     return error(expected(rule, name, value, cure))
 
 

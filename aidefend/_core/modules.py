@@ -26,7 +26,7 @@ def preserve(model: Model) -> Iterator[None]:
 
     Guarantee: each module's own train/eval flag; each parameter's requires_grad and .grad (the same object with the
         same content, or None); each buffer (the same object, content and key); hooks; the random streams of torch (CPU
-        and CUDA), numpy and random. Parameter values are not touched. A plain callable has only its random streams kept.
+        and CUDA), numpy and random. Parameter values are not touched. For a plain callable the streams alone.
     Args:
         model: A module, or any callable. Inside the context every .grad is None.
     Cost: One copy of the buffers; no pass through the model.
@@ -202,7 +202,7 @@ def device_of(model: Model, default: torch.device | str = "cpu") -> torch.device
 
 
 def training_layers(model: Model) -> list[Offender]:
-    """Modules in train mode whose output then depends on batch mates or on chance (BatchNorm, dropout and their kin)."""
+    """Modules in train mode whose output then depends on batch mates or on chance (BatchNorm, dropout, their kin)."""
     if not isinstance(model, nn.Module):
         return []
     kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.modules.instancenorm._InstanceNorm)

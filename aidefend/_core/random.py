@@ -1,4 +1,4 @@
-"""Randomness: seeded streams of our own, never the user's global ones, and a secure stream from the operating system."""
+"""Randomness: seeded streams of our own, never the user's global ones, and secure bits of the operating system."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""What the adversary may do to an input: the one description that attacks, objectives, certificates and reports share."""
+"""What the adversary may do to an input: the one description for attacks, objectives, certificates and reports."""
 
 import dataclasses
 import hashlib
@@ -71,7 +71,7 @@ class Threat:
         return low, high
 
     def radius(self, x: Tensor) -> Tensor:
-        """eps as a tensor that broadcasts against x; radii by sample come as (N, 1, ...)."""
+        """Eps as a tensor that broadcasts against x; radii by sample come as (N, 1, ...)."""
         eps = torch.as_tensor(self.eps, dtype=x.dtype, device=x.device)
         by_feature = self.norm == "linf" and x.ndim == 2 and eps.shape == x.shape[1:]
         if eps.ndim == 1 and len(eps) == len(x) and not by_feature:

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from aidefend._core.batches import as_dataset
 from aidefend._core.checks import check_int, check_tensor, refuse
-from aidefend._core.errors import ConfigurationError
 from aidefend._core.evidence import Evidence, Finding, Severity
 from aidefend._core.modules import Model
 from aidefend._core.random import derive_seed
 from aidefend._core.stats import Interval
 from aidefend.attacks.membership import TrainFn, train_isolated
+from aidefend.attacks.poisoning import Patch
 from aidefend.audit.subject import Samples, check_model, draw, found, predictions, samples_of, share
 
 _LIMITS = "Shows this trigger only: other triggers, clean-label and triggerless poison are not tested by it."
@@ -70,12 +70,12 @@ def audit_poisoning(
         wanted = target if target is not None else getattr(attack, "target", None)
         findings += _judge(check_model(model), held_out, trigger, wanted, "poisoning.", "the given model", seed)
     if train_fn is not None:
-        attack = _default_attack() if attack is None else attack
+        attack = Patch(target=0, rate=0.05) if attack is None else attack
         dataset = as_dataset(train)
         poisoned = attack.poison(dataset, seed=derive_seed(seed, "poison") % 2**31)
         victim = check_model(train_isolated(train_fn, poisoned.dataset, derive_seed(seed, "victim") % 2**31))
-        wanted = getattr(attack, "target", None)
-        wanted = target if wanted is None else wanted
+        known = (getattr(source, "target", None) for source in (poisoned, attack))
+        wanted = next((value for value in known if value is not None), target)
         prefix = "poisoning.retrained_" if findings else "poisoning."
         about = f"a model trained on data poisoned by {_name(attack)}"
         findings += _judge(victim, held_out, poisoned.trigger, wanted, prefix, about, seed)
@@ -87,7 +87,10 @@ def _judge(
 ) -> list[Finding]:
     clean = predictions(model, data.x)
     accuracy = share(clean == data.y.cpu())
-    marked = predictions(model, _triggered(trigger, data.x))
+    shown = _triggered(trigger, data.x)
+    if torch.equal(shown, data.x):
+        return [_clean_finding(prefix, accuracy, len(data.x), {"model": about}, about), _no_trigger(prefix, about)]
+    marked = predictions(model, shown)
     rows = torch.arange(len(data.x))
     guessed = target is None
     if target is None:
@@ -107,13 +110,7 @@ def _judge(
         "seed": seed,
     }
     return [
-        found(
-            f"{prefix}clean_accuracy",
-            f"Accuracy on clean samples of {about}",
-            interval=accuracy,
-            n=len(data.x),
-            setting=setting,
-        ),
+        _clean_finding(prefix, accuracy, len(data.x), setting, about),
         found(
             f"{prefix}attack_success_rate",
             f"Samples that the trigger turns into class {target}, {about}",
@@ -125,6 +122,17 @@ def _judge(
             limits=_LIMITS,
         ),
     ]
+
+
+def _clean_finding(prefix: str, accuracy: Interval, n: int, setting: dict[str, Any], about: str) -> Finding:
+    title = f"Accuracy on clean samples of {about}"
+    return found(f"{prefix}clean_accuracy", title, interval=accuracy, n=n, setting=setting)
+
+
+def _no_trigger(prefix: str, about: str) -> Finding:
+    title = f"Samples that the trigger turns into the target class, {about}"
+    limits = "The trigger changes no sample, as for poison that works by labels alone: see the clean accuracy."
+    return found(f"{prefix}attack_success_rate", title, status="not shown", limits=limits)
 
 
 def _severity(success: Interval, before: Interval) -> Severity:
@@ -144,15 +152,6 @@ def _triggered(trigger: Any, x: Tensor) -> Tensor:
     if marked.shape != x.shape:
         raise refuse(f"trigger(x) of shape {tuple(x.shape)}", "trigger", marked, "Return x with the trigger on it")
     return marked.to(x)
-
-
-def _default_attack() -> Any:
-    try:
-        from aidefend.attacks.poisoning import Patch
-    except ImportError as error:
-        message = "Expected attack, got attack=None. Pass an object with .poison(dataset, seed=0)."
-        raise ConfigurationError(message) from error
-    return Patch(target=0, rate=0.05)
 
 
 def _name(attack: Any) -> str:

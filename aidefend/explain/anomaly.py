@@ -78,7 +78,7 @@ def attribution_anomaly(
         "attribution_anomaly",
         {"alpha": alpha, "method": method, "steps": steps, "seed": seed, "reference_n": len(reference)},
         "an input with a localised trigger, given to a model that reacts to it",
-        "Innocent-looking attributions can be trained into a model; a trigger where the class looks anyhow is not seen.",
+        "Innocent-looking attributions can be trained into a model; a trigger where the class looks anyhow is missed.",
     )
 
 

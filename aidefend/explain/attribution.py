@@ -29,8 +29,7 @@ class Attribution:
     """Feature attributions of a batch.
 
     Args:
-        values: The shape and dtype of x. Signed for integrated gradients, SmoothGrad and occlusion (positive: raises the
-            logit), absolute for saliency.
+        values: The shape and dtype of x. Absolute for saliency, else signed: positive raises the logit.
         target: (N,) the explained classes.
         completeness_error: (N,) |sum of values - (f(x) - f(baseline))| in logits for integrated gradients, which sum up
             to the difference exactly if the integral is exact; NaN for the methods without that property.
@@ -43,7 +42,7 @@ class Attribution:
     method: Method
 
     def mass(self) -> Tensor:
-        """Share of the absolute attribution on each feature, summing to one for each sample; uniform if all are zero."""
+        """Share of the absolute attribution on each feature, summing to one a sample; uniform if all are zero."""
         size = self.values.abs().flatten(1).double()
         total = size.sum(dim=1, keepdim=True)
         even = torch.full_like(size, 1 / max(1, size.shape[1]))
@@ -85,8 +84,8 @@ def attribute(
     Raises: ConfigurationError: x not finite, target out of range, the model does not return logits.
     Cost: forward and backward passes a sample: 1 (saliency), `steps` and two forwards (integrated gradients), `samples`
         (SmoothGrad); one forward for each window position (occlusion).
-    Source: Simonyan et al. 2014; Sundararajan et al. 2017 (quadrature: Gauss-Legendre instead of Riemann); Smilkov et al.
-        2017; Zeiler, Fergus 2014.
+    Source: Simonyan et al. 2014; Sundararajan et al. 2017 (Gauss-Legendre instead of Riemann); Smilkov et al. 2017;
+        Zeiler, Fergus 2014.
     Example:
         >>> weight = torch.tensor([[1.0, -2.0], [0.0, 0.0]])
         >>> attribute(lambda x: x @ weight.T, torch.tensor([[3.0, 1.0]]), 0, steps=4).values

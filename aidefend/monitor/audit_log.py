@@ -78,7 +78,7 @@ class AuditLog:
             return state.entries
 
     def anchor(self, path: str | os.PathLike[str]) -> dict[str, Any]:
-        """Write where the log stands to a second file (one line more each time), to be kept elsewhere, and return it."""
+        """Write where the log stands to a second file (one line more each time), to keep elsewhere, and return it."""
         with self._thread, self._locked():
             state = self._recover(self._load_state())
         anchor = {"entries": state.entries, "head": state.head, "time": self._clock()}

@@ -57,7 +57,7 @@ class FeatureDrift:
 class DriftMonitor:
     """Compares new data with reference data, and watches a guard's p-values.
 
-    Guarantee: `check` flags anything at all on rows drawn like the reference with probability at most alpha for one call
+    Guarantee: `check` flags anything on rows drawn like the reference with probability at most alpha for one call
         (Holm, under every dependence of the features); many calls need their own correction. `observe` raises a false
         alarm with probability at most alpha over its whole life; see `CalibrationMartingale`.
     Args:

@@ -45,7 +45,7 @@ class CalibrationMartingale:
         sides: "low" bets on p-values that become small (strange inputs) and holds for every valid p-value; "both" also
             on ones that become large (inputs that collapse), and needs scores without ties.
     Cost: O(batch x 72), constant memory.
-    Source: Vovk 2021 (testing randomness online); Ville 1939; Massart 1990 (band). The bets are on the share of p-values
+    Source: Vovk 2021 (testing randomness online); Ville 1939; Massart 1990. The bets are on the share of p-values
         below and above fixed thresholds, mixed over stakes and over starting times.
     Example:
         >>> watch = CalibrationMartingale(alpha=0.01, calibration_n=1000)

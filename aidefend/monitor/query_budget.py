@@ -77,7 +77,10 @@ class QueryBudget:
     Cost: One disk-synchronous transaction for each of reserve, commit, refund.
     Example:
         >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder, QueryBudget(f"{folder}/b.sqlite", Bucket(10)) as budget:
+        >>> with (
+        ...     tempfile.TemporaryDirectory() as folder,
+        ...     QueryBudget(f"{folder}/b.sqlite", Bucket(10)) as budget,
+        ... ):
         ...     budget.commit(budget.reserve("team-a", 4))
         ...     budget.remaining("team-a")
         6.0
@@ -178,7 +181,8 @@ class QueryBudget:
 
     def _refill(self, account: str) -> tuple[int, float, int]:
         """Level, time and capacity of the account now. A clock that went back refills nothing; a capacity that the
-        operator changed since moves the level by the difference."""
+        operator changed since moves the level by the difference.
+        """
         bucket, now = self._bucket(account), self._clock()
         capacity = int(bucket.capacity * _UNIT)
         query = "SELECT level, updated, capacity FROM accounts WHERE principal = ?"
@@ -198,8 +202,9 @@ class QueryBudget:
                 f"Expected cost <= {level / _UNIT:g} left for {whose}, got cost={units / _UNIT:g}. {wait}."
             )
         self._database.execute(
-            "INSERT INTO accounts VALUES (?, ?, ?, ?, ?, 0) ON CONFLICT (principal) DO UPDATE SET level = excluded.level, "
-            "updated = excluded.updated, capacity = excluded.capacity, reserved = reserved + excluded.reserved",
+            "INSERT INTO accounts VALUES (?, ?, ?, ?, ?, 0) ON CONFLICT (principal) DO UPDATE SET "
+            "level = excluded.level, updated = excluded.updated, "
+            "capacity = excluded.capacity, reserved = reserved + excluded.reserved",
             (account, level - units, updated, capacity, units),
         )
 

@@ -140,7 +140,7 @@ def rank_for(alpha: float, n: int) -> int:
 
 def least_rows(alpha: float) -> int:
     """The smallest n with floor(alpha (n + 1)) >= 1."""
-    return max(1, math.ceil(1 / alpha - 1 - 1e-9))
+    return max(1, math.ceil(1 / check_probability(alpha, "alpha") - 1 - 1e-9))
 
 
 def _knots(scores: Tensor, levels: list[float], heights: Tensor) -> tuple[Tensor, Tensor]:

@@ -207,7 +207,7 @@ class InputSpec:
             raise refuse(f'schema "{_SCHEMA}"', "data", data, "Pass what InputSpec.to_dict returned")
         names = {field.name for field in dataclasses.fields(cls)}
         found = {key: value for key, value in data.items() if key != "schema"}
-        if set(found) != names or found["dtype"] not in _DTYPES or not isinstance(found["shape"], list):
+        if set(found) != names or found["dtype"] not in tuple(_DTYPES) or not isinstance(found["shape"], list):
             raise refuse(f"the keys {sorted(names)} with a known dtype", "data", data, "Write it with InputSpec.save")
         sizes = tuple(tuple(size) if isinstance(size, list) else size for size in found["shape"])
         return cls(**{**found, "shape": sizes, "dtype": _DTYPES[found["dtype"]]})

@@ -16,7 +16,7 @@ from aidefend._core.report import reasons_by_row
 
 def example() -> Evidence:
     findings = [
-        Finding("a.share", "Share", Severity.HIGH, 0.5, 0.4, 0.6, 100, {"seed": 1}, "linf", "one seed", {"cwe": "CWE-1"}),
+        Finding("a.share", "Share", Severity.HIGH, 0.5, 0.4, 0.6, 9, {"seed": 1}, "linf", "one seed", {"cwe": "CWE-1"}),
         Finding("b.skipped", "Skipped", status="not tested"),
     ]
     return Evidence(findings, {"seed": 1, "run": {"time": "now"}})

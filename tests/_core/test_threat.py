@@ -117,9 +117,10 @@ def test_radius_by_sample_by_feature_and_by_channel():
     moved = by_channel.project(x + 1, x) - x
     assert torch.allclose(moved[:, 0], torch.tensor(0.1)) and torch.allclose(moved[:, 1], torch.tensor(0.2))
     table = torch.full((2, 2), 0.5)
-    assert torch.allclose(Threat("linf", torch.tensor([0.1, 0.3])).project(table + 1, table), table + torch.tensor([0.1, 0.3]))
-    l2 = Threat("l2", torch.tensor([0.1, 0.3]))
-    assert torch.allclose(l2.distance(l2.project(table + 1, table), table), torch.tensor([0.1, 0.3]).double(), atol=1e-6)
+    radii = torch.tensor([0.1, 0.3])
+    assert torch.allclose(Threat("linf", radii).project(table + 1, table), table + radii)
+    l2 = Threat("l2", radii)
+    assert torch.allclose(l2.distance(l2.project(table + 1, table), table), radii.double(), atol=1e-6)
 
 
 def test_empty_batch():

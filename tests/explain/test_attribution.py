@@ -63,7 +63,7 @@ def test_occlusion_equals_a_naive_loop(shape, window):
     _, model = linear(shape)
     x, y = batch(shape, 2)
     stride, total, cover = max(1, window // 2), torch.zeros_like(x), torch.zeros_like(x)
-    sides = [size for size in shape[-2:]] if len(shape) == 3 else [shape[-1]]
+    sides = list(shape[-2:]) if len(shape) == 3 else [shape[-1]]
     starts = [sorted({*range(0, max(0, side - window) + 1, stride), max(0, side - window)}) for side in sides]
     for first in starts[0]:
         for second in starts[1] if len(starts) == 2 else [None]:
@@ -81,7 +81,8 @@ def test_occlusion_equals_a_naive_loop(shape, window):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_conventions(method):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 3))
+    body = nn.Linear(36, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Tanh()
+    model = nn.Sequential(nn.Flatten(), *body, nn.Linear(8, 3))
     model.train()
     model[2].eval()
     x, y = batch((1, 6, 6), 7)
@@ -102,7 +103,8 @@ def test_conventions(method):
 
 
 def test_a_zero_attribution_has_even_mass():
-    found = attribute(lambda x: torch.stack([x.sum(1) * 0, x.sum(1)], dim=1), torch.rand(2, 4, generator=torch.Generator()), 0)
+    x = torch.rand(2, 4, generator=torch.Generator())
+    found = attribute(lambda x: torch.stack([x.sum(1) * 0, x.sum(1)], dim=1), x, 0)
     assert torch.allclose(found.mass(), torch.full((2, 4), 0.25, dtype=torch.float64))
 
 

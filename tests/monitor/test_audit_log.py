@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -101,14 +102,14 @@ def test_a_replayed_state_shows_against_an_anchor_only(tmp_path):
         log.append({"number": 3})
         log.anchor(tmp_path / "anchors")
     for suffix in ("", ".state"):
-        os.replace(f"{path}{suffix}.old", f"{path}{suffix}")
+        Path(f"{path}{suffix}.old").replace(f"{path}{suffix}")
     assert AuditLog(path, KEY).verify().ok
     result = AuditLog(path, KEY).verify(tmp_path / "anchors")
     assert not result.ok and result.integrity and result.completeness == "broken"
 
 
 def test_a_later_intruder_cannot_rewrite_the_past(tmp_path):
-    """Planted violation: with everything that is on the machine, entries written before the break-in cannot be made anew."""
+    """Planted violation: with all that is on the machine, entries from before the break-in cannot be made anew."""
     path = written(tmp_path / "a.jsonl")
     stolen = read_state(path.with_name("a.jsonl.state"))
     lines = lines_of(path)

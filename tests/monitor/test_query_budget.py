@@ -32,7 +32,7 @@ def test_reserve_commit_refund(tmp_path):
         assert budget.remaining("a") == 6
         budget.commit(first)
         second = budget.reserve("a", 6)
-        with pytest.raises(BudgetExceeded, match="<= 0 left for principal 'a', got cost=0.5"):
+        with pytest.raises(BudgetExceeded, match=r"<= 0 left for principal 'a', got cost=0\.5"):
             budget.reserve("a", 0.5)
         budget.refund(second)
         assert (budget.remaining("a"), budget.spent("a"), budget.remaining("b")) == (6, 4, 8)
@@ -121,7 +121,8 @@ def test_edited_books_are_found(tmp_path):
             connection.commit()
             assert not budget.verify().ok, edit
             connection.executescript("DROP TABLE accounts; DROP TABLE reservations;" + "\n".join(before[0:0]))
-            connection.executescript("\n".join(line for line in before if line not in ("BEGIN TRANSACTION;", "COMMIT;")))
+            frame = ("BEGIN TRANSACTION;", "COMMIT;")
+            connection.executescript("\n".join(line for line in before if line not in frame))
             connection.close()
             assert budget.verify().ok
 

@@ -68,7 +68,7 @@ def test_the_budget_ends_the_queries_and_what_was_answered_counts():
 def test_no_trace_on_victim_and_streams_and_repeatable():
     victim = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).train()
     before = {name: value.clone() for name, value in victim.state_dict().items()}
-    _, pool, held_out = world()
+    _, pool, _ = world()
     attack = Extraction(lambda seed: nn.Sequential(nn.Dropout(0.3), student(seed)), 100, epochs=2)
     state = torch.get_rng_state()
     with torch.no_grad():

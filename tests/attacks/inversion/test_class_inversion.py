@@ -1,4 +1,4 @@
-"""Class inversion on models whose most typical input is known; with gradients, by probes, and with nothing to follow."""
+"""Class inversion on models whose most typical input is known: by gradients, by probes, with nothing to follow."""
 
 import pickle
 
@@ -51,7 +51,9 @@ def test_the_prior_decides_where_the_model_is_indifferent():
 
     y = torch.zeros(1, dtype=torch.int64)
     smooth = ClassInversion(steps=150, total_variation=2.0, l2=0.0)(OnePixel(), y, shape=(1, 5, 5), seed=0)
-    rough = ClassInversion(steps=150, total_variation=0.0, l2=5.0, start_noise=0.0)(OnePixel(), y, shape=(1, 5, 5), seed=0)
+    rough = ClassInversion(steps=150, total_variation=0.0, l2=5.0, start_noise=0.0)(
+        OnePixel(), y, shape=(1, 5, 5), seed=0
+    )
     assert smooth.x.std() < 0.5 * rough.x.std()
     outside = torch.ones(5, 5, dtype=torch.bool)
     outside[2, 2] = False

@@ -1,4 +1,4 @@
-"""Loss threshold and likelihood ratio against closed forms, naive twins, a two-point world and a model that memorises."""
+"""Loss threshold and likelihood ratio against closed forms, naive twins, a two-point and a memorising world."""
 
 import math
 import pickle
@@ -131,7 +131,7 @@ def test_halves_are_balanced_pairs():
 
 @pytest.mark.parametrize(("mode", "least"), [("online", 0.999), ("offline", 0.97)])
 def test_lira_sees_what_one_threshold_cannot(mode, least):
-    """Rows differ more in how easy they are than in whether they were seen: the loss hides the members, LiRA finds them."""
+    """Rows differ more in how easy they are than in whether they were seen: the loss hides what LiRA finds."""
     x = torch.linspace(0, 1, 120)[:, None]
     y = torch.zeros(120, dtype=torch.int64)
     inside = torch.arange(120) % 2 == 0

@@ -1,0 +1,62 @@
+"""Chapter 2: adversarial examples against three ways to train the same network."""
+
+from collections.abc import Sequence
+
+from aidefend._core.evidence import Evidence
+from aidefend._core.threat import Threat
+from aidefend.adversarial import TRADES, PGDTraining
+from aidefend.attacks import PGD
+from aidefend.audit import CurvePoint, SummaryRow, evaluate_robustness
+from aidefend.demo import figures
+from aidefend.demo.world import Chapter, Loss, Tell, World, between, plain_loss, renamed, small_net, train
+
+THREAT = Threat("linf", 0.2)
+CURVE = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+
+
+def evasion(world: World, tell: Tell) -> Chapter:
+    """Train undefended, with PGD and with TRADES; attack each with a cascade; report the worst case for each digit."""
+    inner = PGD(THREAT, steps=5, step_size=0.1)
+    objectives: dict[str, tuple[Loss, int]] = {
+        "undefended": (plain_loss, 6),
+        "PGD training": (PGDTraining(inner), 8),
+        "TRADES": (TRADES(inner, beta=3.0), 8),
+    }
+    results, evidence = {}, Evidence()
+    for name, (objective, epochs) in objectives.items():
+        model = small_net(world.seed_of("evasion net"))
+        train(
+            model, world.train, epochs=epochs, seed=world.seed_of("evasion order"), loss=objective, rate=4e-3, name=name
+        )
+        result = evaluate_robustness(model, world.test, THREAT, seed=world.seed, curve=CURVE)
+        results[name], world.models[name] = result, model
+        evidence += Evidence(renamed(finding, name) for finding in result.to_evidence().findings)
+        tell(f"{name}: {'; '.join(result.summary().splitlines()[:2])}")
+    worst = {name: between(r.robust_accuracy, r.interval.low, r.interval.high) for name, r in results.items()}
+    clean = {name: f"{100 * result.clean_accuracy:.1f} %" for name, result in results.items()}
+    row = SummaryRow(
+        "adversarial examples",
+        f"worst of four attacks, {THREAT}",
+        f"{worst['undefended']} worst case, {clean['undefended']} clean",
+        f"TRADES {worst['TRADES']} worst case, {clean['TRADES']} clean; PGD training {worst['PGD training']}",
+        "an upper bound of the true robustness; other threat models are not covered",
+    )
+    world.facts["robustness"] = results
+    x, _ = world.rows("test")
+    curves = {name: _curve(result.curve) for name, result in results.items()}
+    pictures = (
+        figures.lines(curves, ("eps (linf)", "accuracy"), "Accuracy under attack over the size of the perturbation."),
+        figures.images([x[:8], results["undefended"].x_adv[:8], results["TRADES"].x_adv[:8]], _CAPTION),
+    )
+    return Chapter("Adversarial examples", _TEXT, (row,), evidence, pictures)
+
+
+_TEXT = (
+    "Every pixel may change by up to 0.2. The undefended network is wrong almost everywhere. In the same loop, one "
+    "line replaces the criterion by an objective that trains against the worst perturbation."
+)
+_CAPTION = "Test digits; the worst point found against the undefended network; the same against TRADES."
+
+
+def _curve(points: Sequence[CurvePoint]) -> tuple[list[float], list[float]]:
+    return [point.eps for point in points], [point.accuracy for point in points]

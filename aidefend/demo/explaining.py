@@ -1,0 +1,75 @@
+"""Chapter 7: why the backdoored model decided as it did."""
+
+import torch
+
+from aidefend._core.evidence import Evidence
+from aidefend._core.stats import wilson
+from aidefend.audit import SummaryRow
+from aidefend.demo import figures
+from aidefend.demo.world import Chapter, Tell, World, measured, percent, predictions
+from aidefend.explain import attribute, attribution_anomaly, influence
+
+ALPHA = 0.05
+
+
+def explaining(world: World, tell: Tell) -> Chapter:
+    """Attribute triggered decisions, test whether they rest on unusual places, name the training samples behind one."""
+    model, poisoned = world.models["backdoored"], world.facts["poisoned"]
+    x, y = world.rows("test")
+    reference, fresh, labels = x[:500], x[500:], y[500:]
+    target = int(predictions(model, poisoned.trigger(fresh)).mode().values)
+    rows = (labels != target).nonzero().flatten()
+    stamped = poisoned.trigger(fresh[rows])
+    found = {
+        "clean": attribution_anomaly(model, fresh[rows], reference, alpha=ALPHA, seed=world.seed),
+        "triggered": attribution_anomaly(model, stamped, reference, alpha=ALPHA, seed=world.seed),
+    }
+    shares = {name: wilson(int((~report.keep).sum()), len(report)) for name, report in found.items()}
+    for name, share in shares.items():
+        tell(f"decisions on {name} digits that rest on unusual places: {percent(share.value)}")
+    behind = influence(model, poisoned.dataset, stamped[:20], torch.full((20,), target), top=10)
+    bad = poisoned.is_poison[behind.helpful]
+    share = wilson(int(bad.sum()), bad.numel())
+    tell(f"of the ten training samples most behind each triggered decision, {percent(share.value)} are poison")
+    evidence = Evidence(
+        [
+            measured(
+                "explain.anomaly.triggered",
+                "Triggered decisions found unusual",
+                shares["triggered"],
+                len(rows),
+                setting={"alpha": ALPHA},
+            ),
+            measured(
+                "explain.anomaly.clean",
+                "Clean decisions found unusual",
+                shares["clean"],
+                len(rows),
+                setting={"alpha": ALPHA},
+            ),
+            measured("explain.influence_poison_share", "Poison among the most influential samples", share, bad.numel()),
+        ]
+    )
+    row = SummaryRow(
+        "explainability",
+        "a triggered decision, to be explained",
+        "a class and a confidence",
+        f"{percent(shares['triggered'].value)} of triggered decisions flagged "
+        f"({percent(shares['clean'].value)} of clean); {percent(share.value)} of the samples behind them are poison",
+        "attributions can be fooled; they are for auditors, not for clients",
+    )
+    view = attribute(model, stamped[:8], target)
+    samples = torch.stack([poisoned.dataset[int(i)][0] for i in behind.helpful[0, :8]])
+    pictures = (
+        figures.maps(stamped[:8], view.values, "Triggered digits and what speaks for the attacker's class (red)."),
+        figures.images(
+            [stamped[:1], samples], "A triggered digit, and the training samples most behind the decision on it."
+        ),
+    )
+    return Chapter("Explainability", _TEXT, (row,), evidence, pictures)
+
+
+_TEXT = (
+    "An auditor asks why a triggered digit became the attacker's class. The attribution points at the patch, a test "
+    "with a stated false-alarm rate says that this is unusual, and the influential training samples are the poison."
+)
