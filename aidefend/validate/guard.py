@@ -110,8 +110,9 @@ class Guard(nn.Module):
         detectors, a fifth of the rest (20 to 500 rows) puts their scores on one scale. All others calibrate: they are
         the n of the guarantee. Equal inputs stay in one part.
         Args:
-            model: Returns logits (N, K >= 2); in eval mode. May be compiled. Any callable will do where no detector
-                reads features.
+            model: Returns logits (N, K >= 2); in eval mode. May be compiled; if it ran before, call
+                torch.compiler.reset(), since compiled code keeps no place for a new hook. Any callable will do where
+                no detector reads features.
             calibration_loader: Clean rows that were held out from training, in any form that `Dataset`s, loaders and
                 tensors have; labels are optional. Held in memory. Rows that break `spec` are counted and left out.
             spec: Hard rules; None infers them from the rows that fit the detectors.

@@ -1,0 +1,140 @@
+"""What every detector of `aidefend.validate` promises. A new detector is one line in DETECTORS."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from aidefend import ConfigurationError
+from aidefend.validate import Energy, Mahalanobis, MaxLogit, MaxSoftmax, NearestNeighbours, RelativeMahalanobis
+
+DETECTORS = [
+    Energy(),
+    MaxLogit(),
+    MaxSoftmax(),
+    NearestNeighbours(k=3),
+    Mahalanobis(),
+    RelativeMahalanobis(),
+]
+every_detector = pytest.mark.parametrize("detector", DETECTORS, ids=lambda d: type(d).__name__)
+
+
+def world(n=120, seed=0, strange=False):
+    """Features around three directions and the logits that go with them; strange rows lie between and far from all."""
+    stream = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, 3, (n,), generator=stream)
+    features = 6 * torch.eye(3, 5)[y] + torch.randn(n, 5, generator=stream)
+    if strange:
+        features = torch.randn(n, 5, generator=stream) + torch.tensor([0.0, 0.0, 0.0, 7.0, -7.0])
+    return features, features[:, :3].clone(), y
+
+
+@every_detector
+def test_strange_rows_score_higher(detector):
+    fitted = detector.fit(*world())
+    near, far = fitted.score(*world(seed=1)[:2]), fitted.score(*world(seed=2, strange=True)[:2])
+    assert near.shape == (120,) and near.is_floating_point()
+    assert float((far[:, None] > near[None]).double().mean()) > 0.9
+
+
+@every_detector
+def test_the_configuration_is_frozen_and_fitting_leaves_it_alone(detector):
+    before = repr(detector)
+    detector.fit(*world())
+    assert repr(detector) == before and detector == copy.deepcopy(detector)
+    with pytest.raises(AttributeError):
+        detector.k = 9
+    with pytest.raises(TypeError):
+        type(detector)(neighbors=3)
+
+
+@every_detector
+def test_rows_are_judged_one_by_one(detector):
+    fitted, (features, logits, _) = detector.fit(*world()), world(20, seed=1)
+    together = fitted.score(features, logits)
+    alone = torch.cat([fitted.score(features[i : i + 1], logits[i : i + 1]) for i in range(20)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    order = torch.arange(19, -1, -1)
+    torch.testing.assert_close(fitted.score(features[order], logits[order]), together[order], rtol=1e-4, atol=1e-5)
+
+
+@every_detector
+def test_no_rows_give_no_scores(detector):
+    fitted = detector.fit(*world())
+    assert fitted.score(torch.zeros(0, 5), torch.zeros(0, 3)).shape == (0,)
+
+
+@every_detector
+def test_one_class_is_enough(detector):
+    features, logits, _ = world()
+    fitted = detector.fit(features, logits, torch.zeros(120, dtype=torch.int64))
+    assert fitted.score(features, logits).isfinite().all()
+
+
+@every_detector
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_keep_the_order(detector, dtype):
+    features, logits, y = world()
+    fitted = detector.fit(features.to(dtype), logits.to(dtype), y)
+    near, far = world(seed=1), world(seed=2, strange=True)
+    near_scores = fitted.score(near[0].to(dtype), near[1].to(dtype))
+    far_scores = fitted.score(far[0].to(dtype), far[1].to(dtype))
+    assert near_scores.dtype in (torch.float32, torch.float64)
+    assert float((far_scores[:, None] > near_scores[None]).double().mean()) > 0.9
+
+
+@every_detector
+def test_scores_are_differentiable_in_features_or_logits(detector):
+    fitted = detector.fit(*world())
+    features, logits, _ = world(8, seed=1)
+    features.requires_grad_()
+    logits.requires_grad_()
+    fitted.score(features, logits).sum().backward()
+    gradient = features.grad if fitted.uses_features else logits.grad
+    assert gradient is not None and gradient.abs().sum() > 0 and gradient.isfinite().all()
+
+
+@every_detector
+def test_labels_are_optional_and_checked(detector):
+    features, logits, _ = world()
+    assert detector.fit(features, logits).score(features, logits).isfinite().all()
+    with pytest.raises(ConfigurationError, match="labels"):
+        detector.fit(features, logits, torch.zeros(3, dtype=torch.int64))
+
+
+@every_detector
+@pytest.mark.parametrize(
+    ("features", "logits", "message"),
+    [
+        (torch.zeros(0, 5), torch.zeros(0, 3), "at least one sample"),
+        (torch.zeros(4, 5), torch.zeros(3, 3), "same number of rows"),
+        (torch.full((4, 5), float("nan")), torch.zeros(4, 3), "features to be finite"),
+        (torch.zeros(4, 5), torch.full((4, 3), float("inf")), "logits to be finite"),
+        (torch.zeros(4, 5, 2), torch.zeros(4, 3), "2 dimension"),
+        ("features", torch.zeros(4, 3), "torch.Tensor"),
+    ],
+)
+def test_malformed_rows_are_refused(detector, features, logits, message):
+    with pytest.raises(ConfigurationError, match=message):
+        detector.fit(features, logits)
+    fitted = detector.fit(*world())
+    if "at least one" not in message:
+        with pytest.raises(ConfigurationError, match=message):
+            fitted.score(features, logits)
+
+
+@every_detector
+def test_pickling_and_copying_keep_the_scores(detector):
+    fitted, (features, logits, _) = detector.fit(*world()), world(9, seed=1)
+    expected = fitted.score(features, logits)
+    for twin in (pickle.loads(pickle.dumps(fitted)), copy.deepcopy(fitted)):
+        torch.testing.assert_close(twin.score(features, logits), expected)
+
+
+@every_detector
+def test_settings_and_arrays_rebuild_it(detector):
+    fitted, (features, logits, _) = detector.fit(*world()), world(9, seed=1)
+    twin = type(fitted)(**fitted.arrays(), **fitted.settings())
+    torch.testing.assert_close(twin.score(features, logits), fitted.score(features, logits))
+    assert twin.name == fitted.name
