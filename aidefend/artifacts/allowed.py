@@ -62,6 +62,7 @@ _CURES = (
     ("_rebuild_sparse", "Save tensor.to_dense()"),
     ("_rebuild_qtensor", "Save tensor.dequantize(), or its integers, scale and zero point as plain tensors"),
     ("_rebuild_", "Save a plain tensor: tensor.detach().clone()"),
+    *((name, "Convert the tensor to a dense number type") for name in ("complex32", "bits", "float4", "QInt", "QUInt")),
     ("Uninitialized", "Run the lazy module once, so that it has weights to save"),
     ("pathlib", "Save str(path)"),
 )

@@ -29,7 +29,6 @@ DTYPES: tuple[torch.dtype, ...] = (
     torch.float8_e5m2,
     torch.float8_e5m2fnuz,
     torch.float8_e8m0fnu,
-    torch.complex32,
     torch.complex64,
     torch.complex128,
 )
@@ -53,7 +52,8 @@ class Limits:
         links: "refuse" links, or follow those that stay "within" a folder (model caches use links).
         root: The folder that links may not leave. Default: the folder that is read; for a file, the one it is in.
         finite: Refuse NaN and infinite values in tensors.
-        dtypes: Number types to accept; None is every dense type that torch saves, without quantised and packed ones.
+        dtypes: Number types to accept; None is every dense type that torch saves; quantised, packed
+            and complex32 ones (experimental in torch) are never read.
         min_torch: Oldest torch that may parse a torch checkpoint, at least (2, 10); below it, known files corrupt
             memory or execute code in spite of weights_only=True.
     Raises: ConfigurationError: a bound is not a number in its range.

@@ -86,7 +86,7 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite, in one pass without a mask of the size of the tensor."""
     values = tensor.detach().resolve_conj().resolve_neg()
     if values.is_complex():
-        values = torch.view_as_real(values.to(torch.complex64) if values.dtype == torch.complex32 else values)
+        values = torch.view_as_real(values)
     if not values.is_floating_point():
         return True
     if values.dtype in _NARROW:

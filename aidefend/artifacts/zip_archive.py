@@ -23,6 +23,7 @@ _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _DESCRIPTORS = (struct.Struct("<4s3L"), struct.Struct("<4sL2Q"))
 _STORED, _DEFLATED = 0, 8
+_DOS_ARCHIVE = 0x20  # the folder bit beside it makes torch's reader return memory that nothing has written to
 _DESCRIPTOR_FLAG, _UTF8_FLAG = 0x0008, 0x0800
 _ZIP64, _PADDING = 0x0001, 0x4246
 _CURE = "Save the checkpoint again with torch.save or as safetensors; the archive was altered or is damaged"
@@ -124,8 +125,8 @@ def _read_header(data: bytes, cursor: int, stop: int) -> tuple[_Header, int]:
     raw = data[start : start + name_length]
     if flags & ~(_DESCRIPTOR_FLAG | _UTF8_FLAG) or method not in (_STORED, _DEFLATED):
         raise _bad("members that are neither encrypted nor patched", f"flags of {raw!r}", (hex(flags), method))
-    if stat.S_IFMT(mode >> 16) not in (0, stat.S_IFREG):
-        raise _bad("members that are regular files", f"mode of {raw!r}", oct(mode >> 16))
+    if stat.S_IFMT(mode >> 16) not in (0, stat.S_IFREG) or mode & 0xFFFF & ~_DOS_ARCHIVE:
+        raise _bad("members that are regular files", f"attributes of {raw!r}", hex(mode))
     extra = data[start + name_length : finish]
     size, packed, offset = _widen(extra, size, packed, offset)
     return _Header(_decode(raw), raw, flags, method, crc, packed, size, offset), finish

@@ -118,7 +118,7 @@ def build_zip(entries: list[Entry], prefix: bytes = b"", suffix: bytes = b"", **
         numbers = (20, entry.flags, entry.method, 0, 0, crc)
         out += struct.pack("<4s5H3L2H", b"PK\x03\x04", *numbers, len(packed), stated, len(local), len(entry.extra))
         out += local + entry.extra + packed + (entry.descriptor or b"")
-        lengths = (len(entry.name), 0, len(entry.comment), 0, 0, entry.mode << 16, offset)
+        lengths = (len(entry.name), 0, len(entry.comment), 0, 0, entry.mode, offset)
         central += struct.pack("<4s6H3L5H2L", b"PK\x01\x02", 20, *numbers, len(packed), size, *lengths)
         central += entry.name + entry.comment
     count = int(end.get("count", len(entries)))
