@@ -151,7 +151,7 @@ def _flatten(tables: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Map
         name = f"{prefix}{key}"
         if not isinstance(item, Mapping):
             raise refuse(f"keys among {_TOP_KEYS + _RULE_KEYS}", "policy", {name: item}, "Remove the unknown key")
-        if item and all(isinstance(value, Mapping) for value in item.values()):
+        if any(isinstance(value, Mapping) for value in item.values()):
             rules += _flatten(item, f"{name}.")
         else:
             rules.append((name, item))
