@@ -29,9 +29,10 @@ def sarif_log(evidence: Evidence) -> dict[str, Any]:
     "notApplicable"; "not shown" is "open"; a broken check is "fail" at level error and a notification of the run, which
     then counts as unsuccessful. Nothing is dropped.
     """
-    rules = list(dict.fromkeys(finding.id for finding in evidence.findings))
-    worst = {name: max(item.severity for item in evidence.findings if item.id == name) for name in rules}
-    first = {name: evidence[name] for name in rules}
+    groups: dict[str, list[Finding]] = {}
+    for finding in evidence.findings:
+        groups.setdefault(_id(finding), []).append(finding)
+    rules = list(groups)
     broken = [finding for finding in evidence.findings if finding.status == "failed"]
     run = {
         "tool": {
@@ -39,7 +40,7 @@ def sarif_log(evidence: Evidence) -> dict[str, Any]:
                 "name": "aidefend",
                 "version": aidefend.__version__,
                 "semanticVersion": aidefend.__version__,
-                "rules": [_rule(first[name], worst[name]) for name in rules],
+                "rules": [_rule(same[0], max(item.severity for item in same)) for same in groups.values()],
             }
         },
         "invocations": [
@@ -48,7 +49,7 @@ def sarif_log(evidence: Evidence) -> dict[str, Any]:
                 "toolExecutionNotifications": [_notification(finding) for finding in broken],
             }
         ],
-        "results": [_result(finding, rules.index(finding.id)) for finding in evidence.findings],
+        "results": [_result(finding, rules.index(_id(finding))) for finding in evidence.findings],
         "columnKind": "unicodeCodePoints",
         "properties": {"digest": evidence.digest, "metadata": _clean(evidence.metadata)},
     }
@@ -59,20 +60,21 @@ def sarif_log(evidence: Evidence) -> dict[str, Any]:
 
 def _rule(finding: Finding, worst: Severity) -> dict[str, Any]:
     entries = [(name, entry) for name, entries in finding.mapping.items() for entry in _entries(entries)]
-    properties: dict[str, Any] = {"tags": ["security", *(one_line(entry) for _, entry in entries)]}
+    tags = dict.fromkeys(["security", *(one_line(entry) for _, entry in entries)])
+    properties: dict[str, Any] = {"tags": list(tags)}
     if worst in _SCORES:
         properties["security-severity"] = _SCORES[worst]
     rule: dict[str, Any] = {
-        "id": one_line(finding.id),
+        "id": _id(finding),
         "name": _pascal(finding.id),
         "shortDescription": {"text": _name(finding.id)},
-        "fullDescription": {"text": visible(finding.threat) or _name(finding.id)},
+        "fullDescription": {"text": visible(finding.threat).strip() or _name(finding.id)},
         "defaultConfiguration": {"level": "warning"},
         "properties": properties,
     }
     if entries and entries[0][1] in NAMES:
         rule["helpUri"] = link(entries[0][1])
-    known = [(name, entry) for name, entry in entries if entry in NAMES and name in _CATALOGUES]
+    known = dict.fromkeys((name, entry) for name, entry in entries if entry in NAMES and name in _CATALOGUES)
     if known:
         rule["relationships"] = [
             {"target": {"id": entry, "toolComponent": {"name": _CATALOGUES[name]}}, "kinds": ["relevant"]}
@@ -84,7 +86,7 @@ def _rule(finding: Finding, worst: Severity) -> dict[str, Any]:
 def _result(finding: Finding, rule: int) -> dict[str, Any]:
     kind, level = _kind(finding)
     return {
-        "ruleId": one_line(finding.id),
+        "ruleId": _id(finding),
         "ruleIndex": rule,
         "kind": kind,
         "level": level,
@@ -119,8 +121,8 @@ def _kind(finding: Finding) -> tuple[str, str]:
 def _location(finding: Finding) -> dict[str, Any]:
     path = finding.setting.get("path")
     if not isinstance(path, str) or not path:
-        return {"logicalLocations": [{"fullyQualifiedName": one_line(finding.id.partition(".")[0]), "kind": "module"}]}
-    address = quote(visible(path).replace("\\", "/"), safe="/")
+        return {"logicalLocations": [{"fullyQualifiedName": _id(finding).partition(".")[0], "kind": "module"}]}
+    address = quote(visible(path), safe="/")
     place: dict[str, Any] = {"artifactLocation": {"uri": address.lstrip("/") or "."}}
     line = finding.setting.get("line")
     if isinstance(line, int) and not isinstance(line, bool) and line >= 1:
@@ -129,7 +131,7 @@ def _location(finding: Finding) -> dict[str, Any]:
 
 
 def _message(finding: Finding) -> str:
-    parts = [visible(finding.title)]
+    parts = [visible(finding.title) or _id(finding)]
     if finding.value is not None:
         shown = interval(finding.low, finding.high)
         parts.append(f"value {number(finding.value)}{f' (95 % interval {shown})' if shown else ''}")
@@ -142,7 +144,7 @@ def _message(finding: Finding) -> str:
 
 def _notification(finding: Finding) -> dict[str, Any]:
     reason = finding.setting.get("error") or finding.setting.get("reason") or finding.limits
-    return {"level": "error", "message": {"text": f"{one_line(finding.id)}: {visible(reason)}"}}
+    return {"level": "error", "message": {"text": f"{_id(finding)}: {visible(reason)}"}}
 
 
 def _fingerprint(finding: Finding) -> str:
@@ -182,6 +184,10 @@ def _clean(value: Any) -> Any:
     if isinstance(value, list):
         return [_clean(item) for item in value]
     return visible(value) if isinstance(value, str) else value
+
+
+def _id(finding: Finding) -> str:
+    return one_line(finding.id) or "finding"
 
 
 def _name(finding_id: str) -> str:

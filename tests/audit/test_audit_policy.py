@@ -146,7 +146,10 @@ def test_a_change_counts_only_beyond_both_intervals(identity, old, new, verdict)
 def test_lost_evidence_is_a_regression(status):
     result = compare(report(AUC), report(Finding("membership.auc", "t", status=status)))
     assert not result.ok and result.regressions[0].verdict == "lost"
-    assert compare(report(AUC), report(Finding("membership", "the check broke", status="failed"))).changes[0].verdict == "lost"
+    assert (
+        compare(report(AUC), report(Finding("membership", "the check broke", status="failed"))).changes[0].verdict
+        == "lost"
+    )
 
 
 def test_file_problems_are_matched_by_path():
@@ -160,8 +163,16 @@ def test_file_problems_are_matched_by_path():
 
 
 def test_regressions_come_first_and_severity_counts_where_there_is_no_number():
-    before = [measured("membership.auc", 0.7), Finding("x.y", "t", Severity.LOW), measured("evasion.clean_accuracy", 0.9)]
-    after = [measured("membership.auc", 0.5), Finding("x.y", "t", Severity.HIGH), measured("evasion.clean_accuracy", 0.5)]
+    before = [
+        measured("membership.auc", 0.7),
+        Finding("x.y", "t", Severity.LOW),
+        measured("evasion.clean_accuracy", 0.9),
+    ]
+    after = [
+        measured("membership.auc", 0.5),
+        Finding("x.y", "t", Severity.HIGH),
+        measured("evasion.clean_accuracy", 0.5),
+    ]
     result = compare(report(*before), report(*after))
     assert [change.verdict for change in result.changes] == ["regression", "regression", "improvement"]
     assert result.to_markdown().splitlines()[2].startswith("| regression |")
