@@ -50,7 +50,7 @@ def convert(
     Returns: The path written. Tied tensors are written once for each name; parameters become plain tensors; the order
         of names is kept; `_metadata` (layer versions) is not.
     Raises: UnsafeArtifact: the file is refused, holds more than a flat dict of tensors, or the process was stopped.
-    Cost: One interpreter with torch (1-3 s), four times the file in memory.
+    Cost: One interpreter with torch (1-3 s), up to six times the file in memory.
     Example:
         >>> import tempfile, torch
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -106,8 +106,8 @@ def pick_entry(state: Any, entry: str | None, kind: type[Any]) -> dict[str, Any]
 def _run_worker(data: bytes, output: Path, job: dict[str, Any], limits: Limits, timeout: float) -> None:
     order = {
         **job,
-        "paths": [item for item in sys.path if item],
-        "memory": _BASE_MEMORY + 4 * len(data),
+        "paths": [os.path.abspath(item) for item in sys.path],  # noqa: PTH100  # "" is the current folder
+        "memory": _BASE_MEMORY + 6 * len(data),
         "seconds": int(timeout) + 1,
         "bytes": limits.max_file_bytes,
         "limits": _limits_as_json(limits),

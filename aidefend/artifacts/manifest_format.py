@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
+from aidefend._core.checks import refuse
 from aidefend.artifacts.files import read_file, unsafe
 from aidefend.artifacts.limits import Limits
 from aidefend.artifacts.signatures import Signature
@@ -153,5 +154,5 @@ def check_digests(digests: Iterable[Any]) -> frozenset[str]:
     """A set of SHA-256 digests in lower-case hex."""
     found = frozenset(digests)
     if wrong := [digest for digest in found if not _is_digest(digest)]:
-        raise unsafe("SHA-256 digests in lower-case hex", "deny", wrong[0], "Pass for example {'9f86d0...'}")
+        raise refuse("SHA-256 digests in lower-case hex", "deny", wrong[0], "Pass for example {'9f86d0...'}")
     return found

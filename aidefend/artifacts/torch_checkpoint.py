@@ -16,7 +16,7 @@ from aidefend.artifacts.formats import ZIP, classify_zip, refuse_format
 from aidefend.artifacts.limits import Limits
 from aidefend.artifacts.pickle_plan import plan_pickle
 from aidefend.artifacts.tensor_plan import StoragePlan, TensorPlan
-from aidefend.artifacts.zip_archive import read_zip
+from aidefend.artifacts.zip_archive import open_zip, read_members
 
 _SMALL = {
     "version": re.compile(rb"[0-9]{1,4}\n?"),
@@ -39,11 +39,11 @@ class Checkpoint(NamedTuple):
 
 def read_checkpoint(data: bytes, limits: Limits, path: str = "file") -> Checkpoint:
     """Check the archive, its members and its pickle. Nothing is built."""
-    members = read_zip(data, limits)
-    found = classify_zip(members)
+    archive = open_zip(data, limits)
+    found = classify_zip(archive.names)
     if found != ZIP:
         raise refuse_format(found, path)
-    inner = _strip_prefix(members)
+    inner = _strip_prefix(read_members(data, archive, limits))
     storages: dict[str, memoryview] = {}
     for name, content in inner.items():
         if match := _DATA.fullmatch(name):

@@ -50,21 +50,38 @@ class _Header(NamedTuple):
     offset: int
 
 
-def read_zip(data: bytes, limits: Limits) -> dict[str, memoryview]:
-    """The members of an archive by name, in file order, decompressed and with their checksums verified."""
+class Archive(NamedTuple):
+    """The entries of the directory, and where the members end."""
+
+    headers: tuple[_Header, ...]
+    stop: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all members."""
+        return tuple(header.name for header in self.headers)
+
+
+def open_zip(data: bytes, limits: Limits) -> Archive:
+    """The directory of an archive, with names that are safe and differ; no member has been looked at."""
     directory = _find_directory(data)
     if directory.entries > limits.max_members:
         cure = "Raise Limits(max_members=...) if this is right"
         raise unsafe(f"at most {limits.max_members} members", "members", directory.entries, cure)
     headers = _read_directory(data, directory)
     _check_names([header.name for header in headers])
-    _check_sizes(headers, limits)
+    return Archive(tuple(headers), directory.offset)
+
+
+def read_members(data: bytes, archive: Archive, limits: Limits) -> dict[str, memoryview]:
+    """The members by name, in file order, decompressed and with their checksums verified."""
+    _check_sizes(archive.headers, limits)
     members: dict[str, memoryview] = {}
     cursor = 0
-    for header in headers:
-        packed, cursor = _member(data, header, cursor, directory.offset)
+    for header in archive.headers:
+        packed, cursor = _member(data, header, cursor, archive.stop)
         members[header.name] = _unpack(packed, header)
-    if cursor != directory.offset:
+    if cursor != archive.stop:
         raise _bad("members that follow one another without gaps", "gap at byte", cursor)
     return members
 
@@ -229,7 +246,7 @@ def _check_names(names: list[str]) -> None:
         raise _bad("one member a name", "names", [name for name, count in folded.items() if count > 1][:3])
 
 
-def _check_sizes(headers: list[_Header], limits: Limits) -> None:
+def _check_sizes(headers: tuple[_Header, ...], limits: Limits) -> None:
     for header in headers:
         if header.method == _STORED and header.packed != header.size:
             raise _bad("equal sizes of a stored member", f"member {header.name}", (header.packed, header.size))
