@@ -133,6 +133,7 @@ def _section(section: Section, index: int) -> dict[str, Any]:
     worst = max((finding.severity for finding in section.findings), default=None)
     failed = any(finding.status == "failed" for finding in section.findings)
     untested = bool(section.findings) and all(item.status in ("not tested", "not shown") for item in section.findings)
+    shown = _in_full(section.findings)
     return {
         "anchor": f"part-{index}",
         "title": visible(section.title),
@@ -148,8 +149,16 @@ def _section(section: Section, index: int) -> dict[str, Any]:
             }
             for figure in section.figures
         ],
-        "findings": [_finding(finding) for finding in section.findings],
+        "findings": [_finding(finding) for finding in shown],
+        "checks": [_finding(finding) for finding in section.findings if finding not in shown],
+        "references": _references(section.findings),
     }
+
+
+def _in_full(findings: Sequence[Finding]) -> list[Finding]:
+    """All but INFO findings without an interval, which fill one line each; these too where there is nothing else."""
+    telling = [item for item in findings if item.severity or item.low is not None or item.status != "measured"]
+    return telling or list(findings)
 
 
 def _finding(finding: Finding) -> dict[str, Any]:
@@ -167,7 +176,6 @@ def _finding(finding: Finding) -> dict[str, Any]:
         "threat": visible(finding.threat),
         "limits": visible(finding.limits),
         "setting": [(visible(key), visible(_plain(value))) for key, value in setting.items()],
-        "references": _references(finding.mapping),
     }
 
 
@@ -180,9 +188,10 @@ def _bar(finding: Finding) -> dict[str, float] | None:
     return {"low": round(low, 2), "value": round(value, 2), "width": round(max(0.6, high - low), 2)}
 
 
-def _references(mapping: Mapping[str, str]) -> list[dict[str, str]]:
-    """Catalogue entries with their public pages; only entries that our own table holds become links."""
-    entries = [entry for text in mapping.values() for entry in (part.strip() for part in str(text).split(",")) if entry]
+def _references(findings: Sequence[Finding]) -> list[dict[str, str]]:
+    """Catalogue entries, each once, with their public pages; only entries that our own table holds become links."""
+    texts = (str(text) for finding in findings for text in finding.mapping.values())
+    entries = dict.fromkeys(entry for text in texts for entry in (part.strip() for part in text.split(",")) if entry)
     return [{"entry": visible(entry), "name": NAMES.get(entry, ""), "url": _link(entry)} for entry in entries]
 
 
