@@ -1,5 +1,6 @@
 """Whether a trigger decides what a model says, and whether training lets such a trigger in."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -77,8 +78,9 @@ def audit_poisoning(
         known = (getattr(source, "target", None) for source in (poisoned, attack))
         wanted = next((value for value in known if value is not None), target)
         prefix = "poisoning.retrained_" if findings else "poisoning."
-        about = f"a model trained on data poisoned by {_name(attack)}"
-        findings += _judge(victim, held_out, poisoned.trigger, wanted, prefix, about, seed)
+        about = f"a model trained on data poisoned by {type(attack).__name__}"
+        judged = _judge(victim, held_out, poisoned.trigger, wanted, prefix, about, seed)
+        findings += [dataclasses.replace(item, setting={**item.setting, "attack": _name(attack)}) for item in judged]
     return Evidence(findings, {"part": "poisoning", "seed": seed})
 
 

@@ -273,7 +273,7 @@ def test_a_copy_that_only_says_the_commonest_class_is_no_finding():
     assert evidence["extraction.agreement"].value == 1.0 and evidence["extraction.agreement"].severity is Severity.INFO
 
 
-# evasion, artifacts, guard ----------------------------------------------------------------------------------------------
+# evasion, artifacts, guard -------------------------------------------------------------------------------------------
 
 
 def test_evasion_equals_the_closed_form_of_a_linear_model():
@@ -378,7 +378,7 @@ def test_attacks_outside_the_threat_are_refused():
         )
 
 
-# what all parts share ---------------------------------------------------------------------------------------------------
+# what all parts share ------------------------------------------------------------------------------------------------
 
 
 def test_models_in_train_mode_and_data_without_labels_are_refused():

@@ -1,4 +1,4 @@
-"""The release gate fails closed, reads the unfavourable end, and refuses policies that say nothing or cannot be read."""
+"""The release gate fails closed, reads the unfavourable end, and refuses policies that say nothing."""
 
 import math
 

@@ -6,7 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from xml.etree import ElementTree
+from xml.etree.ElementTree import fromstring
 
 import jsonschema
 import pytest
@@ -19,6 +19,11 @@ from aidefend.audit import AuditReport, Figure, Section, SummaryRow, render_page
 from aidefend.audit.cleaning import markdown, visible
 from aidefend.audit.mapping import references
 from aidefend.audit.sarif import sarif_log
+
+
+def parse(xml):
+    return fromstring(xml)  # noqa: S314 - written by the library under test, a moment ago
+
 
 SCHEMA = json.loads(Path(__file__).with_name("sarif_2_1_0_part.json").read_text())
 PNG = base64.b64decode(
@@ -229,12 +234,12 @@ def test_fingerprints_stay_when_only_the_number_changes():
 
 
 def test_junit_counts_and_outcomes():
-    suite = ElementTree.fromstring(REPORT.to_junit()).find("testsuite")
+    suite = parse(REPORT.to_junit()).find("testsuite")
     assert {name: suite.get(name) for name in ("tests", "failures", "errors", "skipped")} == {
         "tests": "6", "failures": "2", "errors": "1", "skipped": "2",
     }  # fmt: skip
     policy = {"evasion.clean_accuracy": {"min": 0.95}, "privacy.epsilon_excess": {"max": 0}}
-    suite = ElementTree.fromstring(REPORT.to_junit(policy=policy)).find("testsuite")
+    suite = parse(REPORT.to_junit(policy=policy)).find("testsuite")
     failed = [case.get("name") for case in suite if case.find("failure") is not None]
     broken = [case.get("name") for case in suite if case.find("error") is not None]
     assert failed == ["clean_accuracy"] and broken == ["extraction", "epsilon_excess"]
@@ -270,7 +275,7 @@ def test_planted_hostile_text_breaks_no_format(status, tmp_path):
     page = check_page(report.to_html(tmp_path / "r.html", title=HOSTILE))
     assert "script" not in page.tags and "49" not in " ".join(page.words).split()
     check_sarif(report)
-    suite = ElementTree.fromstring(report.to_junit(tmp_path / "r.xml").encode()).find("testsuite")
+    suite = parse(report.to_junit(tmp_path / "r.xml").encode()).find("testsuite")
     assert len(suite) == 7
     json.loads(report.to_json(tmp_path / "r.json"))
     lines = report.to_markdown(tmp_path / "r.md").splitlines()
@@ -286,14 +291,14 @@ def test_any_text_survives_all_formats(text, status):
     report = AuditReport(Evidence([hostile_finding(text, status)]))
     check_page(report.to_html())
     check_sarif(report)
-    assert len(ElementTree.fromstring(report.to_junit().encode()).find("testsuite")) == 1
+    assert len(parse(report.to_junit().encode()).find("testsuite")) == 1
     json.loads(report.to_json().encode())
     report.to_markdown().encode()
 
 
 @given(st.text(st.characters(), max_size=40))
 def test_cleaned_text_is_valid_xml_and_one_markdown_cell(text):
-    assert ElementTree.fromstring(f"<a>{visible(text).replace('&', '&amp;').replace('<', '&lt;')}</a>") is not None
+    assert parse(f"<a>{visible(text).replace('&', '&amp;').replace('<', '&lt;')}</a>") is not None
     cell = markdown(text)
     assert "\n" not in cell and not re.search(r"(?<!\\)[|`<]", cell.replace("\\\\", ""))
 

@@ -17,7 +17,6 @@ from aidefend.audit import AuditPlan, AuditReport, audit, compare
 from aidefend.audit.plan import PARTS
 from aidefend.audit.steps import STEPS
 
-
 SARIF_PART = json.loads(Path(__file__).with_name("sarif_2_1_0_part.json").read_text())
 SMALL = AuditPlan("small", samples=32, comparisons=80, inversion_steps=15, queries=(40,), privacy_runs=4, guard_steps=3)
 
@@ -101,7 +100,9 @@ def test_every_part_measures_and_every_form_comes_out(world, tmp_path):
     jsonschema.Draft7Validator(SARIF_PART).validate(json.loads(report.to_sarif()))
     assert report.passed({"membership.auc": {"max": 0.55}}).exit_code == 1
     assert compare(report, report).ok
-    assert all(len(text) > 500 for text in (report.to_html(), report.to_junit(), report.to_markdown(), report.to_json()))
+    assert all(
+        len(text) > 500 for text in (report.to_html(), report.to_junit(), report.to_markdown(), report.to_json())
+    )
     again = complete(world, tmp_path)
     assert again.digest == report.digest != complete(world, tmp_path, seed=1).digest
     assert report.evidence.metadata["run"]["seconds"].keys() == set(PARTS)
