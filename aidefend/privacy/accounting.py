@@ -1,4 +1,4 @@
-"""What a sequence of noisy steps costs, and the noise that a target allows. Upper bounds only, never a limit theorem."""
+"""What a sequence of noisy steps costs, and the noise that a target allows. Upper bounds, never a limit theorem."""
 
 import math
 import warnings

@@ -44,7 +44,7 @@ def read_facts(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, 
     if not file.is_file():
         raise refuse("path to be a file of private.save", "path", str(path), "Check the path")
     try:
-        with safe_open(str(file), framework="pt") as opened:  # type: ignore[no-untyped-call]  # published without types
+        with safe_open(str(file), framework="pt") as opened:
             header = json.loads((opened.metadata() or {}).get("aidefend", "null"))
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, ValueError, OSError) as error:

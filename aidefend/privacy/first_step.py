@@ -6,10 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from aidefend.privacy.clipping import norms_squared, parts_of, weighted_sums
-from aidefend.privacy.recorder import ForwardPass, Recorder, tapped_calls
+from aidefend.privacy.recorder import ForwardPass, Places, Recorder, tapped_calls
 from aidefend.privacy.step_book import Ticket, refused
-
-Places = list[list[Tensor | None]]
 
 
 def verify_losses(
@@ -61,21 +59,24 @@ def _verify_sum(
 ) -> bool:
     plain = recorder.parameter_gradients(losses.sum(), list(trainable.values()))
     calls = tapped_calls(list(zip(passes, places, strict=True)))
+    coarsest = max((torch.finfo(call.gradient.dtype).eps for each in calls.values() for call in each), default=0.0)
     ours: dict[str, Tensor] = {}
     if calls:
         parts = parts_of(calls, recorder.layers)
         ones = torch.ones_like(norms_squared(parts))
         ours = weighted_sums(parts, ones)
+    floor = 1e-5 * max((float(gradient.abs().max()) for gradient in plain if gradient is not None), default=0.0)
     for name, gradient in zip(trainable, plain, strict=True):
         expected = torch.zeros_like(trainable[name]) if gradient is None else gradient
         found = ours.get(name, torch.zeros_like(expected))
-        if bool(torch.isfinite(expected).all()) and _far(found, expected):
+        if bool(torch.isfinite(expected).all()) and _far(found, expected, floor, coarsest):
             cure = "Compute the losses from private.model(x) alone: no penalty on its weights, no second derivative"
             raise refused(f"the gradient of {name} to come from calls of private.model", "losses", losses, cure)
     return True
 
 
-def _far(found: Tensor, expected: Tensor) -> bool:
+def _far(found: Tensor, expected: Tensor, floor: float = 0.0, coarsest: float = 0.0) -> bool:
+    """Whether two gradients differ by more than rounding; `coarsest` is the precision of a 16-bit pass."""
     scale = float(expected.double().abs().max()) if expected.numel() else 0.0
-    tolerance = max(5e-3, 64 * torch.finfo(expected.dtype).eps)
-    return bool(((found.double() - expected.double()).abs() > tolerance * scale + 1e-6).any())
+    tolerance = max(5e-3, 16 * coarsest, 16 * torch.finfo(expected.dtype).eps)
+    return bool(((found.double() - expected.double()).abs() > tolerance * scale + floor + 1e-9).any())

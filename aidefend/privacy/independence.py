@@ -109,10 +109,10 @@ class Probe:
         wrong: dict[str, None] = {}
         for row, gradients in enumerate(true):
             ours = weighted_sums(parts, torch.eye(len(squared), dtype=squared.dtype, device=squared.device)[row])
-            for name, gradient in gradients.items():
-                if gradient is None:
-                    continue
-                if _differ(ours.get(name, torch.zeros_like(gradient)), gradient):
+            given = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+            floor = 1e-6 * max(float(gradient.abs().max()) for gradient in given.values())
+            for name, gradient in given.items():
+                if _differ(ours.get(name, torch.zeros_like(gradient)), gradient, floor):
                     wrong[name] = None
             length = sum(float(g.double().square().sum()) for g in gradients.values() if g is not None)
             if not wrong and abs(float(squared[row]) - length) > 2e-3 * length + 1e-12:
@@ -127,27 +127,31 @@ class Probe:
 
     def _first_coupled(self) -> str:
         """The first module, in the order of execution, whose output rows move with another row."""
-        seen: list[dict[str, list[Tensor]]] = []
-        for x in (self._x, _changed(self._x, 0)):
-            outputs: dict[str, list[Tensor]] = {}
-            handles = [
-                module.register_forward_hook(
-                    lambda _, __, out, path=path: outputs.setdefault(path, _by_row(out, len(self._x)))
-                )
-                for path, module in self._model.named_modules()
-                if path and not list(module.children())
-            ]
-            try:
-                self._outputs(x)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            seen.append(outputs)
-        for path, before in seen[0].items():
-            after = seen[1].get(path, before)
-            if any(_differ(a[1:], b[1:]) for a, b in zip(before, after, strict=True)):
+        before, after = self._leaf_outputs(self._x), self._leaf_outputs(_changed(self._x, 0))
+        for path, outputs in before.items():
+            pairs = zip(outputs, after.get(path, outputs), strict=True)
+            if any(_differ(a[1:], b[1:]) for a, b in pairs):
                 return path
         return ""
+
+    def _leaf_outputs(self, x: Tensor) -> dict[str, list[Tensor]]:
+        """Rows of the output of each module without children, in the order of execution."""
+        outputs: dict[str, list[Tensor]] = {}
+
+        def keep(path: str) -> Any:
+            def hook(_: nn.Module, __: Any, output: Any) -> None:
+                outputs.setdefault(path, _by_row(output, len(x)))
+
+            return hook
+
+        leaves = {path: module for path, module in self._model.named_modules() if path and not list(module.children())}
+        handles = [module.register_forward_hook(keep(path)) for path, module in leaves.items()]
+        try:
+            self._outputs(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs
 
     def _is_random(self, base: list[Tensor]) -> bool:
         """Whether other random numbers give other outputs."""
@@ -223,11 +227,11 @@ def _other_targets(y: Tensor, row: int, outputs: Any) -> list[Tensor]:
     return others
 
 
-def _differ(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors differ by more than the rounding of their type; NaN equals NaN."""
+def _differ(a: Tensor, b: Tensor, floor: float = 1e-12) -> bool:
+    """Whether two tensors differ by more than the rounding of their type and `floor`; NaN equals NaN."""
     if b.numel() == 0:
         return False
     tolerance = max(1e-4, 16 * torch.finfo(b.dtype).eps) if b.is_floating_point() else 0.0
     largest = float(b.detach().double().nan_to_num(0, 0, 0).abs().max())
-    close = torch.isclose(a.double(), b.double(), rtol=0.0, atol=tolerance * largest + 1e-12, equal_nan=True)
+    close = torch.isclose(a.double(), b.double(), rtol=0.0, atol=tolerance * largest + floor, equal_nan=True)
     return not bool(close.all())

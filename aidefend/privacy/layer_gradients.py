@@ -1,6 +1,7 @@
 """Per-example gradients of one layer, from its inputs and the gradients of its outputs."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -47,8 +48,8 @@ def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _linear(trainable: dict[str, nn.Parameter], calls: Sequence[Call]) -> list[GradientPart]:
-    inputs = torch.cat([_positions(wide(call.inputs[0])) for call in calls], dim=1)
-    outputs = torch.cat([_positions(wide(call.gradient)) for call in calls], dim=1)
+    inputs = _joined([_positions(wide(call.inputs[0])) for call in calls])
+    outputs = _joined([_positions(wide(call.gradient)) for call in calls])
     parts: list[GradientPart] = [Rows("bias", outputs.sum(dim=1))] if "bias" in trainable else []
     if "weight" not in trainable:
         return parts
@@ -63,6 +64,11 @@ def _linear(trainable: dict[str, nn.Parameter], calls: Sequence[Call]) -> list[G
         return {"weight": outputs[rows].mT @ inputs[rows]}
 
     return [*parts, Blocks(make, n, width_in * width_out)]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The positions of all calls side by side; one call is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 def _positions(tensor: Tensor) -> Tensor:
@@ -109,9 +115,9 @@ def _patches(layer: nn.Conv2d | nn.Conv1d, x: Tensor) -> Tensor:
         padding = (0,) * len(layer.kernel_size)
     else:
         padding = tuple(layer.padding)
-    shape = (layer.kernel_size, layer.dilation, padding, layer.stride)
+    shape: tuple[Any, Any, Any, Any] = (layer.kernel_size, layer.dilation, padding, layer.stride)
     if isinstance(layer, nn.Conv1d):
-        kernel, dilation, pad, stride = ((neutral, *size) for neutral, size in zip((1, 1, 0, 1), shape, strict=True))
+        kernel, dilation, pad, stride = ((neutral, size[0]) for neutral, size in zip((1, 1, 0, 1), shape, strict=True))
         return functional.unfold(x.unsqueeze(2), kernel, dilation, pad, stride)
     return functional.unfold(x, *shape)
 
@@ -177,12 +183,14 @@ def _vectorised(layer: nn.Module, values: dict[str, Tensor], call: Call) -> dict
             output: Tensor = torch.func.functional_call(layer, parameters, row)
             return output.squeeze(0)
 
-        _, pull_back = torch.func.vjp(run, values)
+        pull_back: Any = torch.func.vjp(run, values)[1]
         pulled: dict[str, Tensor] = pull_back(gradient)[0]
         return pulled
 
     axes = tuple(0 if by_row else None for by_row in mapped)
-    gradients: dict[str, Tensor] = torch.func.vmap(of_one, in_dims=(axes, 0))(call.inputs, call.gradient)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        gradients: dict[str, Tensor] = torch.func.vmap(of_one, in_dims=(axes, 0))(call.inputs, call.gradient)
     return {name: wide(gradient) for name, gradient in gradients.items()}
 
 

@@ -17,9 +17,11 @@ from aidefend.privacy.config import PrivacyConfig
 
 _BLOCKS = 50
 _SCHEMA = (
-    "CREATE TABLE IF NOT EXISTS budget (id INTEGER PRIMARY KEY CHECK (id = 1), target REAL, delta REAL, neighboring TEXT)",
-    "CREATE TABLE IF NOT EXISTS run (id TEXT PRIMARY KEY, opened REAL NOT NULL, digest TEXT NOT NULL, noise REAL NOT NULL, "
-    "rate REAL NOT NULL, planned INTEGER NOT NULL, reserved INTEGER NOT NULL, closed INTEGER NOT NULL DEFAULT 0)",
+    "CREATE TABLE IF NOT EXISTS budget "
+    "(id INTEGER PRIMARY KEY CHECK (id = 1), target REAL NOT NULL, delta REAL NOT NULL, neighboring TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS run "
+    "(id TEXT PRIMARY KEY, opened REAL NOT NULL, digest TEXT NOT NULL, noise REAL NOT NULL, rate REAL NOT NULL, "
+    "planned INTEGER NOT NULL, reserved INTEGER NOT NULL, closed INTEGER NOT NULL DEFAULT 0)",
 )
 
 
@@ -32,7 +34,7 @@ class LedgerRun(NamedTuple):
     sample_rate: float
     planned: int
     steps: int
-    closed: bool
+    closed: int
 
 
 class PrivacyLedger:
@@ -69,7 +71,8 @@ class PrivacyLedger:
         if target_epsilon is not None:
             check_number(target_epsilon, "target_epsilon", 0.0, open_low=True)
         self._delta = check_probability(delta, "delta")
-        self._neighboring: Neighboring = check_choice(neighboring, NEIGHBORING, "neighboring")
+        check_choice(neighboring, NEIGHBORING, "neighboring")
+        self._neighboring: Neighboring = neighboring
         self.path = Path(path)
         if not self.path.parent.is_dir():
             raise refuse("path in an existing folder", "path", str(path), "Create the folder first")
@@ -89,7 +92,7 @@ class PrivacyLedger:
         """A new run's id; BudgetExceeded if all its planned steps do not fit under the limit."""
         noise = config.history(1)[0][0]
         row = (secrets.token_hex(16), time.time(), config.digest(), noise, config.rate, config.steps, 0)
-        planned = LedgerRun(row[0], row[1], noise, config.rate, config.steps, 0, False)
+        planned = LedgerRun(row[0], row[1], noise, config.rate, config.steps, 0, 0)
         with self._database() as connection, transaction(connection):
             self._check_fits((*_read_runs(connection), planned))
             fields = "(id, opened, digest, noise, rate, planned, reserved)"
@@ -180,7 +183,7 @@ def _read_runs(connection: Any) -> tuple[LedgerRun, ...]:
     rows = connection.execute(
         "SELECT id, opened, noise, rate, planned, reserved, closed FROM run ORDER BY opened, rowid"
     )
-    runs = tuple(LedgerRun(*row[:6], closed=bool(row[6])) for row in rows.fetchall())
+    runs = tuple(LedgerRun(*row) for row in rows.fetchall())
     if any(not math.isfinite(run.noise_multiplier) or run.steps < 0 for run in runs):
         raise PrivacyError(expected("runs with finite noise", "ledger", describe(runs), "Restore the file from a copy"))
     return runs

@@ -136,7 +136,7 @@ def _discretise(mechanism: Mechanism, direction: Direction, tail: float, spacing
     """Each interval's mass goes to its two ends so that every hockey-stick divergence at a grid point is exact."""
     low, high = _range(mechanism, direction, tail)
     first, last = math.floor(low / spacing), math.ceil(high / spacing)
-    losses = spacing * np.arange(first, last + 1)
+    losses: Array = spacing * np.arange(first, last + 1, dtype=np.float64)
     x = _thresholds(mechanism, direction, losses)
     upper_pair, lower_pair = _pair(mechanism, direction)
     sigma = mechanism.noise_multiplier
@@ -185,7 +185,7 @@ def _convolve(single: Sequence[Masses], repeats: Sequence[int], low: int, size: 
         positions = (np.arange(len(masses.values)) + masses.first) % size
         np.add.at(wrapped, positions, masses.values)
         product *= fft.rfft(wrapped) ** steps
-    composed = fft.irfft(product, n=size)
+    composed: Array = fft.irfft(product, n=size)
     return np.maximum(np.roll(composed, -(low % size)), 0.0)
 
 

@@ -16,12 +16,12 @@ class _Backward(torch.autograd.Function):
     """A scalar that hands its backward pass over."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, anchor: Tensor, run: Callable[[], None]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, value: Tensor, anchor: Tensor, run: Callable[[], None]) -> Tensor:
         ctx.run = run
         return value + anchor
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
         if float(gradient) != 1.0:
             cure = "Call backward() on the loss itself: no GradScaler, no division for accumulation"
             raise refused("the loss of private.loss unscaled", "scale", float(gradient), cure)

@@ -50,7 +50,7 @@ class PrivateModel(nn.Module):
         self._approve(self.module)
         return self._recorder.run(ticket, args, kwargs)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The state of the user's model, under its own names."""
         return self.module.state_dict(*args, **kwargs)
 

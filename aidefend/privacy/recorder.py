@@ -19,6 +19,7 @@ from aidefend.privacy.layer_gradients import Call, own_parameters
 from aidefend.privacy.step_book import Ticket, refused
 
 Calls = dict[str, list[Call]]
+Places = list[list[Tensor | None]]
 
 
 class Tap(NamedTuple):
@@ -109,8 +110,8 @@ class Recorder:
         edges += [record.consumed for record in passes if record.consumed is not None]
         with self._ours():
             flat = torch.autograd.grad(total, edges, allow_unused=True, retain_graph=retain) if edges else ()
-        places = iter(flat)
-        split = [[next(places) for _ in record.edges] for record in passes]
+        places: Iterator[Tensor | None] = iter(flat)
+        split: Places = [[next(places) for _ in record.edges] for record in passes]
         if any_given(list(places)):
             cure = (
                 "Compute the training losses from a forward pass of their own, with no torch.autograd.grad through it"

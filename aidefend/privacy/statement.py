@@ -111,7 +111,7 @@ class PrivacyStatement:
             "Noise multiplier": f"{self.noise_multiplier:.6g} x clip norm {self.max_grad_norm:g} ({self.clipping})",
             "Noise source": self.noise_source,
             "Steps": f"{self.steps_taken} of {self.steps_planned}; aborted steps count",
-            "Any membership attack at 1 % false positives finds at most": f"{100 * self.tpr_bound(0.01):.3g} % of members",
+            "Members that any attack can find at 1 % false positives": f"at most {100 * self.tpr_bound(0.01):.3g} %",
             "Versions": ", ".join(f"{name} {version}" for name, version in sorted(self.versions.items())),
         }
         table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]

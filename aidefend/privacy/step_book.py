@@ -1,4 +1,4 @@
-"""Which batch is open, which step it pays for, and how many steps are spent: the order of calls that keeps epsilon true."""
+"""Which batch is open, which step it pays for, how many steps are spent: the order of calls that keeps epsilon true."""
 
 from collections.abc import Callable
 
