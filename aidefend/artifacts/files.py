@@ -2,11 +2,14 @@
 
 import hashlib
 import io
+import itertools
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from torch import Tensor
 
 from aidefend._core.checks import expected
 from aidefend._core.errors import UnsafeArtifact
@@ -22,6 +25,8 @@ _FLAGS = _flags("O_BINARY", "O_CLOEXEC", "O_NONBLOCK", "O_NOCTTY", "O_NOFOLLOW")
 _ROOT_FLAGS = _flags("O_CLOEXEC", "O_DIRECTORY")
 _FOLDER_FLAGS = _ROOT_FLAGS | _flags("O_NOFOLLOW")
 _BLOCK = 2**20
+_SHOWN_LETTERS = 120
+_SHOWN_ITEMS = 6
 _MAX_DEPTH = 32
 
 
@@ -41,7 +46,30 @@ class Entry(NamedTuple):
 
 def unsafe(rule: str, name: str, value: object, cure: str) -> UnsafeArtifact:
     """The error of this room, in the form that all errors have."""
-    return UnsafeArtifact(expected(rule, name, value, cure))
+    return UnsafeArtifact(expected(rule, name, value if isinstance(value, Tensor) else _Shown(value), cure))
+
+
+class _Shown:
+    """The text of a value that a hostile file made: cut before it is written out, since it may never end."""
+
+    def __init__(self, value: object) -> None:
+        self.text = shorten(value)
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def shorten(value: object, depth: int = 2) -> str:
+    """A short text in bounded time, whatever the value holds and however it is nested."""
+    if isinstance(value, str | bytes | bytearray):
+        return repr(value[:_SHOWN_LETTERS])
+    if isinstance(value, list | tuple | set | dict):
+        if depth == 0 or len(value) == 0:
+            return f"{type(value).__name__} of {len(value)}"
+        inner = ", ".join(shorten(item, depth - 1) for item in itertools.islice(value, _SHOWN_ITEMS))
+        more = ", ..." if len(value) > _SHOWN_ITEMS else ""
+        return f"[{inner}{more}]" if isinstance(value, list) else f"({inner}{more})"
+    return repr(value)[:_SHOWN_LETTERS]
 
 
 def read_file(path: str | os.PathLike[str], limits: Limits) -> Content:

@@ -64,7 +64,7 @@ class Limits:
 
     max_file_bytes: int = 16 * GIB
     max_total_bytes: int = 32 * GIB
-    max_header_bytes: int = 64 * 2**20
+    max_header_bytes: int = 32 * 2**20
     max_members: int = 200_000
     max_items: int = 1_000_000
     max_compression_ratio: float = 1.0

@@ -87,7 +87,7 @@ class Manifest:
         """This manifest with a signature.
 
         Args:
-            key: An Ed25519 private key of `cryptography`, or at least 32 secret bytes for HMAC-SHA256.
+            key: An Ed25519 private key of `cryptography`, or at least 16 secret bytes for HMAC-SHA256.
         Raises: MissingExtra: `cryptography` is not installed. ConfigurationError: no key for signing.
         """
         return dataclasses.replace(self, signature=sign_bytes(self._message(), key))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from aidefend.artifacts.allowed import GLOBALS, Global, Ordered, call, check_key, refuse_global
-from aidefend.artifacts.files import unsafe
+from aidefend.artifacts.files import shorten, unsafe
 from aidefend.artifacts.limits import Limits
 from aidefend.artifacts.pickle_stream import operations
 from aidefend.artifacts.tensor_plan import StoragePlan, TensorPlan, read_storage
@@ -20,6 +20,7 @@ from aidefend.artifacts.tensor_plan import StoragePlan, TensorPlan, read_storage
 _OPCODES_AN_ITEM = 8
 _MAX_DEPTH = 100
 _CURE = "Save tensors and plain containers with torch.save, or use safetensors"
+_VERSIONS = (str, int, float, bool, type(None))
 _LEAVES = (str, int, float, bool, complex, bytes, bytearray, type(None), torch.Size, torch.device, torch.dtype)
 
 
@@ -207,8 +208,9 @@ def check_items(result: Any, limits: Limits) -> None:
 def _children(value: Any) -> list[Any]:
     kind = type(value)
     if kind in (dict, Ordered, Counter):
-        extra = [value.metadata] if kind is Ordered and value.metadata is not None else []
-        return [*value.values(), *extra]
+        if kind is Ordered:
+            _check_metadata(value.metadata)
+        return list(value.values())
     if kind in (list, tuple, set):
         return list(value)
     if kind in _LEAVES or kind is TensorPlan:
@@ -216,5 +218,16 @@ def _children(value: Any) -> list[Any]:
     raise unsafe("tensors, numbers, texts and plain containers", "value", _name(value), _CURE)
 
 
+def _check_metadata(metadata: Any) -> None:
+    """The versions of the layers of a state dict: {layer: {name: number or text}}."""
+    tables = (dict, Ordered)
+    fits = metadata is None or (type(metadata) in tables and all(type(table) in tables for table in metadata.values()))
+    if not fits:
+        raise unsafe("_metadata of tables", "_metadata", metadata, _CURE)
+    for table in (metadata or {}).values():
+        if wrong := [value for value in table.values() if type(value) not in _VERSIONS]:
+            raise unsafe("_metadata of numbers and texts", "_metadata", wrong[0], _CURE)
+
+
 def _name(value: Any) -> str:
-    return f"{type(value).__name__} {value!r}"[:100] if type(value) in (*_LEAVES, Global) else type(value).__name__
+    return f"{type(value).__name__} {shorten(value)}" if type(value) in (*_LEAVES, Global) else type(value).__name__

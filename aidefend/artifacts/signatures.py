@@ -14,7 +14,7 @@ from aidefend._core.errors import MissingExtra
 from aidefend.artifacts.files import unsafe
 
 Algorithm = Literal["ed25519", "hmac-sha256"]
-MIN_SECRET = 32
+MIN_SECRET = 16
 _DOMAIN = b"aidefend.manifest.signature/1\x00"
 _ENCODED_KEYS = (b"-----BEGIN", b"ssh-", b"\x30\x2a\x30\x05\x06\x03\x2b\x65\x70", b"untrusted comment:")
 
@@ -72,7 +72,7 @@ def _algorithm_of(key: Any) -> Algorithm:
     return "ed25519"
 
 
-_KEY_CURE = "Use cryptography's Ed25519 keys, or at least 32 secret bytes for HMAC"
+_KEY_CURE = "Use cryptography's Ed25519 keys, or at least 16 secret bytes for HMAC"
 
 
 def _is_valid(message: bytes, signature: Signature, key: Any) -> bool:
@@ -104,7 +104,7 @@ def _check_secret(secret: bytes) -> bytes:
     if any(secret.startswith(start) for start in _ENCODED_KEYS):
         cure = "Load it as an Ed25519 key with cryptography's serialization functions"
         raise refuse("secret bytes, not an encoded key", "key", f"{len(secret)} bytes", cure)
-    if len(secret) < MIN_SECRET or len(set(secret)) < 8:
+    if len(secret) < MIN_SECRET:
         cure = "Make one with secrets.token_bytes(32)"
         raise refuse(f"an HMAC key of at least {MIN_SECRET} random bytes", "key", f"{len(secret)} bytes", cure)
     return secret

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aidefend.artifacts.allowed import Ordered
-from aidefend.artifacts.files import unsafe
+from aidefend.artifacts.files import shorten, unsafe
 from aidefend.artifacts.formats import ZIP, classify_zip, refuse_format
 from aidefend.artifacts.limits import Limits
 from aidefend.artifacts.pickle_plan import plan_pickle
@@ -160,7 +160,7 @@ def _check_bytes(loaded: Any, stored: Any) -> None:
 
 def _same(planned: Any, loaded: Any) -> None:
     if planned != loaded:
-        rule = f"torch to build what the bytes describe, {planned!r}"[:200]
+        rule = f"torch to build what the bytes describe, {shorten(planned)}"
         raise unsafe(rule, "loaded", loaded, "Report this file: two parsers read it differently")
 
 

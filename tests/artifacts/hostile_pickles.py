@@ -214,6 +214,16 @@ def _builder_cases(marker: str) -> dict[str, tuple[bytes, str]]:
     doubled = b"".join(b"q" + bytes([slot]) + b"h" + bytes([slot]) + b"\x86" for slot in range(40))
     return {
         "tuples doubled 40 times": (beside(b"N" + doubled), "items"),
+        "doubled tuples in an error": (beside(b"N" + doubled + b"Q"), "persistent id"),
+        "doubled tuples in arguments": (beside(b"c_codecs\nencode\nN" + doubled + b"R"), "arguments of encode"),
+        "doubled tuples as a size": (beside(tensor().replace(whole((4,)), b"N" + doubled, 1)), "offset, size"),
+        "doubled tuples in a dict in an error": (beside(b"}" + text("a") + b"N" + doubled + b"sQ"), "persistent id"),
+        "doubled tuples as a key": (beside(b"}N" + doubled + b"Ns"), "texts or integers"),
+        "tensor in the layer versions": (beside(ordered + b"}" + text("_metadata") + tensor() + b"sb"), "_metadata of"),
+        "text in the layer versions": (
+            beside(ordered + b"}" + text("_metadata") + b"}" + text("a") + b"}" + text("b") + b"]sssb"),
+            "_metadata",
+        ),
         "list that holds itself": (beside(b"]q\x00h\x00a"), "deep"),
         "lists nested 150 deep": (beside(b"]" * 150 + b"a" * 149), "deep"),
         "key twice": (HEAD + b"}" + text("a") + b"Ns" + text("a") + b"Ns.", "one value a key"),
