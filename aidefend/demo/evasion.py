@@ -8,7 +8,7 @@ from aidefend.adversarial import TRADES, PGDTraining
 from aidefend.attacks import PGD
 from aidefend.audit import CurvePoint, SummaryRow, evaluate_robustness
 from aidefend.demo import figures
-from aidefend.demo.world import Chapter, Loss, Tell, World, between, plain_loss, renamed, small_net, train
+from aidefend.demo.world import Chapter, Schedule, Tell, World, between, plain_loss, renamed, train
 
 THREAT = Threat("linf", 0.2)
 CURVE = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
@@ -16,17 +16,22 @@ CURVE = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 
 def evasion(world: World, tell: Tell) -> Chapter:
     """Train undefended, with PGD and with TRADES; attack each with a cascade; report the worst case for each digit."""
-    inner = PGD(THREAT, steps=5, step_size=0.1)
-    objectives: dict[str, tuple[Loss, int]] = {
-        "undefended": (plain_loss, 6),
-        "PGD training": (PGDTraining(inner), 8),
-        "TRADES": (TRADES(inner, beta=3.0), 8),
+    objectives: dict[str, Schedule] = {
+        "undefended": lambda done: plain_loss,
+        "PGD training": lambda done: PGDTraining(_inner(done)),
+        "TRADES": lambda done: TRADES(_inner(done), beta=6.0),
     }
     results, evidence = {}, Evidence()
-    for name, (objective, epochs) in objectives.items():
-        model = small_net(world.seed_of("evasion net"))
+    for name, objective in objectives.items():
+        model = world.net("evasion net")
         train(
-            model, world.train, epochs=epochs, seed=world.seed_of("evasion order"), loss=objective, rate=4e-3, name=name
+            model,
+            world.train,
+            epochs=7,
+            seed=world.seed_of("evasion order"),
+            objective=objective,
+            rate=15e-3,
+            name=name,
         )
         result = evaluate_robustness(model, world.test, THREAT, seed=world.seed, curve=CURVE)
         results[name], world.models[name] = result, model
@@ -56,6 +61,11 @@ _TEXT = (
     "line replaces the criterion by an objective that trains against the worst perturbation."
 )
 _CAPTION = "Test digits; the worst point found against the undefended network; the same against TRADES."
+
+
+def _inner(done: float) -> PGD:
+    """The attack inside the objective; its radius grows over the first 15 % of the training."""
+    return PGD(THREAT.with_eps(0.2 * min(1.0, done / 0.15)), steps=3)
 
 
 def _curve(points: Sequence[CurvePoint]) -> tuple[list[float], list[float]]:

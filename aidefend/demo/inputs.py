@@ -9,7 +9,7 @@ from aidefend._core.random import make_generator
 from aidefend._core.stats import false_positive_interval, wilson
 from aidefend.audit import SummaryRow
 from aidefend.demo import figures
-from aidefend.demo.world import Chapter, Tell, World, measured, percent, share_of, small_net, train
+from aidefend.demo.world import Chapter, Tell, World, measured, percent, share_of, train
 from aidefend.validate import Energy, Guard, NearestNeighbours
 
 ALPHA = 0.01
@@ -20,7 +20,7 @@ def inputs(world: World, tell: Tell) -> Chapter:
     """Hold digits back, calibrate on them, and measure on test digits and on five kinds of strange input."""
     x, y = world.rows("train")
     held = min(HELD_OUT, len(x) // 3)
-    model = small_net(world.seed_of("guarded net"))
+    model = world.net("guarded net")
     train(model, TensorDataset(x[held:], y[held:]), epochs=6, seed=world.seed_of("guarded net"), name="guarded model")
     guard = Guard.calibrate(
         model, x[:held], detectors=[Energy(), NearestNeighbours(k=50)], alpha=ALPHA, fit=x[held:], seed=world.seed

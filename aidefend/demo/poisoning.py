@@ -9,7 +9,7 @@ from aidefend._core.stats import wilson
 from aidefend.attacks.poisoning import Patch
 from aidefend.audit import SummaryRow, audit_poisoning
 from aidefend.demo import figures
-from aidefend.demo.world import Chapter, Tell, World, measured, renamed, share_of, small_net, train
+from aidefend.demo.world import Chapter, Tell, World, measured, renamed, share_of, train
 from aidefend.sanitize import screen
 
 EPOCHS = 6
@@ -66,8 +66,9 @@ def poisoning(world: World, tell: Tell) -> Chapter:
 
 
 def _trained(world: World, dataset: Dataset[tuple[Tensor, Tensor]], arm: str) -> torch.nn.Module:
-    model = small_net(world.seed_of("poisoning net"))
-    return train(model, dataset, epochs=EPOCHS, seed=world.seed_of("poisoning order"), name=ARMS[arm])
+    return train(
+        world.net("poisoning net"), dataset, epochs=EPOCHS, seed=world.seed_of("poisoning order"), name=ARMS[arm]
+    )
 
 
 def _filter_quality(keep: Tensor, is_poison: Tensor) -> Evidence:

@@ -14,7 +14,7 @@ from aidefend._core.stats import wilson
 from aidefend.attacks.poisoning import Patch
 from aidefend.audit import SummaryRow
 from aidefend.collaborate import aggregate, apply_indicators, artifact_indicator, from_stix, to_stix, trigger_indicator
-from aidefend.demo.world import Chapter, Tell, World, accuracy, measured, percent, plain_loss, small_net, stacked
+from aidefend.demo.world import Chapter, Tell, World, accuracy, measured, percent, plain_loss, stacked
 
 ROUNDS, CLIENTS = 12, 5
 
@@ -79,7 +79,7 @@ def _federated(world: World, method: str) -> float:
     """Rounds of one local epoch each; the hostile client sends its update reversed and enlarged."""
     x, y = world.rows("train")
     parts = [TensorDataset(x[i::CLIENTS][:400], y[i::CLIENTS][:400]) for i in range(CLIENTS)]
-    model = small_net(world.seed_of("federated"))
+    model = world.net("federated")
     for turn in range(ROUNDS):
         updates = [_update(world, model, part, turn) for part in parts]
         updates[0] = {name: -4 * change for name, change in updates[0].items()}
@@ -90,7 +90,7 @@ def _federated(world: World, method: str) -> float:
 
 
 def _update(world: World, model: nn.Module, part: TensorDataset, turn: int) -> dict[str, Tensor]:
-    local = small_net(world.seed_of("federated"))
+    local = world.net("federated")
     local.load_state_dict(model.state_dict())
     optimizer = torch.optim.SGD(local.parameters(), lr=0.05, momentum=0.9)
     x, y = part.tensors

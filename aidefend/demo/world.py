@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from aidefend import datasets
+from aidefend._core.checks import refuse
 from aidefend._core.evidence import Evidence, Finding
 from aidefend._core.progress import progress
 from aidefend._core.random import derive_seed, make_generator
@@ -21,6 +22,7 @@ from aidefend.audit import Figure, SummaryRow
 TRAIN_ROWS, TEST_ROWS = 6_000, 1_000
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Schedule = Callable[[float], Loss]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,11 @@ class World:
         """The seed of one part of the work."""
         return derive_seed(self.seed, name) % 2**31
 
+    def net(self, name: str) -> nn.Sequential:
+        """A fresh small network for this data, its weights from the seed of `name`."""
+        x, y = self.rows("train")
+        return small_net(self.seed_of(name), tuple(x.shape[1:]), int(y.max()) + 1)
+
     def rows(self, part: str) -> tuple[Tensor, Tensor]:
         """(x, y) of "train" or "test"."""
         x, y = (self.train if part == "train" else self.test).tensors
@@ -70,6 +77,9 @@ def open_world(data: str | None, seed: int) -> World:
         images = datasets.find(data)  # type: ignore[arg-type]  # one of the two names, just checked
     else:
         images = datasets.load(Path(data))
+    if any(size % 2 or size < 8 for size in images.train_x.shape[2:]):
+        rule = "images of even height and width, at least 8"
+        raise refuse(rule, "data", tuple(images.train_x.shape[1:]), "Crop or pad the images")
     train = _some(images.train_x, images.train_y, TRAIN_ROWS, seed)
     return World(train, _some(images.test_x, images.test_y, TEST_ROWS, seed), images.source, seed)
 
@@ -89,19 +99,26 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def small_net(seed: int, channels: int = 1, classes: int = 10) -> nn.Sequential:
-    """Two convolutions and two linear layers for 28 x 28 images."""
+def small_net(seed: int, shape: tuple[int, ...] = (1, 28, 28), classes: int = 10) -> nn.Sequential:
+    """Two convolutions and two linear layers, after folding 2 x 2 pixels into channels: quick on a CPU.
+
+    Args:
+        seed: Of the first weights.
+        shape: (C, H, W) of one image, H and W even.
+        classes: Number of classes.
+    """
+    channels, height, width = shape
     with seeded(seed):
-        return nn.Sequential(
-            nn.Conv2d(channels, 16, 4, stride=2, padding=1),
+        body = nn.Sequential(
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(4 * channels, 16, 2),
             nn.ReLU(),
-            nn.Conv2d(16, 32, 4, stride=2, padding=1),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
             nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(32 * 7 * 7, 100),
-            nn.ReLU(),
-            nn.Linear(100, classes),
         )
+        features = 32 * (height // 4) * (width // 4)
+        return nn.Sequential(*body, nn.Linear(features, 100), nn.ReLU(), nn.Linear(100, classes))
 
 
 def plain_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -115,22 +132,34 @@ def train(
     *,
     epochs: int,
     seed: int,
-    loss: Loss = plain_loss,
-    rate: float = 2e-3,
+    objective: Schedule = lambda done: plain_loss,
+    rate: float = 4e-3,
     batch_size: int = 128,
     name: str = "training",
 ) -> nn.Module:
-    """A plain training loop: Adam with a one-cycle schedule. Objectives take the place of the criterion in one line."""
+    """A plain training loop: Adam with a one-cycle schedule. Objectives take the place of the criterion in one line.
+
+    Args:
+        model: Trained in place.
+        dataset: Map-style samples (x, y), small enough for memory.
+        epochs: Passes over it.
+        seed: Of the order.
+        objective: From the share of the training that is done, in (0, 1], to the loss (model, x, y) of a step.
+        rate: Highest learning rate.
+        batch_size: Rows a step.
+        name: Shown beside the progress bar.
+    """
     x, y = stacked(dataset)
     stream = make_generator(seed=seed)
     steps = epochs * -(-len(x) // batch_size)
     optimizer = torch.optim.Adam(model.parameters(), rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, cycle_momentum=False)
     model.train()
-    for _ in progress(range(epochs), name):
-        for rows in torch.randperm(len(x), generator=stream).split(batch_size):
+    for epoch in progress(range(epochs), name):
+        batches = torch.randperm(len(x), generator=stream).split(batch_size)
+        for step, rows in enumerate(batches, start=epoch * len(batches) + 1):
             optimizer.zero_grad()
-            loss(model, x[rows], y[rows]).backward()
+            objective(step / steps)(model, x[rows], y[rows]).backward()
             optimizer.step()
             schedule.step()
     return model.eval()
