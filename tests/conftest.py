@@ -79,10 +79,10 @@ def _no_trace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     yield
     drawn = [name for name, (read, _) in STREAMS.items() if not _same(read(), kept_streams[name])]
     changed = [name for name, (read, _) in SETTINGS.items() if read() != kept_settings[name]]
-    for name, (_, write) in STREAMS.items():
-        write(kept_streams[name])
-    for name, (_, write) in SETTINGS.items():
-        write(kept_settings[name])
+    for name in drawn:
+        STREAMS[name][1](kept_streams[name])
+    for name in changed:
+        SETTINGS[name][1](kept_settings[name])
     if drawn and not marked:
         cure = "Pass generator= or seed=, also to DataLoader, or mark the test with global_random(reason)"
         pytest.fail(f"Expected untouched global random streams, got draws from {drawn}. {cure}.", pytrace=False)

@@ -1,0 +1,1 @@
+"""One script per claim: `make bench NAME=...` runs `python -m benchmarks.NAME`."""
