@@ -22,7 +22,17 @@ _LIMITS = "A lower bound for this copy and these samples: more queries, chosen q
 
 @dataclasses.dataclass(frozen=True)
 class DefaultStudent:
-    """The copy where no `student_fn` is given: one hidden layer over the flattened input."""
+    """The copy where no `student_fn` is given: one hidden layer over the flattened input.
+
+    Args:
+        features: Numbers in one input, >= 1.
+        classes: Outputs, >= 2.
+        hidden: Width of the hidden layer.
+
+    Example:
+        >>> DefaultStudent(features=4, classes=2)(seed=0)(torch.zeros(1, 2, 2)).shape
+        torch.Size([1, 2])
+    """
 
     features: int
     classes: int

@@ -58,6 +58,14 @@ def audit_guard(
     Cost: 2 * steps passes with gradient and four without on `samples` rows.
 
     Source: Carlini, Wagner 2017 and Tramer et al. 2020 (attack model and detector together); Vovk 2012 (the range).
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> guard = lambda x: SimpleNamespace(accepted=x[:, 0] < 0.9, outputs=torch.cat([x, -x], dim=1))
+        >>> x = torch.linspace(0.05, 1, 20)[:, None]
+        >>> evidence = audit_guard(test=(x, x[:, 0].long()), guard=guard, alpha=0.1, calibration_n=99)
+        >>> evidence["guard.false_positive_rate"].value
+        0.15
     """
     held_out = samples_of(test, "test")
     accepted, _ = _decide(guard, held_out.x, principal)
@@ -92,14 +100,34 @@ _TITLES = {
 
 
 def joint_margin(outputs: Tensor, y: Tensor) -> Tensor:
-    """By how much a wrong class beats both the true one and the refusal (last column); > 0 passes and fools. (N,)."""
+    """By how much a wrong class beats both the true one and the refusal; > 0 exactly where the attack passes and fools.
+
+    Args:
+        outputs: (N, K + 1) logits of `guard.attackable()`, the last column the refusal.
+        y: (N,) true classes.
+    Returns: (N,). A loss for `PGD` and `APGD`.
+
+    Example:
+        >>> joint_margin(torch.tensor([[1.0, 4.0, 2.0], [1.0, 4.0, 5.0]]), torch.tensor([0, 0])).tolist()
+        [2.0, -1.0]
+    """
     classes = outputs[:, :-1]
     others = classes.scatter(1, y[:, None], -torch.inf).amax(dim=1)
     return others - torch.maximum(classes.gather(1, y[:, None])[:, 0], outputs[:, -1])
 
 
 def passes_and_fools(outputs: Tensor, y: Tensor) -> Tensor:
-    """Rows that are not refused and misclassified, (N,) bool."""
+    """Rows that are not refused and misclassified.
+
+    Args:
+        outputs: (N, K + 1) logits of `guard.attackable()`, the last column the refusal.
+        y: (N,) true classes.
+    Returns: (N,) bool. What counts as a success for `PGD` and `APGD`.
+
+    Example:
+        >>> passes_and_fools(torch.tensor([[1.0, 4.0, 2.0], [1.0, 4.0, 5.0]]), torch.tensor([0, 0])).tolist()
+        [True, False]
+    """
     top = outputs.argmax(dim=1)
     return (top != y) & (top != outputs.shape[1] - 1)
 

@@ -99,9 +99,24 @@ def audit_inversion(
 
 
 def reconstruct(
-    model: Model, train: Samples, *, attack: ClassInversion | None = None, per_class: int = 1, seed: int = 0
+    model: Model, train: Any, *, attack: ClassInversion | None = None, per_class: int = 1, seed: int = 0
 ) -> Reconstructions:
-    """Reconstructions of every class in the training labels, with the nearest training sample of that class each."""
+    """Reconstructions of every class in the training labels, with the nearest training sample of that class each.
+
+    Args:
+        model: Callable from x to logits or probabilities (N, K).
+        train: (x, y) tensors of the training data.
+        attack: The attack; None is `ClassInversion()` with the range of the training inputs as bounds.
+        per_class: Reconstructions of each class.
+        seed: Of the starting points.
+
+    Example:
+        >>> x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([0, 1])
+        >>> made = reconstruct(lambda x: torch.cat([-x, x], dim=1), (x, y), attack=ClassInversion(steps=9))
+        >>> made.nearest.tolist()
+        [[0.0], [1.0]]
+    """
+    train = train if isinstance(train, Samples) else samples_of(train, "train")
     attack = attack or ClassInversion(bounds=_bounds(train.x))
     classes = train.y.unique().repeat_interleave(per_class).to(train.x.device)
     shape = tuple(train.x.shape[1:])

@@ -81,6 +81,11 @@ class Policy:
     Args:
         rules: Finding id to rule.
         max_severity: Highest severity that any finding may have; None for no limit.
+
+    Example:
+        >>> policy = Policy.read({"membership.auc": {"max": 0.6}})
+        >>> [str(problem) for problem in policy.judge(Evidence()).problems]
+        ['membership.auc: expected a measured finding, got no such finding']
     """
 
     rules: Mapping[str, Rule]

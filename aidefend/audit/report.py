@@ -9,7 +9,7 @@ from aidefend._core.evidence import Evidence, Finding, Severity, Status
 from aidefend._core.storage import plain, pretty_json, write_atomic
 from aidefend.audit.cleaning import interval, markdown, number
 from aidefend.audit.junit import junit_xml
-from aidefend.audit.page import Section, render_page
+from aidefend.audit.page import Figure, Section, render_page
 from aidefend.audit.policy import Policy, PolicyResult
 from aidefend.audit.sarif import sarif_log
 
@@ -115,16 +115,22 @@ class AuditReport:
         """JUnit XML: HIGH and CRITICAL findings fail, or with a policy exactly its problems."""
         return _written(junit_xml(self.evidence, None if policy is None else self.passed(policy)), path)
 
-    def to_html(self, path: PathLike | None = None, title: str = "Security audit") -> str:
-        """One self-contained page (extra "report"); no script, nothing from the network."""
-        return _written(render_page(title, (), self.sections(), metadata=self._about()), path)
+    def to_html(
+        self,
+        path: PathLike | None = None,
+        title: str = "Security audit",
+        figures: Mapping[str, Sequence[Figure]] | None = None,
+    ) -> str:
+        """One self-contained page (extra "report"); no script, nothing from the network. `figures`: by part."""
+        return _written(render_page(title, (), self.sections(figures), metadata=self._about()), path)
 
-    def sections(self) -> list[Section]:
-        """One section of the page for each part, worst findings first."""
+    def sections(self, figures: Mapping[str, Sequence[Figure]] | None = None) -> list[Section]:
+        """One section of the page for each part, worst findings first, with the part's figures."""
         parts = dict.fromkeys(finding.id.partition(".")[0] for finding in self.findings)
         return [
             Section(
                 _PARTS.get(part, part),
+                figures=(figures or {}).get(part, ()),
                 findings=_sorted([item for item in self.findings if item.id.partition(".")[0] == part]),
             )
             for part in parts

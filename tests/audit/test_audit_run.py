@@ -90,10 +90,11 @@ def test_every_part_measures_and_every_form_comes_out(world, tmp_path):
     report = complete(world, tmp_path)
     assert {part: report.status(part) for part in PARTS} == dict.fromkeys(PARTS, "measured"), report.to_markdown()
     for name in (
-        "evasion.clean_accuracy", "evasion.robust_accuracy", "poisoning.clean_accuracy", "poisoning.attack_success_rate",
-        "membership.auc", "membership.tpr_at_fpr_0.01", "membership.lira.auc", "inversion.evaluator_accuracy",
-        "inversion.nearest_distance_ratio", "extraction.agreement", "privacy.epsilon_lower_bound",
-        "artifacts.problems", "storage.problems", "guard.false_positive_rate", "guard.joint_attack_success",
+        "evasion.clean_accuracy", "evasion.robust_accuracy", "poisoning.clean_accuracy",
+        "poisoning.attack_success_rate", "membership.auc", "membership.tpr_at_fpr_0.01",
+        "membership.lira.auc", "inversion.evaluator_accuracy", "inversion.nearest_distance_ratio",
+        "extraction.agreement", "privacy.epsilon_lower_bound", "artifacts.problems",
+        "storage.problems", "guard.false_positive_rate", "guard.joint_attack_success",
     ):  # fmt: skip
         assert name in report
     assert report["membership.auc"].value > 0.6, "the network has memorised its noise"
