@@ -84,8 +84,9 @@ class Policy:
 
     Example:
         >>> policy = Policy.read({"membership.auc": {"max": 0.6}})
-        >>> [str(problem) for problem in policy.judge(Evidence()).problems]
-        ['membership.auc: expected a measured finding, got no such finding']
+        >>> evidence = Evidence([Finding("membership.auc", "AUC", value=0.58, low=0.55, high=0.61)])
+        >>> [str(problem) for problem in policy.judge(evidence).problems]
+        ['membership.auc: expected <= 0.6, got 0.61 (the unfavourable end of the interval)']
     """
 
     rules: Mapping[str, Rule]
@@ -108,8 +109,10 @@ class Policy:
         return policy
 
     def judge(self, evidence: Evidence) -> PolicyResult:
-        """Every demand against every finding; broken checks never pass."""
+        """Every demand against every finding. Broken checks never pass, nor does an audit that measured nothing."""
         problems = [_broken(finding) for finding in evidence.findings if finding.status == "failed"]
+        if not any(finding.status == "measured" for finding in evidence.findings):
+            problems.append(Problem("audit", "at least one measured finding", "none", "missing"))
         for finding in evidence.findings:
             if self.max_severity is not None and finding.severity > self.max_severity:
                 demanded = f"severity <= {self.max_severity.name}"

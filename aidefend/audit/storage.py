@@ -17,7 +17,8 @@ _TEXT = {
     ".xml", ".yaml", ".yml",
 }  # fmt: skip
 _TEXT_NAMES = {".env", ".netrc", ".npmrc", ".pypirc", "dockerfile", "credentials", "config", "makefile"}
-_UNSAFE = {".pkl", ".pickle", ".joblib", ".dill", ".pt", ".pth", ".ckpt", ".bin", ".npy", ".npz", ".model", ".h5"}
+_UNSAFE = {".pkl", ".pickle", ".joblib", ".dill", ".pt", ".pth", ".ckpt"}
+_PERHAPS_TORCH = {".bin", ".model"}
 _SAFE = {".safetensors", ".gguf", ".onnx"}
 _LEFTOVER = (".partial", ".tmp", ".temp", ".swp", ".bak", ".orig", ".old", "~", ".crdownload", ".part")
 _SIGNATURES = (".sig", ".sigstore", ".asc", ".minisig", ".manifest.json", ".sigstore.json")
@@ -145,13 +146,9 @@ def _can_run_code(head: bytes, suffix: str) -> str:
     """Why loading this file with its usual loader may run code; empty if nothing speaks for it."""
     if head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5:
         return "the content is a pickle"
-    if suffix not in _UNSAFE:
-        return ""
-    if head.startswith(b"PK\x03\x04"):
-        return f"a zip archive named {suffix}: torch and numpy archives may hold pickles"
-    if head.startswith((b"\x93NUMPY", b"\x89HDF")):
-        return ""
-    return f"formats named {suffix} may hold pickles"
+    if head.startswith(b"PK\x03\x04") and suffix in _UNSAFE | _PERHAPS_TORCH:
+        return f"a zip archive named {suffix}: checkpoints of torch hold pickles"
+    return f"files named {suffix} hold pickles as a rule" if suffix in _UNSAFE else ""
 
 
 def _signed(name: str, names: set[str]) -> bool:

@@ -63,6 +63,12 @@ def test_planted_a_broken_check_never_passes_whatever_the_policy_demands():
     assert one.passed({"evasion.robust_accuracy": {"min": 0.1}}).exit_code == 2
 
 
+def test_planted_an_audit_that_measured_nothing_never_passes():
+    assert report().passed({"max_severity": "HIGH"}).exit_code == 2
+    idle = report(Finding("membership", "not tested", status="not tested"))
+    assert idle.passed({"max_severity": "HIGH"}).exit_code == 2
+
+
 def test_one_unmeasured_finding_of_several_with_the_same_id_is_missing():
     one = report(Finding("storage.secret", "a", value=0), Finding("storage.secret", "b", status="not shown"))
     assert one.passed({"storage.secret": {"max": 1}}).exit_code == 2

@@ -116,6 +116,8 @@ def check_page(html):
 
 
 def test_the_page_holds_every_finding_and_only_inline_content():
+    figure = Figure(PNG, "a curve")
+    assert check_page(REPORT.to_html(figures={"membership": [figure]})).tags.count("img") == 1
     page = check_page(REPORT.to_html())
     text = " ".join(page.words)
     for finding in REPORT.findings:

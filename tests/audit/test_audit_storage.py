@@ -5,6 +5,7 @@ import pickle
 import time
 import zipfile
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,17 +35,20 @@ def test_a_tidy_folder_has_no_findings(folder):
     (folder / "manifest.json").write_text('{"files": {}}')
     (folder / "README.md").write_text("Train with `train.py`; the token comes from the environment.")
     (folder / "fresh.tmp").write_text("still in use")
+    np.savez(folder / "data.npz", x=np.zeros(3))  # numpy reads no pickles unless told to
+    (folder / "firmware.bin").write_bytes(b"\x7fELF")
     evidence = audit_storage(folder)
     assert kinds(evidence) == set() and evidence["storage.problems"].value == 0
-    assert evidence["storage.problems"].n == 5 and evidence.worst is Severity.INFO
+    assert evidence["storage.problems"].n == 7 and evidence.worst is Severity.INFO
 
 
 def test_every_planted_problem_is_found(folder):
     (folder / "models").mkdir()
     (folder / "models" / "a.pkl").write_bytes(pickle.dumps({"a": 1}))
     (folder / "models" / "renamed.dat").write_bytes(pickle.dumps([1], protocol=4))
-    with zipfile.ZipFile(folder / "models" / "b.pt", "w") as archive:
-        archive.writestr("archive/data.pkl", b"x")
+    for name in ("b.pt", "pytorch_model.bin"):
+        with zipfile.ZipFile(folder / "models" / name, "w") as archive:
+            archive.writestr("archive/data.pkl", b"x")
     (folder / "models" / "c.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
     (folder / "models" / "d.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
     (folder / "models" / "d.safetensors.sig").write_bytes(b"signature")
@@ -62,6 +66,8 @@ def test_every_planted_problem_is_found(folder):
         ("unsafe_checkpoint", "models/a.pkl"),
         ("unsafe_checkpoint", "models/renamed.dat"),
         ("unsafe_checkpoint", "models/b.pt"),
+        ("unsafe_checkpoint", "models/pytorch_model.bin"),
+        ("unsigned_checkpoint", "models/pytorch_model.bin"),
         ("unsigned_checkpoint", "models/a.pkl"),
         ("unsigned_checkpoint", "models/renamed.dat"),
         ("unsigned_checkpoint", "models/b.pt"),
@@ -73,7 +79,7 @@ def test_every_planted_problem_is_found(folder):
         ("link", "away"),
     }
     assert evidence["storage.secret"].setting["line"] == 2
-    assert evidence["storage.problems"].value == 12
+    assert evidence["storage.problems"].value == 14
     assert KEY not in evidence.to_json(), "a report must not repeat the secret"
     assert evidence.digest == audit_storage(folder).digest
 

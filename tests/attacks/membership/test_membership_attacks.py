@@ -89,6 +89,9 @@ def test_hardened_outputs_are_read_for_what_they_are():
     refused = torch.tensor([[0.9, 0.1], [torch.nan, torch.nan]])
     assert LossThreshold()(lambda x: refused, y, y)[0].exp().item() == pytest.approx(0.9)
     assert LossThreshold()(lambda x: torch.tensor([-1, 1]), y, y)[1] > -1e-6
+    wide = torch.tensor([0, 1, 5])
+    answers = LossThreshold(batch_size=1)(lambda x: x, wide, torch.tensor([0, 1, 0]))
+    assert bool((answers[:2] > -1e-6).all()) and answers[2] < -20  # batches that name different classes
 
 
 @given(st.integers(0, 10_000), st.sampled_from(["online", "offline"]), st.sampled_from(["fixed", "per_example"]))
