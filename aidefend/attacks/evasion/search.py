@@ -72,10 +72,13 @@ class Search:
         """The steepest step of length one in the norm. Rows without a usable gradient get a random direction."""
         if self.threat.mask is not None:
             grad = torch.where(self.threat.mask.to(grad.device), grad, 0)
-        usable = (grad.isfinite().flatten(1).all(dim=1)) & (grad != 0).flatten(1).any(dim=1)
         self._turn += 1
-        detour = self._detour.flatten(1).roll(self._turn, dims=1).reshape(grad.shape)
-        grad = torch.where(_as_rows(usable, grad), grad, detour)
+        peak = grad.abs().flatten(1).amax(dim=1)
+        usable = peak.isfinite() & (peak > 0)
+        # On the CPU a look at the flags is free and saves the detour; elsewhere it would wait for the device.
+        if grad.device.type != "cpu" or not bool(usable.all()):
+            detour = self._detour.flatten(1).roll(self._turn, dims=1).reshape(grad.shape)
+            grad = torch.where(_as_rows(usable, grad), grad, detour)
         return grad.sign() if self.threat.norm == "linf" else _unit(grad)
 
     def compact(self, done: int) -> Tensor | None:
