@@ -62,6 +62,8 @@ def convert(
     check_choice(to, ("safetensors",), "to")
     check_number(timeout, "timeout", 0, 86_400, open_low=True)
     source = Path(path)
+    if output is not None and not isinstance(output, str | os.PathLike):
+        raise refuse("output to be a file name", "output", output, "Pass a str or a Path")
     target = Path(output) if output is not None else source.with_suffix(".safetensors")
     if target.is_symlink() or target.is_dir() or target.absolute() == source.absolute():
         raise refuse("output to be a file of its own", "output", str(target), "Pass another path")
@@ -80,7 +82,7 @@ def _plan_flat(data: bytes, name: str, entry: str | None, limits: Limits) -> dic
     if found == SAFETENSORS:
         raise refuse("a checkpoint of torch.save", "path", f"{name} (safetensors)", "It needs no conversion")
     if found != ZIP:
-        raise refuse_format(describe_unreadable(name, found), name)
+        raise refuse_format(describe_unreadable(name, found), name, data)
     plan = read_checkpoint(data, limits, name).plan
     return {key: (tensor.shape, tensor.dtype) for key, tensor in pick_entry(plan, entry, TensorPlan).items()}
 

@@ -1,5 +1,7 @@
 """Opening files once, without following links, and walking folders without leaving them."""
 
+import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -30,11 +32,16 @@ _SHOWN_ITEMS = 6
 _MAX_DEPTH = 32
 
 
-class Content(NamedTuple):
-    """The bytes of a file as they were read, once, with their SHA-256."""
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """The bytes of a file as they were read, once."""
 
     data: bytes
-    sha256: str
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """The digest of these very bytes."""
+        return hashlib.sha256(self.data).hexdigest()
 
 
 class Entry(NamedTuple):
@@ -134,7 +141,7 @@ def _read(handle: int, limits: Limits) -> Content:
             data = reader.read(size + 1)
     if len(data) != size:
         raise unsafe(f"a file of {size} bytes", "bytes read", len(data), "The file changed while it was read")
-    return Content(data, hashlib.sha256(data).hexdigest())
+    return Content(data)
 
 
 def _hash(handle: int) -> tuple[int, str]:

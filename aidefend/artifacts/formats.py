@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from aidefend._core.evidence import Severity
 from aidefend.artifacts.files import unsafe
-from aidefend.artifacts.global_names import is_pickle
+from aidefend.artifacts.global_names import find_globals, is_pickle
 
 
 class Format(NamedTuple):
@@ -75,6 +75,7 @@ _MAGIC: tuple[tuple[int, bytes, Format], ...] = (
 )
 _LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa85019")
 _TEXT_NAME = re.compile(rb"(?:^|[^\w])?[ci][A-Za-z_][\w.]*\n[A-Za-z_][\w.]*\n")
+_SHOWN_NAMES = 3
 _CODE_SUFFIXES = (".py", ".pyc", ".sh", ".bat", ".ps1", ".js", ".so", ".dll", ".dylib", ".exe")
 _CODE = Format(
     "code",
@@ -144,11 +145,13 @@ def describe_unreadable(path: str, found: Format) -> Format:
     return UNKNOWN if found == TEXT and suffix in _EXTENSIONS else found
 
 
-def refuse_format(found: Format, path: str) -> Exception:
-    """The error for a format that is never read."""
-    return unsafe(
-        "safetensors or a torch.save checkpoint", "format", f"{found.name} in {path}: {found.reason}", found.cure
-    )
+def refuse_format(found: Format, path: str, data: bytes = b"") -> Exception:
+    """The error for a format that is never read; where the format can name code, it says which."""
+    names = find_globals(data)[:_SHOWN_NAMES] if found in (PICKLE, LEGACY) else []
+    naming = f" that names {', '.join(names)}" if names else ""
+    cure = f"{found.cure}. Nothing was executed"
+    content = f"{found.name}{naming} in {path}: {found.reason}"
+    return unsafe("safetensors or a torch.save checkpoint", "format", content, cure)
 
 
 def _sniff_text(data: bytes) -> Format:

@@ -19,6 +19,10 @@ _KNOWN = {
     *["__builtin__", "commands", "torch", "numpy", "pandas", "joblib", "dill", "cloudpickle", "pip"],
 }
 _RAW = re.compile(rb"[ci]([A-Za-z_][A-Za-z0-9_.]{0,120})\n([A-Za-z_][A-Za-z0-9_.]{0,120})\n")
+_INNOCENT = re.compile(
+    r"torch\.nn\.modules\.[a-z_]+\.[A-Z]\w*|torch\.nn\.parameter\.Parameter|torch\._utils\._rebuild_\w+"
+    r"|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|dtype|ndarray)|(builtins|__builtin__)\.(set|dict|list|tuple)"
+)
 _TEXTS = ("SHORT_BINUNICODE", "BINUNICODE", "UNICODE", "BINUNICODE8", "STRING", "SHORT_BINSTRING", "BINSTRING")
 
 
@@ -92,3 +96,8 @@ def outside(names: Iterable[str], allowed: Iterable[tuple[str, str]]) -> list[st
     """The names that no checkpoint needs."""
     known = {f"{module}.{name}" for module, name in allowed}
     return [name for name in names if name not in known]
+
+
+def suspicious(names: Iterable[str], allowed: Iterable[tuple[str, str]]) -> list[str]:
+    """The names outside the list that are not those of a whole saved module or of numpy values either."""
+    return [name for name in outside(names, allowed) if not _INNOCENT.fullmatch(name)]

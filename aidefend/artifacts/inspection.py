@@ -20,7 +20,7 @@ from aidefend.artifacts.formats import (
     refuse_format,
     sniff,
 )
-from aidefend.artifacts.global_names import find_globals, outside
+from aidefend.artifacts.global_names import find_globals, outside, suspicious
 from aidefend.artifacts.limits import Limits
 from aidefend.artifacts.loading import check_arguments, check_top
 from aidefend.artifacts.manifest_format import check_digests
@@ -60,8 +60,9 @@ def inspect_artifact(
         deny: SHA-256 digests (lower-case hex) of files known to be bad, for example from shared indicators.
     Returns: Evidence: one finding a file, `setting` holding path, format, sha256, size, reason and the names of code.
         Ids: artifacts.accepted (INFO), .text (INFO), .unsupported (a format that is not read), .unsafe (HIGH; CRITICAL
-        when it names code), .unreadable (HIGH), .unrecognised (HIGH, status failed), .denied (CRITICAL); and
-        artifacts.nothing_recognised (HIGH, status failed) for the whole; artifacts.files counts them.
+        when it names code beyond torch's layers and numpy's values), .unreadable and .unrecognised (HIGH, status
+        failed), .denied (CRITICAL). For the whole: artifacts.files counts the verdicts, and
+        artifacts.nothing_recognised (HIGH, status failed) stands where no file was recognised as weights.
     Raises: ConfigurationError, UnsafeArtifact: malformed arguments, a path that does not exist, too many files.
     Cost: One pass over each file for its digest and its checks.
     Example:
@@ -104,7 +105,7 @@ def _finding(path: str, content: Content, limits: Limits, denied: frozenset[str]
     }
     return Finding(
         f"artifacts.{verdict.word}",
-        f"{path}: {verdict.reason or 'passes every structural check'}",
+        _title(path, verdict),
         verdict.severity,
         value=verdict.word,
         n=1,
@@ -113,6 +114,17 @@ def _finding(path: str, content: Content, limits: Limits, denied: frozenset[str]
         limits=_LIMITS.get(verdict.word, ""),
         mapping=_MAPPING,
         status="failed" if verdict.word == "unrecognised" else "measured",
+    )
+
+
+def _title(path: str, verdict: _Verdict) -> str:
+    """One line: the code that the file names, or the rule that it breaks."""
+    if verdict.word == "accepted":
+        return f"{path}: {verdict.found.name}, passes every structural check"
+    if named := outside(verdict.names, GLOBALS):
+        return f"{path}: {verdict.word}, {verdict.found.name} that names {', '.join(named[:3])}"
+    return (
+        f"{path}: {verdict.word}, {verdict.found.name}: {verdict.found.reason or verdict.reason.partition(', got ')[0]}"
     )
 
 
@@ -128,7 +140,7 @@ def _judge(path: str, content: Content, limits: Limits, denied: frozenset[str]) 
             return _refused(found, str(error), content.data)
         return _Verdict("accepted", Severity.INFO, found, "")
     kind = describe_unreadable(path, found)
-    reason = str(refuse_format(kind, path))
+    reason = str(refuse_format(kind, path, content.data))
     if kind == UNKNOWN:
         return _Verdict("unrecognised", Severity.HIGH, kind, reason, _names(content.data, kind))
     if kind == TEXT:
@@ -150,7 +162,7 @@ def _check_structure(path: str, data: bytes, found: Format, limits: Limits) -> N
 
 def _refused(found: Format, reason: str, data: bytes) -> _Verdict:
     names = _names(data, found)
-    severity = Severity.CRITICAL if outside(names, GLOBALS) else Severity.HIGH
+    severity = Severity.CRITICAL if suspicious(names, GLOBALS) else Severity.HIGH
     return _Verdict("unsafe", severity, found, reason, names)
 
 

@@ -96,7 +96,7 @@ class Limits:
 def _check_dtypes(dtypes: Any) -> frozenset[torch.dtype] | None:
     if dtypes is None:
         return None
-    if isinstance(dtypes, torch.dtype) or not all(dtype in DTYPES for dtype in dtypes):
+    if not isinstance(dtypes, set | frozenset | list | tuple) or not all(dtype in DTYPES for dtype in dtypes):
         raise refuse("a set of dense torch dtypes", "dtypes", dtypes, "Pass for example {torch.float32, torch.int64}")
     return frozenset(dtypes)
 

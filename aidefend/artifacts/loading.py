@@ -1,6 +1,7 @@
 """Loading weights from files that may be hostile."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,6 @@ from aidefend.artifacts.tensor_checks import check_expected, check_layout, check
 from aidefend.artifacts.torch_checkpoint import load_checkpoint, read_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from aidefend.artifacts.manifest import Manifest
 
 
@@ -49,7 +48,8 @@ def safe_load(
         bytes, dtypes, sizes and devices. Tied tensors of torch checkpoints share memory, as saved.
     Raises: UnsafeArtifact: the file is refused; the message names the reason and the safe way out.
         ConfigurationError: an argument is malformed.
-    Cost: Twice the file in memory; one pass each for hashing, checksums, comparison and finiteness.
+    Cost: Twice the file in memory; one pass each for checksums, comparison and finiteness, and for hashing with a
+        manifest.
     Source: PyTorch's serialization notes; safetensors' format description. Differs: limits, no gaps, no duplicates.
     Example:
         >>> import tempfile, torch
@@ -59,8 +59,7 @@ def safe_load(
         ['bias', 'weight']
     """
     limits = check_arguments(path, limits)
-    if manifest is None and key is not None:
-        raise refuse("a manifest with the key", "manifest", None, "Pass manifest=Manifest.load(...)")
+    _check_requests(expect, manifest, key)
     content = read_file(path, limits)
     if manifest is not None:
         manifest.check_content(path, len(content.data), content.sha256, key)
@@ -85,10 +84,21 @@ def load_bytes(data: bytes, name: str, limits: Limits) -> dict[str, Any]:
         check_planned(checkpoint.plan, stored, limits)
         state = load_checkpoint(data, checkpoint, limits)
     else:
-        raise refuse_format(describe_unreadable(name, found), name)
+        raise refuse_format(describe_unreadable(name, found), name, data)
     check_values(state, limits)
     checked: dict[str, Any] = state
     return checked
+
+
+def _check_requests(expect: Any, manifest: Any, key: Any) -> None:
+    if expect is not None and not isinstance(expect, nn.Module | Mapping):
+        form = "Pass a module, its state_dict(), or {name: (shape, dtype)}"
+        raise refuse("expect to be a module or a mapping", "expect", type(expect).__name__, form)
+    cure = "Pass manifest=Manifest.load(...) or Manifest.of(...)"
+    if manifest is None and key is not None:
+        raise refuse("a manifest with the key", "manifest", None, cure)
+    if manifest is not None and not hasattr(manifest, "check_content"):
+        raise refuse("manifest to be a Manifest", "manifest", manifest, cure)
 
 
 def check_top(plan: Any) -> None:

@@ -72,7 +72,7 @@ class Manifest:
             size, digest = hash_file(place, limits)
             check_paths([place.name])
             return cls("file", (Listed(place.name, size, digest),))
-        excluded = tuple(sorted({_check_exclude(item) for item in exclude}))
+        excluded = _check_exclude(exclude)
         listed = _hash_folder(place, excluded, limits)
         if not listed:
             raise unsafe("at least one file", "path", str(place), "Pass the folder that holds the model")
@@ -185,7 +185,8 @@ def _parts(path: str) -> tuple[str, ...]:
     return PurePosixPath(path).parts
 
 
-def _check_exclude(path: Any) -> str:
-    if not isinstance(path, str) or path_problem(path):
-        raise refuse("exact relative paths with /", "exclude", path, "Pass for example ('notes/readme.md',)")
-    return path
+def _check_exclude(paths: Any) -> tuple[str, ...]:
+    listed = [paths] if isinstance(paths, str) or not isinstance(paths, Iterable) else list(paths)
+    if wrong := [path for path in listed if not isinstance(path, str) or path_problem(path)]:
+        raise refuse("exact relative paths with /", "exclude", wrong[0], "Pass for example ('notes/readme.md',)")
+    return tuple(sorted(set(listed)))

@@ -150,8 +150,10 @@ def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 
-def check_digests(digests: Iterable[Any]) -> frozenset[str]:
+def check_digests(digests: Any) -> frozenset[str]:
     """A set of SHA-256 digests in lower-case hex."""
+    if isinstance(digests, str) or not isinstance(digests, Iterable):
+        raise refuse("a set of SHA-256 digests", "deny", digests, "Pass for example {'9f86d0...'}")
     found = frozenset(digests)
     if wrong := [digest for digest in found if not _is_digest(digest)]:
         raise refuse("SHA-256 digests in lower-case hex", "deny", wrong[0], "Pass for example {'9f86d0...'}")

@@ -122,7 +122,6 @@ def round_trip(value, path, **options):
     return loaded
 
 
-@pytest.mark.global_random("layers draw their first weights")
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_state_dict_of_each_layer_loads(name, tmp_path):
     with warnings.catch_warnings():
@@ -148,7 +147,6 @@ def step(name: str) -> torch.optim.Optimizer:
     return optimizer
 
 
-@pytest.mark.global_random("layers draw their first weights")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_state_dict_of_each_optimizer_loads(name, tmp_path):
     optimizer = step(name)
@@ -156,7 +154,6 @@ def test_the_state_dict_of_each_optimizer_loads(name, tmp_path):
     optimizer.load_state_dict(loaded)
 
 
-@pytest.mark.global_random("layers draw their first weights")
 def test_schedulers_scalers_and_averaged_models_load(tmp_path):
     optimizer = step("SGD")
     schedulers = {
@@ -285,7 +282,6 @@ def test_loading_leaves_no_trace(tmp_path):
     assert torch.serialization._serialization_tls.map_location is None
 
 
-@pytest.mark.global_random("layers draw their first weights")
 def test_expect_demands_keys_shapes_and_types(tmp_path):
     path = tmp_path / "model.pt"
     model = nn.Linear(3, 2)
@@ -324,6 +320,9 @@ def test_malformed_arguments_are_named():
         (lambda: safe_load(b"bytes"), "path to be a file name"),
         (lambda: safe_load("x", limits={}), "limits to be Limits"),
         (lambda: safe_load("x", key=b"k" * 32), "a manifest with the key"),
+        (lambda: safe_load("x", manifest="manifest.json"), "manifest to be a Manifest"),
+        (lambda: safe_load("x", expect=3), "expect to be a module"),
+        (lambda: Limits(dtypes=3), "dtypes"),
         (lambda: Limits(max_file_bytes=0), "max_file_bytes"),
         (lambda: Limits(max_compression_ratio=0.5), "max_compression_ratio"),
         (lambda: Limits(links="follow"), "links"),

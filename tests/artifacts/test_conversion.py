@@ -58,7 +58,7 @@ def test_hostile_and_foreign_files_are_refused_before_a_process_starts(tmp_path,
         warnings.simplefilter("ignore")
         cases = {
             "legacy torch pickle.*torch.save": legacy({"w": torch.ones(1)}),
-            "pickle in model.pt": HEAD + mkdir(str(tmp_path / "marker")) + b".",
+            "pickle that names posix.mkdir in model.pt": HEAD + mkdir(str(tmp_path / "marker")) + b".",
             "posix.mkdir": checkpoint(state(mkdir(str(tmp_path / "marker")))),
             "torchscript": torchscript(),
         }

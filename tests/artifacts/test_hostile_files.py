@@ -57,7 +57,12 @@ def test_no_file_of_the_corpus_is_accepted_by_inspection(cases, place):
             assert "artifacts.accepted" not in evidence, case.name
             assert evidence.findings[0].id != "artifacts.text", case.name
         if case.name.startswith("gadget"):
-            assert evidence["artifacts.unsafe"].severity == Severity.CRITICAL
+            innocent = case.name.split()[1].startswith(
+                ("torch.nn.", "torch._utils._rebuild", "numpy.core", "numpy._core")
+            )
+            assert evidence["artifacts.unsafe"].severity == (Severity.HIGH if innocent else Severity.CRITICAL), (
+                case.name
+            )
             assert case.name.removeprefix("gadget ") in evidence["artifacts.unsafe"].setting["globals"]
     assert not (place / "marker").exists()
 

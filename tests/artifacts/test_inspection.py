@@ -62,6 +62,23 @@ def test_each_file_of_a_folder_gets_a_verdict_and_nothing_is_loaded(folder, monk
     assert Evidence.from_dict(evidence.to_dict()) == Evidence(evidence.findings, evidence.metadata)
 
 
+def test_titles_name_the_code_or_the_broken_rule(folder):
+    titles = {item.setting["path"]: item.title for item in inspect_artifact(folder).findings if "path" in item.setting}
+    assert titles["sub/evil.bin"] == "sub/evil.bin: unsafe, pickle that names posix.mkdir"
+    assert titles["sub/evil.pt"] == "sub/evil.pt: unsafe, zip that names posix.mkdir"
+    assert titles["model.pt"] == "model.pt: zip, passes every structural check"
+    assert "legacy torch pickle: torch before 1.6" in titles["sub/old.pth"]
+    (folder / "cut.pt").write_bytes((folder / "model.pt").read_bytes()[:-1])
+    titles = [item.title for item in inspect_artifact(folder / "cut.pt").findings]
+    assert titles[0].startswith("cut.pt: unsafe, zip: Expected a zip that ends with its directory")
+
+
+def test_a_whole_saved_module_is_refused_but_no_attack(tmp_path):
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pt")
+    finding = inspect_artifact(tmp_path / "module.pt")["artifacts.unsafe"]
+    assert finding.severity == Severity.HIGH and "torch.nn.modules.linear.Linear" in finding.setting["globals"]
+
+
 def test_a_single_file_is_named_by_its_name(folder):
     evidence = inspect_artifact(folder / "sub/evil.pt")
     assert [item.id for item in evidence.findings] == ["artifacts.unsafe", "artifacts.files"]
@@ -86,7 +103,7 @@ def test_a_digest_on_the_deny_list_is_critical(folder):
     assert evidence["artifacts.denied"].severity == Severity.CRITICAL
     assert evidence["artifacts.denied"].setting["path"] == "model.pt"
     assert verdicts(evidence)["model.safetensors"] == ("accepted", Severity.INFO)
-    for wrong in ({"abc"}, {bad.upper()}, {3}):
+    for wrong in ({"abc"}, {bad.upper()}, {3}, bad, 3):
         with pytest.raises(ConfigurationError, match="SHA-256"):
             inspect_artifact(folder, deny=wrong)
 

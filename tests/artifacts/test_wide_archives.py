@@ -2,6 +2,7 @@
 
 import os
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,11 +98,11 @@ def test_a_failure_inside_torch_is_a_refusal(tmp_path, monkeypatch):
 def test_no_descriptor_is_left_open(tmp_path):
     torch.save({"w": torch.ones(2)}, tmp_path / "model.pt")
     (tmp_path / "link.pt").symlink_to("model.pt")
-    before = set(os.listdir("/proc/self/fd"))
+    before = {item.name for item in Path("/proc/self/fd").iterdir()}
     for name in ("model.pt", "link.pt", "absent.pt", "."):
         for limits in (Limits(), Limits(links="within"), Limits(max_file_bytes=3)):
             try:
                 safe_load(tmp_path / name, limits=limits)
             except UnsafeArtifact:
                 continue
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert {item.name for item in Path("/proc/self/fd").iterdir()} == before
