@@ -93,11 +93,10 @@ def _keep_buffers(modules: list[nn.Module]) -> Callable[[], None]:
         for module, buffers in kept:
             module._buffers.clear()
             module._buffers.update(buffers)
-        with torch.no_grad():
-            for buffer, value in content:
-                if buffer.shape != value.shape:
-                    buffer.resize_(value.shape)
-                buffer.copy_(value)
+        for buffer, value in content:
+            if buffer.shape != value.shape:
+                buffer.data.resize_(value.shape)
+            buffer.data.copy_(value)  # .data: a graph of the user's that waits for its backward pass stays valid
 
     return undo
 

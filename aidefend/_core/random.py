@@ -51,7 +51,8 @@ def normal(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> 
 def secure_uniform(count: int) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
     """`count` uniforms in (0, 1), float64, 53 bits each, from the operating system. Cannot be seeded or replayed."""
     bits = np.frombuffer(os.urandom(8 * count), dtype=np.uint64) >> np.uint64(11)
-    return (bits.astype(np.float64) + 0.5) * 2.0**-53
+    values: np.ndarray[tuple[int], np.dtype[np.float64]] = (bits.astype(np.float64) + 0.5) * 2.0**-53
+    return values
 
 
 def secure_normal(

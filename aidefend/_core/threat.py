@@ -129,7 +129,8 @@ class Threat:
             return inside.flatten(1).all(dim=1)
         length = self.distance(x_adv, x)
         limit = eps.reshape(-1) * (1 + slack) + rounding.flatten(1).norm(dim=1)
-        return inside.flatten(1).all(dim=1) & (length <= limit)
+        found: Tensor = inside.flatten(1).all(dim=1) & (length <= limit)
+        return found
 
     def with_eps(self, eps: float | Tensor) -> "Threat":
         """The same threat with another radius."""

@@ -50,7 +50,7 @@ FORMS = {
     "ints": Rows(lambda x, y: (x, int(y))),
     "numpy samples": Rows(lambda x, y: (x.numpy(), np.int64(y))),
     "dict samples": Rows(lambda x, y: {"pixel_values": x, "labels": y}),
-    "loader": DataLoader(TensorDataset(X, Y), batch_size=2),
+    "loader": DataLoader(TensorDataset(X, Y), batch_size=2, generator=torch.Generator()),
     "stream": Stream(),
     "dict batches": [{"x": X[:4], "y": Y[:4]}, {"x": X[4:], "y": Y[4:]}],
     "generator": ((X[i : i + 2], Y[i : i + 2]) for i in range(0, 7, 2)),
@@ -65,7 +65,14 @@ def test_every_form_gives_the_same_rows(name):
 
 
 def test_inputs_alone():
-    for data in (X, X.numpy(), TensorDataset(X), DataLoader(TensorDataset(X), 2), Rows(lambda x, y: x), {"x": X}):
+    for data in (
+        X,
+        X.numpy(),
+        TensorDataset(X),
+        DataLoader(TensorDataset(X), 2, generator=torch.Generator()),
+        Rows(lambda x, y: x),
+        {"x": X},
+    ):
         batch = gather(data, 2)
         assert torch.equal(batch.x, X) and batch.y is None and batch.ids == content_ids(X)
     with pytest.raises(ValueError, match="with labels"):

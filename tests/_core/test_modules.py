@@ -64,6 +64,7 @@ def disturb(model: Nested, x: torch.Tensor) -> None:
     random.random()
 
 
+@pytest.mark.global_random("the disturbance that is undone draws from the global streams")
 @given(st.lists(st.booleans(), min_size=8, max_size=8), st.booleans(), st.booleans())
 def test_preserve_restores_everything(flags, with_grad, fails):
     model, x = Nested(), torch.rand(5, 4)
@@ -162,3 +163,14 @@ def test_training_layers_and_probabilities():
     assert not looks_like_probabilities(logits)
     assert not looks_like_probabilities(torch.zeros(0, 3))
     assert device_of(model).type == device_of(len).type == "cpu"
+
+
+def test_a_graph_that_waits_for_its_backward_pass_stays_valid():
+    """Planted trace: writing the buffers back in place would void the user's own pending backward pass."""
+    model, x = nn.BatchNorm1d(3).eval(), torch.arange(12.0).reshape(4, 3)
+    pending = model(x.requires_grad_()).square().sum()
+    with preserve(model):
+        model.train()
+        model(x)
+    pending.backward()
+    assert model.weight.grad is not None
