@@ -1,0 +1,20 @@
+"""Training data: find structured poison without being told where it is, and keep it out without touching the data."""
+
+from aidefend.sanitize.activation_clustering import ActivationClustering, ClusterEvidence
+from aidefend.sanitize.batch import screen_batch
+from aidefend.sanitize.features import Features, extract_features
+from aidefend.sanitize.neighbour_disagreement import NeighbourDisagreement
+from aidefend.sanitize.screen import Detector, screen
+from aidefend.sanitize.spectral_signature import SpectralSignature
+
+__all__ = [
+    "ActivationClustering",
+    "ClusterEvidence",
+    "Detector",
+    "Features",
+    "NeighbourDisagreement",
+    "SpectralSignature",
+    "extract_features",
+    "screen",
+    "screen_batch",
+]

@@ -1,0 +1,51 @@
+"""The block: a slice of rows as every detector takes it, and the checks at that door."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from aidefend._core.checks import check_labels, check_same_rows, check_tensor, refuse
+
+
+class Rows(NamedTuple):
+    """A checked block: ids, features (N, d) float64, labels (N,) int64, and which rows hold finite features only."""
+
+    ids: tuple[str, ...]
+    features: Tensor
+    labels: Tensor
+    usable: Tensor
+
+
+def read_block(block: Mapping[str, Any], dimensions: int | None = None, key: str = "features") -> Rows:
+    """Check a block {"ids": (N,), "features": (N, d), "labels": (N,), ...}; rows with NaN or infinity are marked.
+
+    Args:
+        block: The slice; other keys ("logits", "losses", "x", "view") are left to the detectors that use them.
+        dimensions: Number of features seen before; None: any.
+        key: Where the features are; "features" is taken where the block has no such key.
+    Raises: ConfigurationError: a key is missing, lengths differ, another number of features.
+    """
+    needed: Any = block
+    if not isinstance(needed, Mapping) or not {"ids", "features", "labels"} <= set(needed):
+        found = sorted(map(str, needed)) if isinstance(needed, Mapping) else type(needed).__name__
+        raise refuse("a block with the keys ids, features, labels", "block", found, "Pass a dict with these keys")
+    source = key if key in block else "features"
+    features = check_tensor(block[source], source, ndim=2, floating=True, finite=False).detach().cpu().double()
+    labels = check_labels(block["labels"], len(features), name="labels").cpu()
+    ids = tuple(block["ids"])
+    check_same_rows(("ids", "features"), len(ids), len(features))
+    if dimensions is not None and features.shape[1] != dimensions:
+        cure = "Pass blocks from one feature extractor"
+        raise refuse(f"{dimensions} features, as in earlier blocks", source, features, cure)
+    return Rows(ids, features, labels, torch.isfinite(features).all(dim=1))
+
+
+def check_kin(detector: object, other: Any, settings: tuple[str, ...]) -> None:
+    """Only detectors of one kind with equal settings merge."""
+    kind = type(detector)
+    mine = {name: getattr(detector, name) for name in settings}
+    if type(other) is not kind or {name: getattr(other, name) for name in settings} != mine:
+        found = type(other).__name__
+        raise refuse(f"a {kind.__name__} with {mine}", "other", found, "Merge detectors of one kind and setting")

@@ -1,0 +1,144 @@
+"""From groups to verdicts: which are structured poison, how much of a class they are, and what would go unseen."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from aidefend._core.random import derive_seed, make_generator
+from aidefend._core.stats import wilson
+from aidefend.sanitize.group_evidence import TRANSPLANTS, GroupEvidence, examine
+from aidefend.sanitize.groups import ClassSearch, Group, extended
+from aidefend.sanitize.world import World
+
+SMALLEST_CLASS = 24
+POWER = 0.8
+_FOUND_SHARE = 0.9
+_SEARCH_ROWS = 3000
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Verdict:
+    """One group with its evidence, the p-value corrected for all proposals of the screen, and the decision."""
+
+    group: Group
+    evidence: GroupEvidence
+    p_value: float
+    poison: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types: the class, the estimated poisoned share of its rows with interval, and the evidence."""
+        share = wilson(int(self.group.inside.sum()), len(self.group.inside))
+        likeness = torch.bincount(self.group.looks_like[self.group.inside].clamp(min=0)).tolist()
+        return {
+            "class": self.group.label,
+            "rows": len(self.group.inside),
+            "group": int(self.group.inside.sum()),
+            "poisoned_share": share.value,
+            "low": share.low,
+            "high": share.high,
+            "poison": self.poison,
+            "looks_like": {str(label): count for label, count in enumerate(likeness) if count},
+            "p_value": self.p_value,
+            **self.evidence._asdict(),
+        }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Decision:
+    """What was found in the usable rows.
+
+    Args:
+        poison: At most one verdict a class, those that stand.
+        harmless: For each other class that was searched the group that came closest.
+        mislabelled: (N,) bool, rows that look mislabelled on their own (a remark, no verdict).
+        searched: Classes that were searched, with their number of rows.
+        threshold: Level of each test: alpha divided by the number of proposals.
+        tests: Number of proposals.
+    """
+
+    poison: tuple[Verdict, ...]
+    harmless: tuple[Verdict, ...]
+    mislabelled: Tensor
+    searched: dict[int, int]
+    threshold: float
+    tests: int
+
+
+def decide(world: World, scores: Sequence[Tensor], alpha: float) -> Decision:
+    """Search every class that is large enough, test what the searches propose, and keep what stands.
+
+    Args:
+        world: The data.
+        scores: Detector scores (N,) over the same rows; they propose groups.
+        alpha: Chance of quarantining anything where each proposal is harmless in at least one of the three ways.
+    """
+    stream = make_generator(seed=derive_seed(world.seed, "sample") % 2**63)
+    groups: list[Group] = []
+    mislabelled = torch.zeros(len(world.x), dtype=torch.bool)
+    searched: dict[int, int] = {}
+    tests = 0
+    for label, rows in _classes(world):
+        searched[label] = len(rows)
+        seen = rows[torch.randperm(len(rows), generator=stream)[:_SEARCH_ROWS]].sort().values
+        search = ClassSearch(world, label, seen)
+        groups += search.groups([score[seen] for score in scores])
+        mislabelled[seen] = search.mislabelled()
+        tests += search.proposed
+    threshold = alpha / max(tests, 1)
+    verdicts = [_judged(world, group, threshold, tests) for group in groups]
+    best = {label: max(mine, key=_strength) for label in searched if (mine := _of(verdicts, label))}
+    poison = tuple(_whole(world, verdict) for verdict in best.values() if verdict.poison)
+    harmless = tuple(verdict for verdict in best.values() if not verdict.poison)
+    return Decision(poison, harmless, mislabelled, searched, threshold, tests)
+
+
+def _classes(world: World) -> list[tuple[int, Tensor]]:
+    """Classes with enough rows, where at least one other class can be compared with."""
+    found = [(int(label), (world.labels == label).nonzero().flatten()) for label in world.labels.unique()]
+    banks = set(world.conformity.banks)
+    return [(label, rows) for label, rows in found if len(rows) >= SMALLEST_CLASS and banks - {label}]
+
+
+def _judged(world: World, group: Group, threshold: float, tests: int) -> Verdict:
+    evidence = examine(world, group, threshold)
+    return Verdict(group, evidence, min(1.0, evidence.p_value * tests), evidence.p_value <= threshold)
+
+
+def _of(verdicts: Sequence[Verdict], label: int) -> list[Verdict]:
+    return [verdict for verdict in verdicts if verdict.group.label == label]
+
+
+def _strength(verdict: Verdict) -> tuple[bool, float, int]:
+    """Order among the groups of one class: what stands first, then effect sizes, then size."""
+    evidence = verdict.evidence
+    effect = evidence.foreign * (1 - min(evidence.valley, 1.0))
+    if verdict.poison:
+        effect *= evidence.transfer * (1 - max(evidence.company, 0.0))
+    return verdict.poison, round(effect, 2), int(verdict.group.inside.sum())
+
+
+def _whole(world: World, verdict: Verdict) -> Verdict:
+    rows = (world.labels == verdict.group.label).nonzero().flatten()
+    return dataclasses.replace(verdict, group=extended(world, verdict.group, rows))
+
+
+def smallest_detectable(n: int, threshold: float) -> int | None:
+    """Rows of a group in a class of n that the tests find with 80 % power; None where no size up to n / 2 would do.
+
+    Assumes that a proposal hits the group, that it is apart from the class in the features (nothing in between, 80 % of
+    it at its peak), that 90 % of its rows are recognised as foreign, and that its pattern works on 90 % of transplants.
+    """
+    if _power(TRANSPLANTS, threshold) < POWER:
+        return None
+    fits = (size for size in range(6, n // 2 + 1) if _power(size, threshold) >= POWER)
+    return next((size for size in fits if 0.5 ** int(0.8 * size) <= threshold), None)
+
+
+def _power(n: int, threshold: float) -> float:
+    """Chance that n trials with a success share of .9 refute a share of one half at this level."""
+    needed = int(stats.binom.isf(threshold, n, 0.5)) + 1
+    return float(stats.binom.sf(needed - 1, n, _FOUND_SHARE))

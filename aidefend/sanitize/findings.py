@@ -1,0 +1,138 @@
+"""What a screen says in words and numbers: reasons per row, facts about the whole, and what it does not show."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aidefend._core.stats import wilson
+from aidefend.sanitize.decide import POWER, SMALLEST_CLASS, Decision, Verdict, smallest_detectable
+from aidefend.sanitize.features import Features, finite_rows
+
+THREAT = (
+    "An adversary adds training rows of other classes under one label (dirty-label backdoor), all with one pattern "
+    "that is added or written onto the input. The adversary controls inputs and labels of those rows, not the "
+    "training, and does not shape the poison against this screen."
+)
+LIMITS = (
+    "A kept row is not shown to be clean. Not looked for: poison with correct labels, triggers that warp or depend on "
+    "the input (no common additive pattern), wrong labels without a pattern (remarked, not quarantined), poison spread "
+    "over many labels, groups below the stated size, and poison whose features are kept beside the clean ones by cover "
+    "rows (trigger with right labels). The model's features belong to the adversary as far as the poison shaped them."
+)
+SCORE = "structured_poison"
+ALPHA = 0.01
+_BAD_INPUT = "the input holds NaN or infinity"
+_BAD_OUTPUT = "what the model makes of the input holds NaN or infinity"
+
+
+class RowVerdicts:
+    """The verdict on every row of the data: `keep`, `scores`, `p_values`, `reasons`, `in_group`, `removed`.
+
+    Rows with equal input and label share one verdict. `removed` counts what the screen took for poison, trusted rows
+    and rows with NaN or infinity not among them.
+
+    Args:
+        found: All rows, usable or not.
+        decision: About the usable ones.
+        trusted: (N,) bool, rows that are never quarantined for what a group of theirs is.
+    """
+
+    def __init__(self, found: Features, decision: Decision, trusted: Tensor) -> None:
+        n = len(found)
+        self.scores = torch.where(found.usable, 0.0, torch.nan).double()
+        self.p_values = torch.ones(n, dtype=torch.float64)
+        self.in_group = torch.zeros(n, dtype=torch.bool)
+        self._remarks: list[list[str]] = [[] for _ in range(n)]
+        self._places = found.usable.nonzero().flatten()
+        for verdict in decision.poison:
+            self._mark(verdict)
+        self._spread_to_copies(found)
+        self.removed = self.in_group & ~trusted
+        self.keep = found.usable & ~self.removed
+        self._remark(found, decision, trusted)
+        self.reasons = tuple(tuple(row) for row in self._remarks)
+
+    def _mark(self, verdict: Verdict) -> None:
+        group = verdict.group
+        rows = self._places[group.rows]
+        chance = torch.sigmoid(group.log_odds)
+        self.scores[rows] = torch.where(group.inside, chance.clamp(min=0.5 + 1e-9), chance.clamp(max=0.5))
+        members = rows[group.inside]
+        self.p_values[members] = max(verdict.p_value, 1e-300)
+        self.in_group[members] = True
+        for row, like in zip(members.tolist(), group.looks_like[group.inside].tolist(), strict=True):
+            seems = f"; looks like class {like}, labelled {group.label}" if like >= 0 else ""
+            self._remarks[row] += [*_said(verdict), f"{SCORE} score above 0.5{seems}"]
+
+    def _spread_to_copies(self, found: Features) -> None:
+        """Equal rows are interchangeable: where one is in a group, all are."""
+        first = {found.ids[row].partition("#")[0]: row for row in self.in_group.nonzero().flatten().tolist()}
+        for row in (~self.in_group).nonzero().flatten().tolist():
+            twin = first.get(found.ids[row].partition("#")[0])
+            if twin is not None:
+                self.in_group[row], self.scores[row], self.p_values[row] = True, self.scores[twin], self.p_values[twin]
+                self._remarks[row] = [*self._remarks[twin][:2], "equal to a row of the group"]
+
+    def _remark(self, found: Features, decision: Decision, trusted: Tensor) -> None:
+        finite = finite_rows(found.x)
+        for row in (~found.usable).nonzero().flatten().tolist():
+            self._remarks[row].append(_BAD_OUTPUT if bool(finite[row]) else _BAD_INPUT)
+        for row in (self.in_group & trusted).nonzero().flatten().tolist():
+            self._remarks[row].append("kept: the row is trusted")
+        for row in self._places[decision.mislabelled].tolist():
+            if not self.in_group[row]:
+                self._remarks[row].append("kept: fits another class better than its label (no structured poison)")
+
+
+def _said(verdict: Verdict) -> tuple[str, str]:
+    """What the group is, and what speaks against it."""
+    facts, label = verdict.to_dict(), verdict.group.label
+    group = (
+        f"structured poison in class {label}: group of {facts['group']} of its {facts['rows']} rows "
+        f"(share {facts['poisoned_share']:.3f}, 95 % interval {facts['low']:.3f} to {facts['high']:.3f})"
+    )
+    evidence = (
+        f"evidence: {facts['foreign']:.2f} of the group fit another class and not {label}; it stands apart in the "
+        f"features; its common pattern turns {facts['transfer']:.2f} of other rows into {label} "
+        f"(corrected p = {facts['p_value']:.1g}, threshold {ALPHA})"
+    )
+    return group, evidence
+
+
+def facts_of(decision: Decision, removed: int, n: int) -> dict[str, Any]:
+    """Counts, shares and detectable sizes of a decision, JSON types."""
+    share = wilson(removed, n)
+    sizes = {label: smallest_detectable(rows, decision.threshold) for label, rows in decision.searched.items()}
+    return {
+        "target_classes": [verdict.group.label for verdict in decision.poison],
+        "poisoned_share": {"value": share.value, "low": share.low, "high": share.high, "rows": removed, "n": n},
+        "poison": [verdict.to_dict() for verdict in decision.poison],
+        "closest_harmless": [verdict.to_dict() for verdict in decision.harmless],
+        "classes_searched": {str(label): rows for label, rows in decision.searched.items()},
+        "detectable": {
+            str(label): {"rows": size, "share_of_class": None if size is None else size / decision.searched[label]}
+            for label, size in sizes.items()
+        },
+        "power": POWER,
+        "tests": decision.tests,
+        "level_of_each_test": decision.threshold,
+    }
+
+
+def limits_of(facts: Mapping[str, Any], skipped: Sequence[int]) -> str:
+    """The limits in words, with the smallest group that this data could have revealed."""
+    sizes = [entry["rows"] for entry in facts["detectable"].values() if entry["rows"] is not None]
+    clean = [label for label in facts["classes_searched"] if int(label) not in facts["target_classes"]]
+    said = ""
+    if sizes and clean:
+        said = (
+            f"In classes {', '.join(clean)} no evidence of a group of at least {max(sizes)} rows with a common "
+            f"pattern, at power {POWER} if it stands apart in the features. "
+        )
+    if not facts["classes_searched"]:
+        said = "No class was searched: nothing is shown. "
+    if skipped:
+        said += f"Not searched, fewer than {SMALLEST_CLASS} rows: classes {', '.join(map(str, skipped))}. "
+    return said + LIMITS

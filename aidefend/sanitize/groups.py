@@ -1,0 +1,198 @@
+"""Search one class for a group of rows that belong elsewhere: proposals from scores, settled in the features."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from aidefend._core.random import derive_seed, make_generator
+from aidefend.sanitize.separation import (
+    bisections,
+    cut,
+    discriminant,
+    held_out_log_odds,
+    held_out_regression,
+    inverse_covariance,
+    settle,
+    valley_counts,
+    whiten,
+)
+from aidefend.sanitize.view import p_values
+from aidefend.sanitize.world import World, turned
+
+_TYPICAL = 0.05
+_DEVELOPED = 3
+_WORTH_DEVELOPING = 0.25
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """A part of one class that may be poison.
+
+    Args:
+        label: The class.
+        rows: Row numbers (n,) of the class in the data.
+        inside: (n,) bool, which of them form the group.
+        log_odds: (n,) held-out log-odds of being inside.
+        foreign: (n,) bool: at home in another class and less so in its own, once `pattern` is taken off the group.
+        looks_like: (n,) the other class that fits best, -1 where none does.
+        pattern: Shape of one sample: what the group's rows have more than their nearest rows of other classes.
+        matched: Row numbers of those nearest rows.
+        content: (m, v) coordinates of the group's own rows in the independent view, with the pattern taken off.
+    """
+
+    label: int
+    rows: Tensor
+    inside: Tensor
+    log_odds: Tensor
+    foreign: Tensor
+    looks_like: Tensor
+    pattern: Tensor
+    matched: Tensor
+    content: Tensor
+
+
+class ClassSearch:
+    """One class: its whitened features, its place in the independent view, and the distances among its rows."""
+
+    def __init__(self, world: World, label: int, rows: Tensor) -> None:
+        self.world, self.label, self.rows = world, label, rows
+        self.stream = make_generator(seed=derive_seed(world.seed, "search", label) % 2**63)
+        self.points = whiten(world.features[rows])
+        self.inverse = inverse_covariance(self.points)
+        self.view = world.conformity.coordinates[rows]
+        self.among = torch.cdist(self.view, self.view).fill_diagonal_(torch.inf)
+        self.elsewhere, self.nearest = world.conformity.others(self.view, label)
+        self.proposed = 0
+
+    def groups(self, scores: Sequence[Tensor]) -> list[Group]:
+        """Distinct groups that the scores (each (n,), up = suspicious) and the shape of the features propose.
+
+        `proposed` then holds how many proposals were looked at: the number of tests to correct for.
+        """
+        sides = self._proposals(scores)
+        self.proposed = len(sides)
+        found: dict[bytes, Group] = {}
+        for side in self._ranked(sides):
+            for group in self._developed(side):
+                found.setdefault(group.inside.numpy().tobytes(), group)
+        return list(found.values())
+
+    def mislabelled(self) -> Tensor:
+        """(n,) bool: rows that are strange to their own class (p <= .01) and typical of another (p > .1)."""
+        own = self._own(torch.zeros(len(self.rows), dtype=torch.bool))
+        return (own <= 0.01) & (self.elsewhere > 0.1)
+
+    def _proposals(self, scores: Sequence[Tensor]) -> list[Tensor]:
+        """Rows whose features predict that they are foreign; the upper part of each score; clusters of all sizes."""
+        foreign = self._foreign(torch.zeros(len(self.rows), dtype=torch.bool), self.elsewhere)
+        sides = []
+        if bool(foreign.any()) and not bool(foreign.all()):
+            sides.append(cut(held_out_regression(self.points, foreign, self.stream)))
+        sides += [cut(torch.where(score.isnan(), score.nan_to_num().min(), score)) for score in scores]
+        for node in bisections(self.points[:, -10:]):
+            side = torch.zeros(len(self.rows), dtype=torch.bool)
+            side[node] = True
+            sides.append(side)
+        return [side for side in sides if self._large_enough(side)]
+
+    def _ranked(self, sides: list[Tensor]) -> list[Tensor]:
+        """The few proposals to develop, settled: those that stand apart and whose pattern turns most probes.
+
+        Poison often falls into several clusters that share one pattern, so the union of those that work is among them.
+        Proposals whose pattern turns less than a quarter of the probes are left: they could not turn a majority later.
+        """
+        settled = self._settled(sides)
+        rates = self._probed(settled)
+        top = max(rates, default=0.0)
+        if top < _WORTH_DEVELOPING:
+            return []
+        works = [side for side, rate in zip(settled, rates, strict=True) if rate >= 0.8 * top]
+        union = self._settled([torch.stack(works).any(dim=0)])
+        rated = [*zip(settled, rates, strict=True), *((side, top) for side in union)]
+        rated = [pair for pair in rated if pair[1] >= _WORTH_DEVELOPING]
+        rated.sort(key=lambda pair: (-pair[1] * self._gap(pair[0]), -int(pair[0].sum())))
+        return [side for side, _ in rated[:_DEVELOPED]]
+
+    def _settled(self, sides: list[Tensor]) -> list[Tensor]:
+        """Each side settled in the features; equal ones once."""
+        found = [settle(self.points, side, self.inverse) for side in sides]
+        kept = {side.numpy().tobytes(): side for side in found if side is not None and self._large_enough(side)}
+        return list(kept.values())
+
+    def _gap(self, side: Tensor) -> float:
+        direction, offset = discriminant(self.points, side, self.inverse)
+        between, peak = valley_counts(self.points @ direction + offset, side)
+        return max(0.0, 1 - between / max(peak, 1))
+
+    def _probed(self, sides: list[Tensor]) -> list[float]:
+        """For each side the share of probes that its pattern turns: of all, or of those that look like it if more."""
+        world, matched = self.world, self.world.conformity.matched(self.view, self.label)[:, 0]
+        ours, theirs = world.x[self.rows].float(), world.x[matched].float()
+        patterns = [ours[side].mean(dim=0) - theirs[side].mean(dim=0) for side in sides]
+        probes = world.probes[world.labels[world.probes] != self.label]
+        rates = []
+        for side, moved in zip(sides, turned(world, world.x[probes], patterns, self.label), strict=True):
+            weight = torch.bincount(world.labels[matched[side]], minlength=int(world.labels.max()) + 1)
+            alike = weight[world.labels[probes]].double()
+            rates.append(max(float(moved.double().mean()), float(moved.double() @ alike / alike.sum().clamp(min=1))))
+        return rates
+
+    def _developed(self, side: Tensor) -> list[Group]:
+        """The group whose edge features and common pattern agree on, and the one that the pattern alone would cut."""
+        group = self._described(side, self.points)
+        amount = self.world.view.amount(self.world.x[self.rows], group.pattern)
+        points = torch.cat([self.points, amount.unsqueeze(1)], dim=1)
+        inverse, found = inverse_covariance(points), [group]
+        for start in (side, cut(amount)):
+            settled = settle(points, start, inverse)
+            if settled is not None and self._large_enough(settled):
+                found.append(self._described(settled, points))
+        return found
+
+    def _described(self, inside: Tensor, points: Tensor) -> Group:
+        pattern, offset, matched = self._common(inside)
+        fits, which = self.elsewhere.clone(), self.nearest.clone()
+        content = self.view[inside] - offset
+        fits[inside], which[inside] = self.world.conformity.others(content, self.label)
+        foreign = self._foreign(inside, fits)
+        odds = held_out_log_odds(points, inside, self.stream)
+        return Group(self.label, self.rows, inside, odds, foreign, which, pattern, matched, content)
+
+    def _common(self, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the group has beyond its content, in the inputs and in the view, and the rows that told its content."""
+        conformity, view = self.world.conformity, self.view[inside]
+        matched = conformity.matched(view, self.label)
+        offset = (view - conformity.coordinates[matched].mean(dim=1)).mean(dim=0)
+        matched = conformity.matched(view - offset, self.label)  # now by content, with the pattern taken off
+        offset = (view - conformity.coordinates[matched].mean(dim=1)).mean(dim=0)
+        beside = self.world.x[matched.flatten()].float().mean(dim=0)
+        return self.world.x[self.rows[inside]].float().mean(dim=0) - beside, offset, matched.unique()
+
+    def _own(self, inside: Tensor) -> Tensor:
+        """(n,) p-value of fitting the rows of the class that are outside the group."""
+        k = self.world.conformity.k
+        distance = self.among.masked_fill(inside, torch.inf).topk(k, dim=1, largest=False).values[:, -1]
+        return p_values(distance, distance[~inside].sort().values)
+
+    def _foreign(self, inside: Tensor, elsewhere: Tensor) -> Tensor:
+        """(n,) bool: typical of another class and fitting its own less, where own means its rows outside the group."""
+        return (elsewhere > self._own(inside)) & (elsewhere > _TYPICAL)
+
+    def _large_enough(self, side: Tensor) -> bool:
+        return int(side.sum()) >= 6 and int((~side).sum()) > self.world.conformity.k + 1
+
+
+def extended(world: World, group: Group, rows: Tensor) -> Group:
+    """The group on all rows of its class, where the search saw a sample: each is judged by the group's discriminant."""
+    if len(rows) == len(group.rows):
+        return group
+    amount = world.view.amount(world.x[rows], group.pattern)
+    points = torch.cat([whiten(world.features[rows]), amount.unsqueeze(1)], dim=1)
+    place = torch.searchsorted(rows, group.rows)
+    direction, offset = discriminant(points[place], group.inside, inverse_covariance(points[place]))
+    odds = points @ direction + offset
+    foreign, looks_like = torch.zeros(len(rows), dtype=torch.bool), torch.full((len(rows),), -1)
+    foreign[place], looks_like[place] = group.foreign, group.looks_like
+    return dataclasses.replace(group, rows=rows, inside=odds > 0, log_odds=odds, foreign=foreign, looks_like=looks_like)

@@ -1,0 +1,88 @@
+"""What every search of one data set reads."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from aidefend._core.random import derive_seed, make_generator
+from aidefend.sanitize.features import Features
+from aidefend.sanitize.view import Conformity, IndependentView
+
+Predict = Callable[[Tensor], Tensor]
+_PROBES = 100
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class World:
+    """The usable rows of a data set.
+
+    Args:
+        x: Inputs (N, ...), finite.
+        labels: (N,).
+        features: (N, d) of the suspect model.
+        view: The independent view.
+        conformity: How well each row fits each class in that view.
+        predict: Predicted classes of the suspect model.
+        probes: Row numbers that receive patterns when proposals are ranked; no test uses them.
+        low, high: Range of the inputs, shape of one sample.
+        seed: Of everything that is drawn.
+    """
+
+    x: Tensor
+    labels: Tensor
+    features: Tensor
+    view: IndependentView
+    conformity: Conformity
+    predict: Predict
+    probes: Tensor
+    low: Tensor
+    high: Tensor
+    seed: int
+
+
+def world_of(found: Features, view: IndependentView, predict: Predict, seed: int) -> World:
+    """The usable rows of `found`, ready to be searched."""
+    rows = found.usable
+    x, labels = found.x[rows], found.labels[rows]
+    conformity = Conformity(view.coordinates(x), labels, seed=seed)
+    low, high = x.amin(dim=0), x.amax(dim=0)
+    return World(x, labels, found.features[rows], view, conformity, predict, _probes(labels, seed), low, high, seed)
+
+
+def relabelled(world: World, labels: Tensor) -> World:
+    """The same rows with other labels."""
+    conformity = Conformity(world.conformity.coordinates, labels, seed=world.seed)
+    return dataclasses.replace(world, labels=labels, conformity=conformity, probes=_probes(labels, world.seed))
+
+
+def _probes(labels: Tensor, seed: int) -> Tensor:
+    """The same number of rows of every class, about 100 in all, at most a fifth of a class."""
+    stream = make_generator(seed=derive_seed(seed, "probes") % 2**63)
+    classes = labels.unique().tolist()
+    wanted = max(2, _PROBES // len(classes))
+    chosen = []
+    for label in classes:
+        rows = (labels == label).nonzero().flatten()
+        chosen.append(rows[torch.randperm(len(rows), generator=stream)[: min(wanted, len(rows) // 5)]])
+    return torch.cat(chosen)
+
+
+def turned(world: World, x: Tensor, patterns: list[Tensor], label: int) -> list[Tensor]:
+    """For each pattern, (n,) bool: rows that are predicted as `label` with it, and were not without it.
+
+    A row that is `label` without it counts as not turned, which makes the share of turned rows a cautious one.
+    Cost: one forward pass of x, and one more for each pattern.
+    """
+    if not len(x):
+        return [torch.zeros(0, dtype=torch.bool) for _ in patterns]
+    eligible = world.predict(x) != label
+    moved = (transplanted(x, pattern, world.low, world.high) for pattern in patterns)
+    return [(world.predict(rows) == label) & eligible for rows in moved]
+
+
+def transplanted(x: Tensor, pattern: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Rows (n, ...) with the pattern added, inside the range of the data and in its dtype."""
+    moved = torch.clamp(x.float() + pattern, low.float(), high.float())
+    return moved.to(x.dtype) if x.is_floating_point() else moved.round().to(x.dtype)
