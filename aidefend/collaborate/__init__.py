@@ -1,16 +1,16 @@
-"""Defending together: indicators that organisations share, and updates of many clients joined in spite of hostile ones."""
+"""Defending together: indicators that organisations share, and client updates joined in spite of hostile ones."""
 
 from aidefend.collaborate.aggregation import Aggregation, aggregate
 from aidefend.collaborate.avid import to_avid
+from aidefend.collaborate.detector import IndicatorDetector, apply_indicators
 from aidefend.collaborate.indicators import (
     Indicator,
-    IndicatorDetector,
-    apply_indicators,
     artifact_indicator,
     sample_indicators,
     trigger_indicator,
 )
-from aidefend.collaborate.stix import Shared, from_stix, to_stix
+from aidefend.collaborate.stix import to_stix
+from aidefend.collaborate.stix_reading import Shared, from_stix
 
 __all__ = [
     "Aggregation",

@@ -36,6 +36,7 @@ _NEEDED: Mapping[str, tuple[int, int]] = {
     "centered-clipping": (2, 1),
     "fltrust": (1, 1),
 }
+_SHORTEST = 1e-150  # squares of shorter updates underflow: they have no direction
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,8 +46,9 @@ class Aggregation:
     Args:
         value: In the form of the updates: a tensor, or a state dict.
         report: One row for each client (ids "update-0", ...): keep False for updates that were dropped or, by a method
-            that selects, not used. Score "weight_deficit": 1 - weight / (largest weight), NaN for methods that work
-            coordinate by coordinate.
+            that selects, not used. Scores: "distance", Euclidean, to the joined update, after max_norm;
+            "weight_deficit", 1 - weight / (largest weight), NaN for methods that work coordinate by coordinate. Both
+            NaN for dropped updates.
     """
 
     value: Update
@@ -63,23 +65,28 @@ def aggregate(
 ) -> Aggregation:
     """Join the updates of clients.
 
-    Guarantee: with at most `byzantine` hostile updates, each coordinate of "median" and "trimmed-mean" lies within the
-        range of the honest ones; "geometric-median", "krum", "multi-krum", "bulyan", "centered-clipping" stay within a
-        bounded distance of the honest mean (Source). "mean" bears none. Voided by more hostile clients than stated; none
-        stops a hostile minority from a small steady bias, nor protects a minority of honest clients whose data differ.
+    Guarantee: at most f = `byzantine` hostile updates among n, of any content, chosen with knowledge of all others.
+        Let B be the smallest box that holds the honest updates, |B| its diagonal, D their diameter. "median",
+        "trimmed-mean": inside B. "bulyan": inside B widened by its own width on each side. "geometric-median": within
+        D (1 - a) / sqrt(1 - 2a) of the honest mean, a = f / n. "krum", "multi-krum": within
+        D (1 + sqrt((n - f - 2) / (n - 2f - 1))). "centered-clipping": within 6 |B|. "fltrust": no longer than `trusted`
+        and not against it. "mean": none. Void with more hostile clients than stated. None stops a hostile minority
+        from a small steady bias, or protects a minority of honest clients whose data differ.
     Args:
         updates: n flat or shaped float tensors, one (n, ...) tensor, or n state dicts. Differences to the shared model,
             not the models themselves, if max_norm is used.
         method: How to join. "fltrust" weighs by agreement with `trusted`.
-        byzantine: Largest number f of hostile clients to bear, >= 0. An update that is malformed or not finite is
-            dropped and counts against f.
-        max_norm: Longer updates are scaled down to this Euclidean length first.
-        trusted: The server's own update for "fltrust", in the same form.
-    Returns: The joined update with one report row a client.
+        byzantine: Largest number f of hostile clients to bear, >= 0. An update that is malformed (of another form than
+            most, or than `trusted`), not finite, or longer than 1e150 is dropped and counts against f.
+        max_norm: Longer updates are scaled down to this Euclidean length first (integer entries do not count).
+        trusted: The server's own update for "fltrust", in the form of the clients' updates.
+    Returns: The joined update with one report row a client. Integer entries of state dicts: lower median over the
+        clients, or those of `trusted`.
     Raises: ConfigurationError: n is too small for f with this method; more than f updates were dropped; "mean" with
-        f > 0; trusted missing or superfluous.
-    Cost: n x d for mean and norms; n^2 x d for geometric-median, krum, multi-krum, bulyan, centered-clipping; one sort
-        of n for each coordinate for median, trimmed-mean, bulyan. Memory: blocks of n x 65,536 and the result.
+        f > 0; trusted missing or superfluous; no update agrees with trusted.
+    Cost: n x d for mean, norms and fltrust; a sort of n for each coordinate for all others; and n^2 x d for
+        geometric-median, krum, multi-krum, bulyan, centered-clipping. Memory: a few blocks of 32 MiB, the result in
+        float64, and n x n numbers.
     Source: Yin et al. 2018 (median, trimmed mean); Blanchard et al. 2017 (Krum; multi-Krum averages n - f - 2);
         El Mhamdi et al. 2018 (Bulyan); Pillutla et al. 2019 (geometric median); Karimireddy et al. 2021 (centered
         clipping, 5 rounds from the coordinate-wise median, radius = median distance to it); Cao et al. 2021 (FLTrust).
@@ -92,19 +99,20 @@ def aggregate(
     check_int(byzantine, "byzantine", 0)
     if max_norm is not None:
         check_number(max_norm, "max_norm", 0.0, open_low=True)
-    rows = Updates(updates, max_norm)
-    hostile = _check_counts(rows, method, byzantine)
     if (trusted is None) == (method == "fltrust"):
         rule = 'trusted= with method="fltrust", and only with it'
         raise refuse(rule, "trusted", type(trusted).__name__, "Pass the server's own update")
+    rows = Updates(updates, max_norm, trusted)
+    hostile = _check_counts(rows, method, byzantine)
     value, weights = _joined(rows, method, hostile, trusted)
-    return Aggregation(rows.restore(value), _report(rows, weights, method, byzantine, max_norm))
+    return Aggregation(rows.restore(value), _report(rows, value, weights, method, byzantine, max_norm))
 
 
 def _check_counts(rows: Updates, method: str, byzantine: int) -> int:
     """The number of hostile clients that may still be among the rows that were not dropped."""
     if len(rows.dropped) > byzantine:
-        found = f"{len(rows.dropped)} updates ({', '.join(f'{i}: {why}' for i, why in rows.dropped.items())})"
+        some = "; ".join(f"{i}: {why}" for i, why in list(rows.dropped.items())[:5])
+        found = f"{len(rows.dropped)} updates ({some})"
         raise refuse(f"at most byzantine={byzantine} bad updates", "dropped", found, "Look at these clients")
     hostile = byzantine - len(rows.dropped)
     slope, offset = _NEEDED[method]
@@ -112,67 +120,76 @@ def _check_counts(rows: Updates, method: str, byzantine: int) -> int:
         raise refuse('byzantine=0 with "mean"', "byzantine", byzantine, 'Use "trimmed-mean" or another robust method')
     if len(rows) < slope * hostile + offset:
         rule = f"at least {slope} x byzantine + {offset} usable updates for {method}"
-        raise refuse(rule, "updates", f"{len(rows)} with byzantine={hostile}", "Ask more clients or choose median")
+        cure = "Ask more clients, or choose median if it bears so many"
+        raise refuse(rule, "updates", f"{len(rows)} with byzantine={hostile}", cure)
     return hostile
 
 
 def _joined(rows: Updates, method: str, hostile: int, trusted: Update | None) -> tuple[Tensor, Tensor]:
-    """The flat result, and the weight of each row (NaN where there is no such thing)."""
+    """The flat result, and how much each row counted (NaN where that differs by coordinate)."""
     unknown = torch.full((len(rows),), math.nan, dtype=torch.float64)
     if method == "median":
         return coordinates.median(rows), unknown
     if method == "trimmed-mean":
         return coordinates.trimmed_mean(rows, hostile), unknown
-    if method == "bulyan":
-        chosen = selection.bulyan_choice(rows.gram(), hostile)
-        return coordinates.mean_around_median(rows, chosen, hostile), unknown
-    if method == "centered-clipping":
-        centre = coordinates.median(rows)
-        weights = selection.centered_clipping(rows.gram([centre]))
-        return rows.weighted_sum(weights, [centre]), weights[:-1]
-    if method == "fltrust" and trusted is not None:
-        weights = _trust(rows, trusted)
-    elif method == "mean":
+    if method == "mean":
         weights = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
-    elif method == "geometric-median":
-        weights = selection.geometric_median(rows.gram())
+        return rows.weighted_sum(weights), weights
+    if trusted is not None:
+        return _by_trust(rows, trusted)
+    return _by_distances(rows, method, hostile)
+
+
+def _by_distances(rows: Updates, method: str, hostile: int) -> tuple[Tensor, Tensor]:
+    gram = coordinates.centred_gram(rows)
+    if method == "bulyan":
+        chosen = selection.bulyan_choice(gram, hostile)
+        weights = torch.zeros(len(rows), dtype=torch.float64).index_fill(0, chosen, 1 / len(chosen))
+        return coordinates.mean_around_median(rows, chosen, hostile), weights
+    if method == "centered-clipping":
+        weights = selection.centered_clipping(gram)
+        return coordinates.sum_around_median(rows, weights), weights
+    if method == "geometric-median":
+        weights = selection.geometric_median(gram)
     else:
-        count = 1 if method == "krum" else len(rows) - hostile - 2
-        weights = selection.krum(rows.gram(), hostile, count)
+        weights = selection.krum(gram, hostile, 1 if method == "krum" else len(rows) - hostile - 2)
     return rows.weighted_sum(weights), weights
 
 
-def _trust(rows: Updates, trusted: Update) -> Tensor:
-    """FLTrust: weights by the positive part of the cosine with the trusted update, each row scaled to its length."""
-    own = Updates([trusted], None)
-    if own.form != rows.form or not len(own):
-        raise refuse("trusted in the form of the updates, finite", "trusted", type(trusted).__name__, "Match them")
+def _by_trust(rows: Updates, trusted: Update) -> tuple[Tensor, Tensor]:
+    """FLTrust: the mean of the rows, each scaled to the length of `trusted`, by the positive part of their cosine."""
+    own = Updates([trusted])
+    if not len(own):
+        raise refuse("a finite trusted update", "trusted", "not finite", "Train the server's own update again")
     flat = own.weighted_sum(torch.ones(1, dtype=torch.float64))
-    gram = rows.gram([flat])
-    lengths = gram.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-    trust = (gram[:-1, -1] / lengths[:-1] / lengths[-1]).clamp(min=0)
+    lengths, length = rows.norms * rows.scale, own.norms[0]
+    usable = (lengths > _SHORTEST) & (length > _SHORTEST)
+    cosine = rows.inner(flat) / lengths.where(usable, 1.0) / length.clamp(min=_SHORTEST)
+    trust = torch.where(usable, cosine.clamp(0, 1), 0.0)
     if float(trust.sum()) == 0:
         raise refuse("an update that agrees with trusted", "updates", "none", "Keep the model of the last round")
-    return trust / trust.sum() * lengths[-1] / lengths[:-1]
+    trust = trust / trust.sum()
+    return rows.weighted_sum(trust * length / lengths.where(usable, 1.0)), trust
 
 
-def _report(rows: Updates, weights: Tensor, method: str, byzantine: int, max_norm: float | None) -> Report:
+def _report(
+    rows: Updates, value: Tensor, weights: Tensor, method: str, byzantine: int, max_norm: float | None
+) -> Report:
     n = len(rows) + len(rows.dropped)
-    keep, deficit = torch.ones(n, dtype=torch.bool), torch.full((n,), math.nan, dtype=torch.float64)
+    used = torch.tensor(rows.numbers)
+    keep, blank = torch.zeros(n, dtype=torch.bool), torch.full((n,), math.nan, dtype=torch.float64)
+    keep[used] = weights != 0
+    scores = {"distance": rows.distances(value), "weight_deficit": 1 - weights / weights.max()}
     remarks = [(i, f"dropped: {why}") for i, why in rows.dropped.items()]
-    keep[list(rows.dropped)] = False
-    largest = weights.max() if not bool(torch.isnan(weights).any()) else torch.tensor(math.nan)
     for place, i in enumerate(rows.numbers):
-        deficit[i] = 1 - weights[place] / largest
         if weights[place] == 0:
-            keep[i] = False
             remarks.append((i, f"not used by {method}"))
         if rows.scale[place] < 1:
             remarks.append((i, f"scaled down from length {float(rows.norms[place]):.4g}"))
     return Report(
         tuple(f"update-{i}" for i in range(n)),
         keep,
-        {"weight_deficit": deficit},
+        {name: blank.index_copy(0, used, score) for name, score in scores.items()},
         {},
         reasons_by_row(n, remarks),
         "aggregate",
