@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn import functional
 
 from aidefend._core.checks import check_choice, check_not_empty, check_same_rows, check_tensor, expected, refuse
@@ -51,11 +50,10 @@ def check_batch(x: Any, y: Any) -> None:
 def crafting(model: Model, attack_mode: AttackMode) -> Iterator[Model]:
     """The model for the attack: without its data-parallel wrapper, in eval mode or as given, every trace undone.
 
-    Version counters of the buffers are kept: the clean forward pass of an objective waits for its backward pass.
+    A clean forward pass of an objective that waits for its backward pass stays usable.
     """
     inner: Model = model.module if isinstance(model, _WRAPPERS) else model
-    buffers = tuple(inner.buffers()) if isinstance(inner, nn.Module) else ()
-    with _unsafe_preserve_version_counter(buffers), preserve(inner):
+    with preserve(inner):
         if attack_mode == "eval":
             evaluate(inner)
         yield inner

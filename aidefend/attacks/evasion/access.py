@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from aidefend._core.checks import check_labels, check_logits, expected, refuse
 from aidefend._core.errors import AidefendError
@@ -96,12 +95,10 @@ class Access:
 def quiet_access(model: Model) -> Iterator[None]:
     """The model as given, frozen, every trace undone at the end; works inside `no_grad` and `inference_mode` too.
 
-    Buffers are written back in place; their version counters are kept, so that a graph of the caller's that is still
-    waiting for its backward pass (a loss on the clean batch) stays usable.
+    A graph of the caller's that is still waiting for its backward pass (a loss on the clean batch) stays usable.
     """
     inner = unwrapped(model)
-    buffers = tuple(inner.buffers()) if isinstance(inner, nn.Module) else ()
-    with torch.inference_mode(False), _unsafe_preserve_version_counter(buffers), preserve(inner):
+    with torch.inference_mode(False), preserve(inner):
         freeze(inner)
         yield
 
