@@ -88,7 +88,7 @@ def _tensor(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach()
     if isinstance(value, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(value))
+        return torch.from_numpy(value.copy())
     if isinstance(value, bool | int | float | np.generic):
         return torch.as_tensor(value)
     raise TypeError(type(value).__name__)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import fft
 from scipy.optimize import minimize_scalar
+from scipy.signal import lfilter
 from scipy.special import ndtr, ndtri
 
 Array = npt.NDArray[np.float64]
@@ -56,8 +57,7 @@ def composed_epsilon(mechanisms: Sequence[Mechanism], direction: Direction, delt
         return None
     values = _convolve(single, repeats, low, size)
     infinite = -math.expm1(sum(n * math.log1p(-masses.infinite) for n, masses in zip(repeats, single, strict=True)))
-    losses = spacing * np.arange(low, low + size)
-    return _invert(values, losses, infinite + 2 * tail + rounding, delta)
+    return _invert(values, low, spacing, infinite + 2 * tail + rounding, delta)
 
 
 def _thresholds(mechanism: Mechanism, direction: Direction, losses: Array) -> Array:
@@ -189,19 +189,19 @@ def _convolve(single: Sequence[Masses], repeats: Sequence[int], low: int, size: 
     return np.maximum(np.roll(composed, -(low % size)), 0.0)
 
 
-def _invert(values: Array, losses: Array, infinite: float, delta: float) -> float:
-    """The smallest epsilon >= 0 whose hockey-stick divergence is at most delta."""
+def _invert(values: Array, low: int, spacing: float, infinite: float, delta: float) -> float:
+    """The smallest epsilon >= 0 with a hockey-stick divergence of at most delta; values[0] lies at low * spacing."""
     if infinite >= delta:
         return math.inf
-    start = int(np.searchsorted(losses, 0.0, side="right"))
-    at, mass = losses[start:], values[start:]
-    above = np.append(np.cumsum(mass[::-1])[::-1], 0.0)
-    weighted = np.append(np.cumsum((mass * np.exp(-at))[::-1])[::-1], 0.0)
-    grid = np.append(0.0, at)
-    divergence = above + infinite - np.exp(grid) * weighted
+    start = max(low - 1, 0)
+    beyond = values[start + 1 - low :][::-1]
+    decay = math.exp(-spacing)
+    above = np.append(0.0, np.cumsum(beyond))[::-1]
+    discounted = np.append(0.0, lfilter([decay], [1.0, -decay], beyond))[::-1]
+    divergence = above + infinite - discounted
     reached = int(np.argmax(divergence <= delta))
     if reached == 0:
-        return 0.0
-    previous = reached - 1
-    exact = math.log((above[previous] + infinite - delta) / weighted[previous])
-    return float(np.clip(exact, grid[previous], grid[reached]))
+        return spacing * start
+    last = reached - 1
+    inside = math.log((above[last] + infinite - delta) / discounted[last])
+    return spacing * (start + last) + float(np.clip(inside, 0.0, spacing))
