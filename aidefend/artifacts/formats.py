@@ -25,6 +25,7 @@ _UNPACK = "Unpack it in a sandbox and pass the weights file inside"
 
 SAFETENSORS = Format("safetensors", loadable=True)
 ZIP = Format("zip", loadable=True)
+CHECKPOINT = Format("torch checkpoint", loadable=True)
 EMPTY = Format("empty", reason="it holds no bytes", cure="Fetch it again", severity=Severity.MEDIUM)
 UNKNOWN = Format("unknown", reason="nothing recognised it", cure="Pass safetensors or a torch.save checkpoint")
 TEXT = Format("text", reason="it is text, not weights", cure="Pass the weights file", severity=Severity.INFO)

@@ -10,6 +10,7 @@ from aidefend._core.evidence import Evidence, Finding, Severity
 from aidefend.artifacts.allowed import GLOBALS
 from aidefend.artifacts.files import Content, read_entry, read_file, walk
 from aidefend.artifacts.formats import (
+    CHECKPOINT,
     SAFETENSORS,
     TEXT,
     UNKNOWN,
@@ -138,7 +139,7 @@ def _judge(path: str, content: Content, limits: Limits, denied: frozenset[str]) 
             _check_structure(path, content.data, found, limits)
         except UnsafeArtifact as error:
             return _refused(found, str(error), content.data)
-        return _Verdict("accepted", Severity.INFO, found, "")
+        return _Verdict("accepted", Severity.INFO, CHECKPOINT if found == ZIP else found, "")
     kind = describe_unreadable(path, found)
     reason = str(refuse_format(kind, path, content.data))
     if kind == UNKNOWN:

@@ -110,6 +110,8 @@ def assert_same(one, other):
         assert len(one) == len(other)
         for left, right in zip(one, other, strict=True):
             assert_same(left, right)
+    elif isinstance(one, set):
+        assert one == other
     else:
         assert repr(one) == repr(other)
 

@@ -66,7 +66,7 @@ def test_titles_name_the_code_or_the_broken_rule(folder):
     titles = {item.setting["path"]: item.title for item in inspect_artifact(folder).findings if "path" in item.setting}
     assert titles["sub/evil.bin"] == "sub/evil.bin: unsafe, pickle that names posix.mkdir"
     assert titles["sub/evil.pt"] == "sub/evil.pt: unsafe, zip that names posix.mkdir"
-    assert titles["model.pt"] == "model.pt: zip, passes every structural check"
+    assert titles["model.pt"] == "model.pt: torch checkpoint, passes every structural check"
     assert "legacy torch pickle: torch before 1.6" in titles["sub/old.pth"]
     (folder / "cut.pt").write_bytes((folder / "model.pt").read_bytes()[:-1])
     titles = [item.title for item in inspect_artifact(folder / "cut.pt").findings]
