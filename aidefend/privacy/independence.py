@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from aidefend.privacy.clipping import norms_squared, parts_of, weighted_sums
+from aidefend.privacy.layer_gradients import trainable_parameters
 from aidefend.privacy.private_loss import PerExampleLoss, checked_losses
 from aidefend.privacy.recorder import Recorder, tapped_calls
 from aidefend.privacy.step_book import Ticket
@@ -88,7 +89,7 @@ class Probe:
         ticket, recorder = Ticket(0, len(self._x)), Recorder(self._model)
         outputs = self._replayed(lambda: recorder.run(ticket, (self._x,), {}))
         losses = checked_losses(self._losses(outputs, self._y), len(self._x))
-        trainable = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        trainable = trainable_parameters(self._model)
         passes = recorder.passes(ticket)
         places = recorder.gradients(losses.sum(), passes, retain=True)
         calls = tapped_calls(list(zip(passes, places, strict=True)))

@@ -43,8 +43,20 @@ def gradient_parts(layer: nn.Module, calls: Sequence[Call]) -> list[GradientPart
 
 
 def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters that belong to the layer itself, not to its children."""
-    return {name: p for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
+    """The trainable parameters that belong to the layer itself; those of its children may have a second name in it."""
+    of_children = {id(p) for child in layer.children() for p in child.parameters()}
+    mine = layer.named_parameters(recurse=False)
+    return {name: p for name, p in mine if p.requires_grad and id(p) not in of_children}
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All trainable parameters of a model, under the name of the layer that uses them."""
+    named = (
+        (f"{path}.{name}" if path else name, parameter)
+        for path, layer in model.named_modules()
+        for name, parameter in own_parameters(layer).items()
+    )
+    return dict(named)
 
 
 def _linear(trainable: dict[str, nn.Parameter], calls: Sequence[Call]) -> list[GradientPart]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from aidefend._core.checks import refuse
 from aidefend._core.random import derive_seed, secure_normal
 from aidefend.privacy.config import PrivacyConfig
+from aidefend.privacy.layer_gradients import trainable_parameters
 from aidefend.privacy.step_book import StepBook, refused
 
 _OWN = "Let gradients come from private.loss(...).backward() or private.backward(losses) alone: no clipping, scaling, "
@@ -20,7 +21,7 @@ class ParameterGuard:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._model, self._optimizer = model, optimizer
-        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.trainable = trainable_parameters(model)
         self._facts = self._now()
         self._groups = self._members()
 

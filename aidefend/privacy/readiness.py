@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from aidefend._core.checks import check_same_rows, check_tensor, refuse
 from aidefend._core.modules import preserve
 from aidefend.privacy.independence import Probe
+from aidefend.privacy.layer_gradients import trainable_parameters
 from aidefend.privacy.private_loss import PerExampleLoss
 
 _NORM_CURE = "Replace it with GroupNorm(groups, channels), or LayerNorm for tables; or call eval() on it for good"
@@ -119,7 +120,7 @@ def _of_parameters(model: nn.Module) -> list[Problem]:
     lazy = [name for name, p in named if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
         return [Problem("lazy-parameters", name, "it has no shape yet", "Run the model once before") for name in lazy]
-    trainable = [(name, p) for name, p in named if p.requires_grad]
+    trainable = list(trainable_parameters(model).items())
     if not trainable:
         return [Problem("no-trainable-parameters", "", "every parameter is frozen", "Call requires_grad_(True)")]
     first: dict[int, str] = {}

@@ -36,6 +36,20 @@ class FirstPosition(nn.Module):
         return x[:, 0]
 
 
+class Recurrent(nn.Module):
+    """The replacement that the check names for nn.LSTM; its weights have two names."""
+
+    def __init__(self):
+        from opacus.layers import DPLSTM
+
+        super().__init__()
+        self.cells = DPLSTM(4, 5, batch_first=True)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.cells(x)[0][:, -1])
+
+
 def positive(outputs, targets):
     return nn.functional.softplus(outputs[:, 0] * (1 - 2 * targets.float()))
 
@@ -104,6 +118,7 @@ PRIVATE = {  # name: (model, inputs, targets, per-example loss)
         labels(N),
         cross_entropy,
     ),
+    "recurrent": (Recurrent, draw(N, 5, 4), labels(N), cross_entropy),
     "double precision": (
         lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double(),
         draw(N, 4).double(),
