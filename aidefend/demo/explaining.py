@@ -27,7 +27,7 @@ def explaining(world: World, tell: Tell) -> Chapter:
     shares = {name: wilson(int((~report.keep).sum()), len(report)) for name, report in found.items()}
     for name, share in shares.items():
         tell(f"decisions on {name} digits that rest on unusual places: {percent(share.value)}")
-    behind = influence(model, poisoned.dataset, stamped[:20], torch.full((20,), target), top=10)
+    behind = influence(model, poisoned.dataset, stamped[:20], torch.full((20,), target), top=10, normalised=True)
     bad = poisoned.is_poison[behind.helpful]
     share = wilson(int(bad.sum()), bad.numel())
     tell(f"of the ten training samples most behind each triggered decision, {percent(share.value)} are poison")

@@ -10,7 +10,7 @@ from aidefend._core.stats import false_positive_interval, wilson
 from aidefend.audit import SummaryRow
 from aidefend.demo import figures
 from aidefend.demo.world import Chapter, Tell, World, measured, percent, share_of, train
-from aidefend.validate import Energy, Guard, NearestNeighbours
+from aidefend.validate import Energy, Guard, Mahalanobis, NearestNeighbours
 
 ALPHA = 0.01
 HELD_OUT = 2_000
@@ -23,7 +23,12 @@ def inputs(world: World, tell: Tell) -> Chapter:
     model = world.net("guarded net")
     train(model, TensorDataset(x[held:], y[held:]), epochs=6, seed=world.seed_of("guarded net"), name="guarded model")
     guard = Guard.calibrate(
-        model, x[:held], detectors=[Energy(), NearestNeighbours(k=50)], alpha=ALPHA, fit=x[held:], seed=world.seed
+        model,
+        x[:held],
+        detectors=[Energy(), NearestNeighbours(k=50), Mahalanobis()],
+        alpha=ALPHA,
+        fit=x[held:],
+        seed=world.seed,
     )
     world.models["guarded"], world.facts["guard"] = model, guard
     clean, _ = world.rows("test")
@@ -82,7 +87,7 @@ def inputs(world: World, tell: Tell) -> Chapter:
 
 
 _TEXT = (
-    "The guard checks shape, type, range and finiteness before any computation, then asks two detectors whether the "
+    "The guard checks shape, type, range and finiteness before any computation, then asks three detectors whether the "
     "input looks like the data it was calibrated on. One percent of clean inputs is the stated price."
 )
 

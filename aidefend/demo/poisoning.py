@@ -25,7 +25,7 @@ def poisoning(world: World, tell: Tell) -> Chapter:
     )
     victim = _trained(world, poisoned.dataset, "undefended")
     report = screen(poisoned.dataset, model=victim, seed=world.seed)
-    tell(report.summary())
+    tell(f"screen() quarantines {int((~report.keep).sum())} of {len(report)} samples")
     removed = int((~report.keep).sum())
     order = torch.randperm(len(report), generator=torch.Generator().manual_seed(world.seed_of("random filter")))
     clean_rows = (~poisoned.is_poison).nonzero().flatten().tolist()

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from aidefend import __version__
 from aidefend._core.checks import check_int
 from aidefend._core.errors import AidefendError
@@ -49,11 +51,15 @@ def run(data: str | None = None, out: str = "aidefend-demo", seed: int = 0) -> i
     """
     check_int(seed, "seed", 0)
     folder = Path(out)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the networks are tiny: more threads mostly wait for one another
     try:
         return _run(data, folder, seed)
     except KeyboardInterrupt:
         print(f"\nInterrupted. No report was written to {folder}.", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _run(data: str | None, folder: Path, seed: int) -> int:

@@ -46,6 +46,7 @@ def influence(
     y: Tensor,
     *,
     top: int = 10,
+    normalised: bool = False,
     layer: str | nn.Module | None = None,
     batch_size: int = 256,
 ) -> Influence:
@@ -59,6 +60,9 @@ def influence(
         train: Training data with labels, any form of `iterate`; row i keeps its number.
         x: (M, ...) the decisions to explain.
         y: (M,) the class whose loss is asked for: the true label, or the model's own answer.
+        normalised: Cosine instead of inner product of the gradients. A model that fits its training data leaves tiny
+            gradients on them, and the inner product then ranks the few badly fitted rows first: use the cosine to find
+            what a decision resembles, such as the poison behind a trigger.
         top: Number of samples each way, >= 1; cut to the size of the training data.
         layer: Name or module of the output layer; None finds the Linear that runs last.
         batch_size: Rows a pass.
@@ -82,9 +86,10 @@ def influence(
     with preserve(model), torch.no_grad(), InputCapture(output) as capture:
         evaluate(model)
         asked = _gradients(model, capture, x, labels, output)
+        asked = _unit(asked) if normalised else asked
         best, worst = _Ranking(top, largest=True), _Ranking(top, largest=False)
         ids: list[str] = []
-        for scores, names in _scores(model, capture, iterate(train, batch_size), x, asked, output):
+        for scores, names in _scores(model, capture, iterate(train, batch_size), x, asked, output, normalised):
             best.add(scores, len(ids))
             worst.add(scores, len(ids))
             ids += names
@@ -93,24 +98,40 @@ def influence(
 
 
 def _scores(
-    model: nn.Module, capture: InputCapture, train: Iterator[Batch], x: Tensor, asked: _Gradients, output: nn.Linear
+    model: nn.Module,
+    capture: InputCapture,
+    train: Iterator[Batch],
+    x: Tensor,
+    asked: _Gradients,
+    output: nn.Linear,
+    normalised: bool,
 ) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
     for batch in train:
         if batch.y is None:
             raise refuse("train with labels", "train", "inputs alone", "Pass (x, y) or a data set of (x, y) samples")
         part = _gradients(model, capture, batch.x.to(x), batch.y, output)
-        along = asked.features @ part.features.T + float(cast("Tensor | None", output.bias) is not None)
-        yield (along * (asked.errors @ part.errors.T)).cpu(), batch.ids
+        part = _unit(part) if normalised else part
+        yield ((asked.features @ part.features.T) * (asked.errors @ part.errors.T)).cpu(), batch.ids
 
 
 def _gradients(model: nn.Module, capture: InputCapture, x: Tensor, y: Tensor, output: nn.Linear) -> _Gradients:
+    """The two factors; a bias counts as one more feature that is always 1."""
     logits = check_logits(model(x), len(x))
-    features = capture.take()
+    features = capture.take().double()
     if logits.shape[1] != output.out_features or features.shape[1] != output.in_features:
         raise refuse("layer to be the one that returns the logits", "layer", output, "Pass layer= with its name")
     check_labels(y, len(x), logits.shape[1])
+    if cast("Tensor | None", output.bias) is not None:
+        features = torch.cat([features, torch.ones_like(features[:, :1])], dim=1)
     target = one_hot(y.to(logits.device), logits.shape[1])
-    return _Gradients(features.double(), softmax(logits.double(), dim=1) - target)
+    return _Gradients(features, softmax(logits.double(), dim=1) - target)
+
+
+def _unit(gradients: _Gradients) -> _Gradients:
+    """Each gradient scaled to length one; a zero gradient stays zero."""
+    tiny = torch.finfo(torch.float64).tiny
+    lengths = [factor.norm(dim=1, keepdim=True).clamp(min=tiny) for factor in gradients]
+    return _Gradients(gradients.features / lengths[0], gradients.errors / lengths[1])
 
 
 class _Ranking:

@@ -49,6 +49,22 @@ def test_order_blocks_and_ids():
     assert influence(model, (x, y), x[:3], y[:3], top=500).helpful.shape == (3, 40)
 
 
+def test_the_cosine_is_the_inner_product_of_gradients_of_length_one():
+    model = nn.Linear(6, 3).double()
+    x, y = data(12)
+    x = x.double()
+    gradients = []
+    for row in range(12):
+        model.zero_grad()
+        cross_entropy(model(x[row : row + 1]), y[row : row + 1]).backward()
+        whole = torch.cat([model.weight.grad.flatten(), model.bias.grad])
+        gradients.append(whole / whole.norm())
+    naive = torch.stack(gradients) @ torch.stack(gradients).T
+    found = influence(model, (x, y), x, y, top=12, normalised=True)
+    assert torch.allclose(naive.gather(1, found.helpful), found.helpful_scores)
+    assert found.helpful[:, 0].tolist() == list(range(12))
+
+
 def test_a_mislabelled_copy_is_the_most_harmful():
     x, y = data(60)
     model = nn.Linear(6, 3)
