@@ -1,6 +1,7 @@
 """Argument checks for public doors. Each raises an `AidefendError` that names the argument, its value and the cure."""
 
 import math
+import reprlib
 from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from aidefend._core.errors import AidefendError, ConfigurationError, ThreatModelError
 
 T = TypeVar("T")
+_NESTED = (dict, frozenset, list, set, tuple)
 
 
 def expected(rule: str, name: str, value: object, cure: str) -> str:
@@ -18,11 +20,14 @@ def expected(rule: str, name: str, value: object, cure: str) -> str:
 
 
 def describe(value: object) -> str:
-    """A short text for any value: tensors by type, shape and device, long texts cut."""
+    """A short text for any value: tensors by type, shape and device; nested values and long texts cut."""
     if isinstance(value, Tensor):
         return f"tensor({str(value.dtype).removeprefix('torch.')}, shape={tuple(value.shape)}, {value.device})"
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
+    try:
+        text = reprlib.repr(value) if isinstance(value, _NESTED) else repr(value)
+    except Exception:  # a hostile or half-built object must not break the message about it
+        text = f"an object of type {type(value).__name__}"
+    return text if len(text) <= 160 else f"{text[:78]} ... {text[-77:]}"
 
 
 def refuse(

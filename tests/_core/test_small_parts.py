@@ -97,7 +97,7 @@ def test_good_arguments_pass():
     assert checks.check_labels(torch.tensor([1, 0], dtype=torch.uint8), 2, 2).dtype == torch.int64
     assert checks.check_logits(torch.zeros(0, 3), 0).shape == (0, 3)
     checks.check_inside(torch.zeros(0), 0.0, 1.0)
-    assert len(checks.describe("x" * 500)) == 120
+    assert len(checks.describe("x" * 500)) == 160 and checks.describe("/a" * 200 + "/name.pt").endswith("name.pt'")
     assert checks.check_same_rows(("a", "b"), 2, 2) == 2
 
 
@@ -213,3 +213,17 @@ def test_progress_is_silent_off_a_terminal(capsys):
     assert capsys.readouterr().err == ""
     assert list(progress(range(3), "work", enabled=True)) == [0, 1, 2]
     assert "work" in capsys.readouterr().err
+
+
+class Hostile:
+    def __repr__(self) -> str:
+        raise RuntimeError("no text for you")
+
+
+def test_messages_survive_hostile_values():
+    nested: list[object] = []
+    for _ in range(200):
+        nested = [nested, nested]  # 2 ** 200 brackets if it were written out
+    assert len(checks.describe(nested)) <= 160
+    assert checks.describe(Hostile()) == "an object of type Hostile"
+    assert checks.describe([Hostile()])
