@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from aidefend._core.batches import Batch, input_id, iterate
-from aidefend._core.checks import check_int, check_not_empty, refuse
+from aidefend._core.checks import check_choice, check_int, check_not_empty, refuse
 from aidefend._core.errors import IncompatibleModel, Offender
 from aidefend._core.modules import (
     Model,
@@ -45,6 +45,10 @@ class Facts:
     num_classes: int
     logits_dtype: str
     identity: dict[str, str]
+
+    def __post_init__(self) -> None:
+        check_int(self.num_classes, "num_classes", 2)
+        check_choice(self.logits_dtype, ("float16", "bfloat16", "float32", "float64"), "logits_dtype")
 
 
 @dataclasses.dataclass(frozen=True)

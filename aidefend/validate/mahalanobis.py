@@ -82,7 +82,7 @@ class FittedMahalanobis(nn.Module):
         if whitening.shape[1:] != (d, d) or means.shape[1] != d or len(means) < 1 or len(whitening) not in (1, 2):
             raise refuse("centre (d,), whitening (1 or 2, d, d), means (C, d)", "means", means, "Use what fit returned")
         self.register_buffer("centre", centre)
-        self.register_buffer("whitening", whitening)
+        self.register_buffer("whitening", whitening.contiguous())
         self.register_buffer("means", means)
 
     @property

@@ -17,7 +17,9 @@ def model(seed: int = 0) -> nn.Sequential:
     stream = torch.Generator().manual_seed(seed)
     layers = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     with torch.no_grad():
-        layers[0].weight.copy_(torch.cat([torch.eye(6), -torch.ones(2, 6)]) + 0.05 * torch.randn(8, 6, generator=stream))
+        layers[0].weight.copy_(
+            torch.cat([torch.eye(6), -torch.ones(2, 6)]) + 0.05 * torch.randn(8, 6, generator=stream)
+        )
         layers[0].bias.zero_()
         layers[2].weight.copy_(torch.eye(3, 8) + 0.05 * torch.randn(3, 8, generator=stream))
         layers[2].bias.zero_()

@@ -94,7 +94,9 @@ def test_relative_mahalanobis_subtracts_the_distance_to_the_whole():
     precision = torch.linalg.inv(oas(gaps.T @ gaps / len(x), len(x)))
     whole = torch.stack([(q - x.mean(dim=0)) @ precision @ (q - x.mean(dim=0)) for q in queries])
     expected = naive_mahalanobis(x, y, queries) - whole
-    torch.testing.assert_close(RelativeMahalanobis().fit(x, x, y).score(queries, queries), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        RelativeMahalanobis().fit(x, x, y).score(queries, queries), expected, rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])

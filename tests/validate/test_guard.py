@@ -35,9 +35,7 @@ def test_clean_rows_get_the_models_outputs_and_strange_rows_a_constant():
     assert set(decision.p_values) == {"energy", "nearest-neighbours", "combined"}
     assert all(len(values) == 10 for values in decision.p_values.values())
     assert bool((decision.p_values["combined"][5:] <= 0.05).all())
-    assert decision.reasons[0] == () and decision.reasons[9][0].startswith(
-        "detector: unlike the calibration data ("
-    )
+    assert decision.reasons[0] == () and decision.reasons[9][0].startswith("detector: unlike the calibration data (")
     report = decision.report
     assert report.ids == content_ids(x) and torch.equal(report.keep, decision.accepted)
     assert report.method == "guard" and set(report.scores) == set(decision.p_values)
@@ -307,9 +305,7 @@ def test_too_few_rows_say_how_many_are_needed():
 def test_rows_that_break_the_specification_are_counted_and_left_out():
     x = CALIBRATION[0].clone()
     x[:4, 0] = math.nan
-    guard = Guard.calibrate(
-        model(), x, InputSpec((6,), low=-20, high=20), [Energy()], alpha=0.05, fit=FIT
-    )
+    guard = Guard.calibrate(model(), x, InputSpec((6,), low=-20, high=20), [Energy()], alpha=0.05, fit=FIT)
     assert guard.facts.refused_n == 4 and guard.facts.calibration_n == 296
     assert guard.to_evidence()["guard.specification_refused_share"].value == pytest.approx(4 / 300)
 
@@ -479,9 +475,7 @@ def test_a_compiled_model_that_ran_before_is_refused_with_the_cure():
 def test_half_precision_models_are_scored_in_full_precision():
     x = TEST.bfloat16()
     network = model().bfloat16()
-    guard = Guard.calibrate(
-        network, CALIBRATION[0].bfloat16(), detectors=DETECTORS, alpha=0.05, fit=FIT[0].bfloat16()
-    )
+    guard = Guard.calibrate(network, CALIBRATION[0].bfloat16(), detectors=DETECTORS, alpha=0.05, fit=FIT[0].bfloat16())
     decision = guard(x)
     assert decision.outputs.dtype == torch.bfloat16 and decision.accepted.float().mean() > 0.7
     assert not guard(strange(4).bfloat16()).accepted.any()
