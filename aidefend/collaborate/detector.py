@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from aidefend._core.batches import iterate
 from aidefend._core.checks import refuse
+from aidefend._core.report import Report
 from aidefend.collaborate.fingerprints import Place, check_data, check_key, check_range, fingerprints
 from aidefend.collaborate.indicators import Indicator
 
@@ -84,6 +86,43 @@ class IndicatorDetector:
                 rows[number] += wanted.get(digest, ())
         return [tuple(row) for row in rows]
 
+    def judge(self, data: Any) -> Report:
+        """A verdict on every row of a data set: keep False for a match, and for a row that is not finite.
+
+        The rows are named as `screen` names them, so `judge(data) & screen(data)` joins both verdicts.
+
+        Args:
+            data: Tensors, a pair (x, y), a Dataset or a DataLoader.
+        Returns: A report with the score "shared_indicators"; row i is sample i.
+        Example:
+            >>> x = torch.arange(8.0).reshape(2, 4) / 8
+            >>> detector = apply_indicators([Indicator("sample", "0" * 64, shape=(4,))], bytes(16))
+            >>> detector.judge(x).summary()
+            'shared-indicators: 2 of 2 rows kept, 0 not'
+        """
+        ids: list[str] = []
+        reasons: list[tuple[str, ...]] = []
+        scores = [torch.zeros(0, dtype=torch.float64)]
+        for batch in iterate(data):
+            score = self.score({"x": batch.x})
+            names = [tuple(f"shared indicator: {title}" for title in row) for row in self.matches(batch.x)]
+            bad = score.isnan().tolist()
+            reasons += [("not finite",) if unknown else row for row, unknown in zip(names, bad, strict=True)]
+            ids += batch.ids
+            scores.append(score)
+        found = torch.cat(scores)
+        return Report(
+            tuple(ids),
+            found == 0,
+            {"shared_indicators": found},
+            {},
+            tuple(reasons),
+            self.name,
+            {"indicators": len(self.indicators), "left_out": len(self.left_out), "bounds": list(self.bounds)},
+            "samples or triggers that partners have seen in an attack",
+            "Exact copies and windows only; nothing is said about attacks that no partner has reported.",
+        )
+
     def _by_place(self, shape: tuple[int, ...]) -> Iterator[tuple[Place | None, dict[str, list[Indicator]]]]:
         """Indicators that fit samples of this shape, by place (None: the whole sample), then by digest."""
         fitting = [one for one in self.indicators if one.shape == shape]
@@ -110,7 +149,7 @@ def apply_indicators(
         bounds: Range of one's own samples if they are floating point.
         reference: (M, ...) own samples that are known to be good, where there are some. Indicators that match more
             than 1 % of them are left out: a careless or hostile partner could have anything quarantined with them.
-    Returns: A detector with `.score(block)`, `.matches(x)`, `.deny` and `.left_out`.
+    Returns: A detector with `.score(block)`, `.matches(x)`, `.judge(data)`, `.deny` and `.left_out`.
     Raises: ConfigurationError: malformed key, bounds or indicators; more than 256 different trigger windows.
     Cost: For each block one HMAC a row for samples, and one for each different trigger window.
     Example:
