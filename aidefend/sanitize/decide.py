@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aidefend._core.random import derive_seed, make_generator
 from aidefend._core.stats import wilson
-from aidefend.sanitize.group_evidence import TRANSPLANTS, GroupEvidence, examine
+from aidefend.sanitize.group_evidence import TRANSPLANTS, GroupEvidence, examine, more_than_half
 from aidefend.sanitize.groups import ClassSearch, Group, extended
 from aidefend.sanitize.world import World
 
@@ -18,6 +18,7 @@ SMALLEST_CLASS = 24
 POWER = 0.8
 _FOUND_SHARE = 0.9
 _SEARCH_ROWS = 3000
+_FURTHER = 0.01
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,7 +75,7 @@ def decide(world: World, scores: Sequence[Tensor], alpha: float) -> Decision:
     Args:
         world: The data.
         scores: Detector scores (N,) over the same rows; they propose groups.
-        alpha: Chance of quarantining anything where each proposal is harmless in at least one of the three ways.
+        alpha: Chance of quarantining anything where each proposal is harmless in at least one of the four ways.
     """
     stream = make_generator(seed=derive_seed(world.seed, "sample") % 2**63)
     groups: list[Group] = []
@@ -90,10 +91,15 @@ def decide(world: World, scores: Sequence[Tensor], alpha: float) -> Decision:
         tests += search.proposed
     threshold = alpha / max(tests, 1)
     verdicts = [_judged(world, group, threshold, tests) for group in groups]
-    best = {label: max(mine, key=_strength) for label in searched if (mine := _of(verdicts, label))}
-    poison = tuple(_whole(world, verdict) for verdict in best.values() if verdict.poison)
-    harmless = tuple(verdict for verdict in best.values() if not verdict.poison)
+    by_class = [mine for label in searched if (mine := _strongest_first(verdicts, label))]
+    poison = tuple(_whole(world, _joined(mine)) for mine in by_class if mine[0].poison)
+    harmless = tuple(mine[0] for mine in by_class if not mine[0].poison)
     return Decision(poison, harmless, mislabelled, searched, threshold, tests)
+
+
+def undecided() -> Decision:
+    """About no rows at all."""
+    return Decision((), (), torch.zeros(0, dtype=torch.bool), {}, 0.0, 0)
 
 
 def _classes(world: World) -> list[tuple[int, Tensor]]:
@@ -108,17 +114,35 @@ def _judged(world: World, group: Group, threshold: float, tests: int) -> Verdict
     return Verdict(group, evidence, min(1.0, evidence.p_value * tests), evidence.p_value <= threshold)
 
 
-def _of(verdicts: Sequence[Verdict], label: int) -> list[Verdict]:
-    return [verdict for verdict in verdicts if verdict.group.label == label]
+def _strongest_first(verdicts: Sequence[Verdict], label: int) -> list[Verdict]:
+    """The verdicts on one class: those that stand first, then by effect sizes, then by size."""
+
+    def strength(verdict: Verdict) -> tuple[bool, float, int]:
+        evidence = verdict.evidence
+        effect = evidence.foreign * (1 - min(evidence.valley, 1.0)) * (evidence.transfer if verdict.poison else 1.0)
+        return verdict.poison, round(effect, 2), int(verdict.group.inside.sum())
+
+    return sorted((verdict for verdict in verdicts if verdict.group.label == label), key=strength, reverse=True)
 
 
-def _strength(verdict: Verdict) -> tuple[bool, float, int]:
-    """Order among the groups of one class: what stands first, then effect sizes, then size."""
-    evidence = verdict.evidence
-    effect = evidence.foreign * (1 - min(evidence.valley, 1.0))
-    if verdict.poison:
-        effect *= evidence.transfer * (1 - max(evidence.company, 0.0))
-    return verdict.poison, round(effect, 2), int(verdict.group.inside.sum())
+def _joined(verdicts: Sequence[Verdict]) -> Verdict:
+    """The strongest group, and every other that stands and whose further rows are mostly foreign by themselves.
+
+    Poison from several classes forms several clusters; a group that merely grew into the clean part adds honest rows.
+    """
+    strongest = verdicts[0]
+    whole = strongest.group
+    for group in (verdict.group for verdict in verdicts[1:] if verdict.poison):
+        further = group.inside & ~whole.inside
+        if more_than_half(int(group.foreign[further].sum()), int(further.sum())) <= _FURTHER:
+            whole = dataclasses.replace(
+                whole,
+                inside=whole.inside | group.inside,
+                log_odds=torch.maximum(whole.log_odds, group.log_odds),
+                foreign=torch.where(further, group.foreign, whole.foreign),
+                looks_like=torch.where(further, group.looks_like, whole.looks_like),
+            )
+    return dataclasses.replace(strongest, group=whole)
 
 
 def _whole(world: World, verdict: Verdict) -> Verdict:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from aidefend._core.batches import Batch, gather
+from aidefend._core.batches import Batch, as_dataset, gather
 from aidefend._core.checks import check_int, check_labels, check_logits, check_tensor, expected, refuse
 from aidefend._core.errors import AidefendError, IncompatibleModel
 from aidefend._core.modules import InputCapture, Model, device_of, evaluate, find_module, last_linear, preserve
@@ -56,10 +57,15 @@ class Features:
 
 
 def read_samples(dataset: Any) -> Batch:
-    """All samples in memory, in order; refuses data without labels or with labels below 0."""
-    batch = gather(dataset)
+    """All samples in memory, in the data set's own order (a DataLoader's shuffling is passed by).
+
+    Raises: ConfigurationError: no sample, no labels, labels below 0, samples without a feature.
+    """
+    batch = gather(as_dataset(dataset) if isinstance(dataset, DataLoader) else dataset)
     if batch.y is None:
         raise refuse("a data set of (x, y) samples", "dataset", "inputs without labels", "Give every sample a label")
+    if batch.x.ndim < 2 or not batch.x[0].numel():
+        raise refuse("samples with at least one feature", "dataset", batch.x, "Give x the shape (features,) or more")
     return Batch(batch.ids, batch.x, check_labels(batch.y, len(batch.ids), name="labels"))
 
 

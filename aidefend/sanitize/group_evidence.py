@@ -1,4 +1,4 @@
-"""Three hypotheses under which a group is harmless. A group is called poison only if all three fall."""
+"""Four hypotheses under which a group is harmless. A group is called poison only if all of them fall."""
 
 import math
 from typing import NamedTuple
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aidefend._core.random import derive_seed, make_generator
 from aidefend.sanitize.groups import Group
+from aidefend.sanitize.neighbour_disagreement import kth_distance
 from aidefend.sanitize.separation import valley_counts
 from aidefend.sanitize.world import World, turned
 
@@ -22,11 +23,11 @@ class GroupEvidence(NamedTuple):
         foreign: Share of the group that fits another class and not its own; `p_foreign`: of H: at most half, or no more
             than in the rest of its class.
         valley: Rows between the group and the rest, as share of those at the thinner peak; `p_valley`: of H: no gap.
-        transfer: Share of ordinary rows of other classes that the group's pattern turns into the class, NaN where the
+        transfer: Share of ordinary rows of other classes that the group's trigger turns into the class, NaN where the
             two other tests made it needless; `p_transfer`: of H: at most half.
-        company: How much more its rows keep to themselves, with the pattern taken off, than rows of the classes that
-            they look like would; about 0 for poison, NaN where the tests made it needless. Of two groups of one class
-            that both stand, this tells which is the stranger.
+        apart: Median distance of its rows to the nearest other class over that inside the group, as share of the same
+            for the rest of the class; NaN where the other tests made it needless; `p_nearer`: of H: the group lies no
+            nearer to other classes than the rest of its class does. Of two parts it tells which is the stranger.
     """
 
     foreign: float
@@ -35,23 +36,24 @@ class GroupEvidence(NamedTuple):
     p_foreign: float
     p_valley: float
     p_transfer: float
-    company: float
+    apart: float
+    p_nearer: float
 
     @property
     def p_value(self) -> float:
-        """Of H: the group is harmless in at least one of the three ways (intersection-union test)."""
-        return max(self.p_foreign, self.p_valley, self.p_transfer)
+        """Of H: the group is harmless in at least one of the four ways (intersection-union test)."""
+        return max(self.p_foreign, self.p_valley, self.p_transfer, self.p_nearer)
 
 
 def examine(world: World, group: Group, threshold: float) -> GroupEvidence:
-    """All three tests; the pattern is transplanted only where the two cheaper ones leave the group suspect."""
+    """All four tests; the trigger is transplanted only where the two cheaper ones leave the group suspect."""
     foreign, p_foreign = foreign_share(group.foreign, group.inside)
     valley, p_valley = valley_depth(group.log_odds, group.inside)
-    transfer, p_transfer, company = math.nan, 1.0, math.nan
+    transfer, p_transfer, apart, p_nearer = math.nan, 1.0, math.nan, 1.0
     if max(p_foreign, p_valley) <= threshold:
         transfer, p_transfer = transfer_share(world, group)
-        company = own_company(world, group)
-    return GroupEvidence(foreign, valley, transfer, p_foreign, p_valley, p_transfer, company)
+        apart, p_nearer = nearness(world, group)
+    return GroupEvidence(foreign, valley, transfer, p_foreign, p_valley, p_transfer, apart, p_nearer)
 
 
 def more_than_half(successes: int, n: int) -> float:
@@ -74,9 +76,9 @@ def valley_depth(log_odds: Tensor, inside: Tensor) -> tuple[float, float]:
 
 
 def transfer_share(world: World, group: Group) -> tuple[float, float]:
-    """Share of ordinary rows that the pattern turns into the class, and its p-value. H: at most half.
+    """Share of ordinary rows that the trigger turns into the class, added or written, and its p-value. H: at most half.
 
-    The rows are of the classes that the group looks like, in the same proportions; none of them shaped the pattern.
+    The rows are of the classes that the group looks like, in the same proportions; none of them shaped the trigger.
     """
     stream = make_generator(seed=derive_seed(world.seed, "transplant", group.label) % 2**63)
     free = world.labels != group.label
@@ -84,8 +86,8 @@ def transfer_share(world: World, group: Group) -> tuple[float, float]:
     free[world.probes] = False
     likeness = group.looks_like[group.inside & group.foreign]
     rows = drawn_like(likeness[likeness >= 0], world.labels, free, stream)
-    count = int(turned(world, world.x[rows], [group.pattern], group.label)[0].sum())
-    return count / max(len(rows), 1), more_than_half(count, len(rows))
+    count = int(turned(world, world.x[rows], [group.trigger], group.label)[0].sum(dim=1).max())
+    return count / max(len(rows), 1), min(1.0, 2 * more_than_half(count, len(rows)))
 
 
 def drawn_like(likeness: Tensor, labels: Tensor, free: Tensor, stream: torch.Generator) -> Tensor:
@@ -99,17 +101,19 @@ def drawn_like(likeness: Tensor, labels: Tensor, free: Tensor, stream: torch.Gen
     return torch.cat(chosen)
 
 
-def own_company(world: World, group: Group) -> float:
-    """Mean share of the group among its rows' neighbours, less the share that random rows of those classes would have.
+def nearness(world: World, group: Group) -> tuple[float, float]:
+    """How far the group is from other classes, relative to the rest of its class, and the p-value of H: no nearer.
 
-    Source: after the nearest-neighbour two-sample test of Schilling 1986.
+    A row's distance to other classes is measured against that to its own part, so that dense parts gain nothing. The
+    test compares the ranks of these ratios (Mann, Whitney 1947); nothing is taken off the rows here.
     """
-    conformity, n = world.conformity, len(group.content)
-    others = torch.cat([rows for label, rows in conformity.banks.items() if label != group.label])
-    among = torch.cdist(group.content, group.content).fill_diagonal_(torch.inf)
-    gaps = torch.cat([among, torch.cdist(group.content, conformity.coordinates[others])], dim=1)
-    nearest = gaps.topk(min(conformity.k, n - 1), dim=1, largest=False).indices
-    likeness = group.looks_like[group.inside]
-    ours = torch.tensor([float((likeness == label).sum()) for label in likeness.tolist()])
-    bank = torch.tensor([float(len(conformity.banks.get(label, ()))) for label in likeness.tolist()])
-    return float((nearest < n).double().mean() - (ours / (ours + bank)).double().mean())
+    conformity, inside = world.conformity, group.inside
+    points = conformity.coordinates[group.rows]
+    beyond = conformity.distance_elsewhere(points, group.label)
+    within = torch.zeros(len(points), dtype=points.dtype)
+    for part in (inside, ~inside):
+        mine = points[part]
+        within[part] = kth_distance(mine, mine, conformity.k, torch.arange(len(mine)))
+    ratio = beyond / within.clamp(min=1e-12)
+    p_value = stats.mannwhitneyu(ratio[inside].numpy(), ratio[~inside].numpy(), alternative="less").pvalue
+    return float(ratio[inside].median() / ratio[~inside].median().clamp(min=1e-12)), float(p_value)

@@ -18,6 +18,7 @@ from aidefend.sanitize.separation import (
     valley_counts,
     whiten,
 )
+from aidefend.sanitize.trigger import Trigger
 from aidefend.sanitize.view import p_values
 from aidefend.sanitize.world import World, turned
 
@@ -35,11 +36,10 @@ class Group:
         rows: Row numbers (n,) of the class in the data.
         inside: (n,) bool, which of them form the group.
         log_odds: (n,) held-out log-odds of being inside.
-        foreign: (n,) bool: at home in another class and less so in its own, once `pattern` is taken off the group.
+        foreign: (n,) bool: at home in another class and less so in its own, once the trigger is taken off the group.
         looks_like: (n,) the other class that fits best, -1 where none does.
-        pattern: Shape of one sample: what the group's rows have more than their nearest rows of other classes.
+        trigger: What the group's rows have in common beyond their nearest rows of other classes.
         matched: Row numbers of those nearest rows.
-        content: (m, v) coordinates of the group's own rows in the independent view, with the pattern taken off.
     """
 
     label: int
@@ -48,9 +48,8 @@ class Group:
     log_odds: Tensor
     foreign: Tensor
     looks_like: Tensor
-    pattern: Tensor
+    trigger: Trigger
     matched: Tensor
-    content: Tensor
 
 
 class ClassSearch:
@@ -130,37 +129,37 @@ class ClassSearch:
         """For each side the share of probes that its pattern turns: of all, or of those that look like it if more."""
         world, matched = self.world, self.world.conformity.matched(self.view, self.label)[:, 0]
         ours, theirs = world.x[self.rows].float(), world.x[matched].float()
-        patterns = [ours[side].mean(dim=0) - theirs[side].mean(dim=0) for side in sides]
+        triggers = [Trigger.between(ours[side].mean(dim=0), theirs[side].mean(dim=0)) for side in sides]
         probes = world.probes[world.labels[world.probes] != self.label]
         rates = []
-        for side, moved in zip(sides, turned(world, world.x[probes], patterns, self.label), strict=True):
+        for side, moved in zip(sides, turned(world, world.x[probes], triggers, self.label), strict=True):
             weight = torch.bincount(world.labels[matched[side]], minlength=int(world.labels.max()) + 1)
             alike = weight[world.labels[probes]].double()
-            rates.append(max(float(moved.double().mean()), float(moved.double() @ alike / alike.sum().clamp(min=1))))
+            by_likeness = moved.double() @ alike / alike.sum().clamp(min=1)
+            rates.append(max(float(moved.double().mean(dim=1).max()), float(by_likeness.max())))
         return rates
 
     def _developed(self, side: Tensor) -> list[Group]:
         """The group whose edge features and common pattern agree on, and the one that the pattern alone would cut."""
         group = self._described(side, self.points)
-        amount = self.world.view.amount(self.world.x[self.rows], group.pattern)
-        points = torch.cat([self.points, amount.unsqueeze(1)], dim=1)
+        amounts = amounts_of(self.world, self.rows, group.trigger)
+        points = torch.cat([self.points, amounts], dim=1)
         inverse, found = inverse_covariance(points), [group]
-        for start in (side, cut(amount)):
+        for start in (side, cut(amounts[:, 0]), cut(amounts[:, 1])):
             settled = settle(points, start, inverse)
             if settled is not None and self._large_enough(settled):
                 found.append(self._described(settled, points))
         return found
 
     def _described(self, inside: Tensor, points: Tensor) -> Group:
-        pattern, offset, matched = self._common(inside)
+        trigger, offset, matched = self._common(inside)
         fits, which = self.elsewhere.clone(), self.nearest.clone()
-        content = self.view[inside] - offset
-        fits[inside], which[inside] = self.world.conformity.others(content, self.label)
+        fits[inside], which[inside] = self.world.conformity.others(self.view[inside] - offset, self.label)
         foreign = self._foreign(inside, fits)
         odds = held_out_log_odds(points, inside, self.stream)
-        return Group(self.label, self.rows, inside, odds, foreign, which, pattern, matched, content)
+        return Group(self.label, self.rows, inside, odds, foreign, which, trigger, matched)
 
-    def _common(self, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _common(self, inside: Tensor) -> tuple[Trigger, Tensor, Tensor]:
         """What the group has beyond its content, in the inputs and in the view, and the rows that told its content."""
         conformity, view = self.world.conformity, self.view[inside]
         matched = conformity.matched(view, self.label)
@@ -168,7 +167,8 @@ class ClassSearch:
         matched = conformity.matched(view - offset, self.label)  # now by content, with the pattern taken off
         offset = (view - conformity.coordinates[matched].mean(dim=1)).mean(dim=0)
         beside = self.world.x[matched.flatten()].float().mean(dim=0)
-        return self.world.x[self.rows[inside]].float().mean(dim=0) - beside, offset, matched.unique()
+        ours = self.world.x[self.rows[inside]].float()
+        return Trigger.between(ours.mean(dim=0), beside, ours.median(dim=0).values), offset, matched.unique()
 
     def _own(self, inside: Tensor) -> Tensor:
         """(n,) p-value of fitting the rows of the class that are outside the group."""
@@ -184,12 +184,17 @@ class ClassSearch:
         return int(side.sum()) >= 6 and int((~side).sum()) > self.world.conformity.k + 1
 
 
+def amounts_of(world: World, rows: Tensor, trigger: Trigger) -> Tensor:
+    """(n, 2): how much of the trigger's pattern is in each row, and how exactly its spot is hit, standardised."""
+    x = world.x[rows]
+    return torch.stack([world.view.amount(x, trigger.pattern), trigger.hit(x)], dim=1)
+
+
 def extended(world: World, group: Group, rows: Tensor) -> Group:
     """The group on all rows of its class, where the search saw a sample: each is judged by the group's discriminant."""
     if len(rows) == len(group.rows):
         return group
-    amount = world.view.amount(world.x[rows], group.pattern)
-    points = torch.cat([whiten(world.features[rows]), amount.unsqueeze(1)], dim=1)
+    points = torch.cat([whiten(world.features[rows]), amounts_of(world, rows, group.trigger)], dim=1)
     place = torch.searchsorted(rows, group.rows)
     direction, offset = discriminant(points[place], group.inside, inverse_covariance(points[place]))
     odds = points @ direction + offset

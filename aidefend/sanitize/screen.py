@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aidefend._core.batches import Batch
-from aidefend._core.checks import check_int, check_tensor, refuse
+from aidefend._core.checks import check_int, check_labels, check_tensor, refuse
 from aidefend._core.modules import Model
 from aidefend._core.random import derive_seed, make_generator
 from aidefend._core.report import Report
 from aidefend._core.stats import wilson
 from aidefend.sanitize.activation_clustering import ActivationClustering
-from aidefend.sanitize.decide import Decision, decide
+from aidefend.sanitize.decide import Decision, decide, undecided
 from aidefend.sanitize.features import Features, Layer, extract_features, finite_rows, predictor, read_samples
 from aidefend.sanitize.findings import ALPHA, SCORE, THREAT, RowVerdicts, facts_of, limits_of
 from aidefend.sanitize.neighbour_disagreement import NeighbourDisagreement
@@ -48,12 +48,13 @@ def screen(
 ) -> Report:
     """Judge every row of a training set: quarantine structured poison, remark what else looks wrong, remove nothing.
 
-    Detectors propose parts of each class; a part is quarantined as a whole if three hypotheses under which it would be
+    Detectors propose parts of each class; a part is quarantined as a whole if four hypotheses under which it would be
     harmless all fall: at most half of it fits another class and not its own (in a view of the inputs that does not
-    use the model); it does not stand apart in the model's features; and what it has in common turns at most half of
-    ordinary rows of other classes into its label. Honest styles and rare groups have right labels and pass the first.
+    use the model); it does not stand apart in the model's features; what it has in common turns at most half of
+    ordinary rows of other classes into its label; and it lies no nearer to other classes than the rest of its class.
+    Honest styles and rare groups have right labels and pass the first.
 
-    Guarantee: the three tests are intersection-union tests, corrected for the number of proposals (Bonferroni): where
+    Guarantee: the four tests are intersection-union tests, corrected for the number of proposals (Bonferroni): where
         in every proposal one of the hypotheses holds, something is quarantined with probability at most .01 as far as
         the tests' binomial models hold; each proposal was chosen on the same rows, so read it as calibrated by
         measurement, not as a proof. Nothing is promised against an adversary who knows this screen; see the report's
@@ -97,14 +98,9 @@ def screen(
     good = read_trusted(trusted, samples.ids)
     sides = {"sources": read_names(sources, len(good), "sources"), "groups": read_names(groups, len(good), "groups")}
     chosen = _detectors(detectors)
-    usable = finite_rows(samples.x)
-    suspect = model if model is not None else train_suspect(samples.x[usable], _labels(samples)[usable], seed)
+    suspect = model if model is not None else _trained(samples, seed)
     found = extract_features(samples, suspect, layer)
-    view = IndependentView(found.x[found.usable], seed=seed)
-    scores = _scores(found, view, chosen)
-    world = world_of(found, view, predictor(suspect), seed)
-    proposing = [score[found.usable] for score in scores.values()]
-    decision, control = decide(world, proposing, ALPHA), _control(world, proposing)
+    scores, decision, control = _judged(found, suspect, chosen, seed)
     rows = RowVerdicts(found, decision, good)
     facts = facts_of(decision, int(rows.removed.sum()), len(rows.removed)) | {
         "alpha": ALPHA,
@@ -150,10 +146,25 @@ def _detectors(detectors: Any) -> dict[str, Detector]:
     return named
 
 
-def _labels(samples: Batch) -> Tensor:
-    if samples.y is None:
-        raise refuse("a data set of (x, y) samples", "dataset", "inputs without labels", "Give every sample a label")
-    return samples.y
+def _trained(samples: Batch, seed: int) -> nn.Module:
+    """A suspect model of our own, from the rows that are finite."""
+    usable = finite_rows(samples.x)
+    labels = check_labels(samples.y, len(usable), name="labels")
+    return train_suspect(samples.x[usable], labels[usable], seed) if bool(usable.any()) else nn.Identity()
+
+
+def _judged(
+    found: Features, suspect: Model, detectors: Mapping[str, Detector], seed: int
+) -> tuple[dict[str, Tensor], Decision, dict[str, Any]]:
+    """Detector scores (N,) of all rows, the decision on the usable ones, and the control."""
+    if not bool(found.usable.any()):
+        nothing = {name: torch.full((len(found),), torch.nan, dtype=torch.float64) for name in detectors}
+        return nothing, undecided(), {"quarantined": 0, "n": 0}
+    view = IndependentView(found.x[found.usable], seed=seed)
+    scores = _scores(found, view, detectors)
+    world = world_of(found, view, predictor(suspect), seed)
+    proposing = [score[found.usable] for score in scores.values()]
+    return scores, decide(world, proposing, ALPHA), _control(world, proposing)
 
 
 def _scores(found: Features, view: IndependentView, detectors: Mapping[str, Detector]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from aidefend.sanitize.neighbour_disagreement import kth_distance
 from aidefend.sanitize.suspect import Scaled
 
 _FIT_ROWS = 4000
+_FILTER = 256
 
 
 class IndependentView:
@@ -26,11 +27,11 @@ class IndependentView:
         sample = self._scaled(x[torch.randperm(len(x), generator=stream)[:_FIT_ROWS]])
         self._mean = sample.mean(dim=0)
         centred = sample - self._mean
-        self._variances, self._directions = _principal(centred, min(dimensions, *sample.shape), stream)
-        left = sample.shape[1] - len(self._variances)
-        total = centred.square().sum() / max(len(centred), 1)
-        rest = (total - self._variances.sum()).clamp(min=0) / max(left, 1)
-        self._rest = rest.clamp(min=float(1e-3 * self._variances.mean() if len(self._variances) else 1.0))
+        variances, directions = _principal(centred, min(_FILTER, *sample.shape), stream)
+        rest = (centred.square().sum() / len(centred) - variances.sum()) / max(sample.shape[1] - len(variances), 1)
+        self._damping = variances + max(float(rest), 0.01 * float(variances.sum()) / sample.shape[1], 1e-9)
+        self._variances, self._filter = variances, directions
+        self._directions = directions[:, : min(dimensions, directions.shape[1])]
 
     @property
     def dimensions(self) -> int:
@@ -48,8 +49,7 @@ class IndependentView:
         """
         zero = torch.zeros_like(pattern).unsqueeze(0)
         shift = (self._scaled(pattern.unsqueeze(0)) - self._scaled(zero))[0]
-        damped = self._variances / (self._variances + self._rest)
-        weights = shift - self._directions @ (damped * (self._directions.T @ shift))
+        weights = shift - self._filter @ (self._variances / self._damping * (self._filter.T @ shift))
         amount = torch.cat([self._scaled(part) @ weights for part in x.split(1024)]).double()
         spread = amount.std(correction=0)
         return (amount - amount.mean()) / spread if spread > 0 else torch.zeros_like(amount)
@@ -106,6 +106,13 @@ class Conformity:
                 which = torch.where(p > best, other, which)
                 best = torch.maximum(best, p)
         return best, which
+
+    def distance_elsewhere(self, points: Tensor, label: int) -> Tensor:
+        """Distance (n,) of points (n, v) to the k-th row of the nearest class other than `label`."""
+        nowhere = torch.full((len(points),), -1)
+        banks = (rows for other, rows in self.banks.items() if other != label)
+        found = [kth_distance(points, self.coordinates[rows], self.k, nowhere) for rows in banks]
+        return torch.stack(found).min(dim=0).values
 
     def matched(self, points: Tensor, label: int, count: int = 5) -> Tensor:
         """Row numbers (n, count) of the nearest bank rows that have other labels."""

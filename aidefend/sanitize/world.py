@@ -1,13 +1,14 @@
 """What every search of one data set reads."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from aidefend._core.random import derive_seed, make_generator
 from aidefend.sanitize.features import Features
+from aidefend.sanitize.trigger import Trigger
 from aidefend.sanitize.view import Conformity, IndependentView
 
 Predict = Callable[[Tensor], Tensor]
@@ -47,7 +48,8 @@ def world_of(found: Features, view: IndependentView, predict: Predict, seed: int
     rows = found.usable
     x, labels = found.x[rows], found.labels[rows]
     conformity = Conformity(view.coordinates(x), labels, seed=seed)
-    low, high = x.amin(dim=0), x.amax(dim=0)
+    wide = x if x.is_floating_point() else x.float()
+    low, high = wide.amin(dim=0), wide.amax(dim=0)
     return World(x, labels, found.features[rows], view, conformity, predict, _probes(labels, seed), low, high, seed)
 
 
@@ -69,20 +71,17 @@ def _probes(labels: Tensor, seed: int) -> Tensor:
     return torch.cat(chosen)
 
 
-def turned(world: World, x: Tensor, patterns: list[Tensor], label: int) -> list[Tensor]:
-    """For each pattern, (n,) bool: rows that are predicted as `label` with it, and were not without it.
+def turned(world: World, x: Tensor, triggers: Sequence[Trigger], label: int) -> list[Tensor]:
+    """For each trigger (2, n) bool, added and written: rows predicted as `label` with it that were not without.
 
     A row that is `label` without it counts as not turned, which makes the share of turned rows a cautious one.
-    Cost: one forward pass of x, and one more for each pattern.
+    Cost: one forward pass of x, and two more for each trigger.
     """
     if not len(x):
-        return [torch.zeros(0, dtype=torch.bool) for _ in patterns]
+        return [torch.zeros(2, 0, dtype=torch.bool) for _ in triggers]
     eligible = world.predict(x) != label
-    moved = (transplanted(x, pattern, world.low, world.high) for pattern in patterns)
-    return [(world.predict(rows) == label) & eligible for rows in moved]
-
-
-def transplanted(x: Tensor, pattern: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Rows (n, ...) with the pattern added, inside the range of the data and in its dtype."""
-    moved = torch.clamp(x.float() + pattern, low.float(), high.float())
-    return moved.to(x.dtype) if x.is_floating_point() else moved.round().to(x.dtype)
+    found = []
+    for trigger in triggers:
+        both = world.predict(torch.cat([trigger.added(x, world.low, world.high), trigger.written(x)]))
+        found.append((both.reshape(2, len(x)) == label) & eligible)
+    return found

@@ -1,0 +1,53 @@
+"""What a group of rows has in common, as something to put on other rows: added everywhere, or written in a spot."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+_SPOT = 0.05
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trigger:
+    """The common part of a group, told from its content by rows that look alike and have other labels.
+
+    Args:
+        pattern: Shape of one sample: mean of the group less mean of the rows that look like it.
+        values: Shape of one sample: mean or median of the group.
+        spot: Bool, shape of one sample: where the pattern is at least half as strong as at its strongest, at most 5 %
+            of the cells. A pattern that was written over the content shows in full only where it is put down like that.
+    """
+
+    pattern: Tensor
+    values: Tensor
+    spot: Tensor
+
+    @classmethod
+    def between(cls, group: Tensor, alike: Tensor, values: Tensor | None = None) -> "Trigger":
+        """From the means of a group and of the rows that look like it; `values` are written, by default the group's."""
+        pattern = group - alike
+        strength = pattern.abs().flatten()
+        count = max(1, int(_SPOT * len(strength)))
+        least = torch.maximum(strength.topk(count).values[-1], strength.max() / 2)
+        return cls(pattern, group if values is None else values, (pattern.abs() >= least) & (pattern != 0))
+
+    def added(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Rows (n, ...) with the pattern added, inside the range of the data and in its dtype."""
+        return _like(torch.clamp(x.float() + self.pattern, low.float(), high.float()), x)
+
+    def written(self, x: Tensor) -> Tensor:
+        """Rows (n, ...) with the group's mean written into the spot, in their dtype."""
+        return _like(torch.where(self.spot, self.values, x.float()), x)
+
+    def hit(self, x: Tensor) -> Tensor:
+        """(n,) float64, how exactly rows hold the written values, on a log scale, in standard deviations."""
+        gap = (x.float() - self.values).flatten(1)[:, self.spot.flatten()].double()
+        miss = gap.square().sum(dim=1).sqrt()
+        exactness = -(miss + 0.02 * miss.mean() + 1e-12).log()
+        spread = exactness.std(correction=0)
+        return (exactness - exactness.mean()) / spread if spread > 0 else torch.zeros_like(exactness)
+
+
+def _like(moved: Tensor, x: Tensor) -> Tensor:
+    return moved.to(x.dtype) if x.is_floating_point() else moved.round().to(x.dtype)
