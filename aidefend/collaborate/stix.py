@@ -89,17 +89,20 @@ class _Maker:
     def indicator(self, indicator: Indicator) -> dict[str, Any]:
         """An indicator; a file digest as a STIX pattern, samples and triggers in a form of our own."""
         if indicator.kind == "artifact":
-            pattern, kind = marking.FILE_PATTERN.format(indicator.digest), "stix"
+            pattern, kind = (
+                marking.FILE_PATTERN.format(indicator.digest),
+                {"pattern_type": "stix", "pattern_version": "2.1"},
+            )
         else:
             fields = {name: value for name, value in indicator.to_dict().items() if name != "title"}
-            pattern, kind = canonical_json(fields), marking.PATTERN_TYPE
+            pattern, kind = canonical_json(fields), {"pattern_type": marking.PATTERN_TYPE}
         title = {"name": indicator.title} if indicator.title else {}
         return self._object(
             "indicator",
             **title,
             indicator_types=["malicious-activity"],
             pattern=pattern,
-            pattern_type=kind,
+            **kind,
             valid_from=self._common["created"],
             external_references=[_reference(_SIGN_OF[indicator.kind])],
         )

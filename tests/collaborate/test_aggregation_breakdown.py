@@ -3,15 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from aidefend import ConfigurationError
 from aidefend.collaborate import aggregate
 from tests.collaborate.naive_aggregation import FEWEST, ROBUST, stated_bound
 
 every_robust = pytest.mark.parametrize("method", ROBUST)
-few = settings(max_examples=8, deadline=None)
 NAN = torch.nan
 
 
@@ -55,16 +52,15 @@ def world(seed, h, d=6):
 
 @every_robust
 @every_attack
-@settings(max_examples=3, deadline=None)
-@given(seed=st.integers(0, 10**6), f=st.integers(1, 3), more=st.integers(0, 4))
-def test_stays_within_the_stated_bound(method, kind, seed, f, more):
-    n = FEWEST[method](f) + more
-    honest = world(seed, n - f)
-    rows = [*honest, *attack(kind, honest, f)]
-    rows = [rows[i] for i in np.random.default_rng(seed).permutation(n)]
-    value = aggregate(rows, method, byzantine=f).value
-    bound = stated_bound(method, honest.numpy(), n, f)
-    assert float((value - honest.mean(dim=0)).norm()) <= bound * (1 + 1e-6)
+def test_stays_within_the_stated_bound(method, kind):
+    for f, more, seed in ((1, 0, 10), (1, 3, 11), (2, 1, 12), (3, 4, 13)):
+        n = FEWEST[method](f) + more
+        honest = world(seed, n - f)
+        rows = [*honest, *attack(kind, honest, f)]
+        rows = [rows[i] for i in np.random.default_rng(seed).permutation(n)]
+        value = aggregate(rows, method, byzantine=f).value
+        bound = stated_bound(method, honest.numpy(), n, f)
+        assert float((value - honest.mean(dim=0)).norm()) <= bound * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("method", ["median", "trimmed-mean"])
@@ -99,8 +95,7 @@ def test_planted_violation_more_hostile_clients_than_stated_break_every_method(m
 
 
 @every_robust
-@few
-@given(f=st.integers(1, 6))
+@pytest.mark.parametrize("f", [1, 2, 5])
 def test_counts_that_void_the_breakdown_point_are_refused(method, f):
     n = FEWEST[method](f)
     rows = torch.randn(n, 3, generator=torch.Generator().manual_seed(f))
@@ -210,7 +205,7 @@ def test_with_fltrust_a_hostile_majority_can_neither_define_the_form_nor_the_int
 def test_fltrust_gives_an_update_without_direction_no_weight(row):
     own = torch.ones(3, dtype=row.dtype)
     joined = aggregate([row, 5 * own], "fltrust", byzantine=1, trusted=own)
-    torch.testing.assert_close(joined.value, own)
+    assert torch.allclose(joined.value, own)
     with pytest.raises(ConfigurationError, match="agrees with trusted"):
         aggregate([row], "fltrust", byzantine=0, trusted=own)
 
@@ -262,4 +257,4 @@ def test_the_report_says_what_became_of_each_client():
 def test_the_distance_to_the_joined_update_is_reported(method):
     rows = world(4, 12)
     joined = aggregate(rows, method, byzantine=1)
-    torch.testing.assert_close(joined.report.scores["distance"], (rows - joined.value).norm(dim=1))
+    assert torch.allclose(joined.report.scores["distance"], (rows - joined.value).norm(dim=1))
