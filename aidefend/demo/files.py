@@ -48,7 +48,7 @@ def files(world: World, tell: Tell) -> Chapter:
     row = SummaryRow(
         "tampered or malicious files",
         "one flipped byte; a pickle that runs a command",
-        "loaded, command executed",
+        "not run here: pickle.load executes what the file names",
         "both refused before loading" if flipped and executed and safe else "NOT REFUSED",
         "a signature shows who signed, not that the weights are harmless",
     )

@@ -22,14 +22,8 @@ def inputs(world: World, tell: Tell) -> Chapter:
     held = min(HELD_OUT, len(x) // 3)
     model = world.net("guarded net")
     train(model, TensorDataset(x[held:], y[held:]), epochs=6, seed=world.seed_of("guarded net"), name="guarded model")
-    guard = Guard.calibrate(
-        model,
-        x[:held],
-        detectors=[Energy(), NearestNeighbours(k=50), Mahalanobis()],
-        alpha=ALPHA,
-        fit=x[held:],
-        seed=world.seed,
-    )
+    detectors = (Energy(), NearestNeighbours(k=50), Mahalanobis())
+    guard = Guard.calibrate(model, x[:held], detectors=detectors, alpha=ALPHA, fit=x[held:], seed=world.seed)
     world.models["guarded"], world.facts["guard"] = model, guard
     clean, _ = world.rows("test")
     decision = guard(clean)
@@ -70,7 +64,7 @@ def inputs(world: World, tell: Tell) -> Chapter:
     row = SummaryRow(
         "abusive input",
         "rotated, noise, inverted, adversarial digits; NaN, wrong shape, huge batch",
-        "every input is answered",
+        "the bare model has no check of its own",
         f"refused: {found}; {refused} of {len(hard.findings)} hard faults refused; clean {percent(share.value)}",
         "an attacker who knows the detectors can pass them; measured on attackable()",
     )
