@@ -82,3 +82,26 @@ def two_point_membership_world(n: int = 200, sure_in: float = 0.8, sure_out: flo
         model.weight.copy_(torch.tensor([[5.0, 0.0], [0.0, 0.0]]))
         model.bias.zero_()
     return TwoPointWorld(model.eval(), parts[0], parts[1], a * (1 - b) + (a * b + (1 - a) * (1 - b)) / 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class PoisonedClusters:
+    """Gaussian classes of a table; rows of other classes with three features overwritten are planted under label 0."""
+
+    x: Tensor
+    y: Tensor
+    is_poison: Tensor
+    true_y: Tensor
+
+
+def poisoned_clusters(poison: int = 60, per_class: int = 150, seed: int = 0) -> PoisonedClusters:
+    """Four classes in 20 dimensions, `poison` rows labelled 0 that belong to the three others."""
+    stream = torch.Generator().manual_seed(seed)
+    centres = torch.randn(4, 20, generator=stream) * 1.2
+    true_y = torch.arange(4).repeat(per_class)
+    x = centres[true_y] + torch.randn(len(true_y), 20, generator=stream) * 0.8
+    others = (true_y != 0).nonzero().flatten()
+    rows = others[torch.randperm(len(others), generator=stream)[:poison]]
+    y, is_poison = true_y.clone(), torch.zeros(len(true_y), dtype=torch.bool)
+    x[rows, :3], y[rows], is_poison[rows] = 3.0, 0, True
+    return PoisonedClusters(x, y, is_poison, true_y)

@@ -86,8 +86,10 @@ class NeighbourDisagreement:
 def kth_distance(queries: Tensor, bank: Tensor, k: int, place: Tensor, block: int = 2048) -> Tensor:
     """Distance (N,) to the k-th nearest bank row; `place` (N,) is a query's own row in the bank, -1 for none."""
     k, parts = min(k, len(bank) - 1), []
+    centre = bank.mean(dim=0)  # far-off features would lose their digits in the squares
+    queries, bank = queries.nan_to_num() - centre, bank - centre
     for part, own in zip(queries.split(block), place.split(block), strict=True):
-        gap = torch.cdist(part.nan_to_num(), bank)
+        gap = torch.cdist(part, bank)
         inside = (own >= 0).nonzero().flatten()
         gap[inside, own[inside]] = torch.inf
         parts.append(gap.topk(k, dim=1, largest=False).values[:, -1])

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from aidefend._core.batches import Batch
 from aidefend._core.checks import check_int, check_labels, check_tensor, refuse
 from aidefend._core.modules import Model
-from aidefend._core.random import derive_seed, make_generator
 from aidefend._core.report import Report
 from aidefend._core.stats import wilson
 from aidefend.sanitize.activation_clustering import ActivationClustering
@@ -23,7 +22,7 @@ from aidefend.sanitize.provenance import read_names, read_trusted, removals
 from aidefend.sanitize.spectral_signature import SpectralSignature
 from aidefend.sanitize.suspect import train_suspect
 from aidefend.sanitize.view import IndependentView
-from aidefend.sanitize.world import World, relabelled, world_of
+from aidefend.sanitize.world import World, shuffled, world_of
 
 
 class Detector(Protocol):
@@ -164,7 +163,8 @@ def _judged(
     scores = _scores(found, view, detectors)
     world = world_of(found, view, predictor(suspect), seed)
     proposing = [score[found.usable] for score in scores.values()]
-    return scores, decide(world, proposing, ALPHA), _control(world, proposing)
+    decision = decide(world, proposing, ALPHA)
+    return scores, decision, _control(world, proposing, decision)
 
 
 def _scores(found: Features, view: IndependentView, detectors: Mapping[str, Detector]) -> dict[str, Tensor]:
@@ -184,14 +184,18 @@ def _scores(found: Features, view: IndependentView, detectors: Mapping[str, Dete
     return scores
 
 
-def _control(world: World, scores: Sequence[Tensor]) -> dict[str, Any]:
-    """What the same screen would quarantine if labels had nothing to do with inputs: its false-positive cost."""
-    stream = make_generator(seed=derive_seed(world.seed, "control") % 2**63)
-    shuffled = relabelled(world, world.labels[torch.randperm(len(world.labels), generator=stream)])
-    decision = decide(shuffled, scores, ALPHA)
-    removed = sum(int(verdict.group.inside.sum()) for verdict in decision.poison)
-    share = wilson(removed, len(world.labels))
-    return {"quarantined": removed, "n": len(world.labels), "share": share.value, "low": share.low, "high": share.high}
+def _control(world: World, scores: Sequence[Tensor], decision: Decision) -> dict[str, Any]:
+    """What the same screen takes from the rows it kept if their labels are permuted: its false-positive cost."""
+    kept = torch.ones(len(world.labels), dtype=torch.bool)
+    for verdict in decision.poison:
+        kept[verdict.group.rows[verdict.group.inside]] = False
+    rows = kept.nonzero().flatten()
+    if not len(rows):
+        return {"quarantined": 0, "n": 0}
+    found = decide(shuffled(world, rows), [score[rows] for score in scores], ALPHA)
+    removed = sum(int(verdict.group.inside.sum()) for verdict in found.poison)
+    share = wilson(removed, len(rows))
+    return {"quarantined": removed, "n": len(rows), "share": share.value, "low": share.low, "high": share.high}
 
 
 def _skipped(found: Features, decision: Decision) -> list[int]:

@@ -53,10 +53,18 @@ def world_of(found: Features, view: IndependentView, predict: Predict, seed: int
     return World(x, labels, found.features[rows], view, conformity, predict, _probes(labels, seed), low, high, seed)
 
 
-def relabelled(world: World, labels: Tensor) -> World:
-    """The same rows with other labels."""
-    conformity = Conformity(world.conformity.coordinates, labels, seed=world.seed)
-    return dataclasses.replace(world, labels=labels, conformity=conformity, probes=_probes(labels, world.seed))
+def shuffled(world: World, rows: Tensor) -> World:
+    """The given rows with their labels permuted among them: a world in which no label has to do with its input."""
+    stream = make_generator(seed=derive_seed(world.seed, "control") % 2**63)
+    labels = world.labels[rows][torch.randperm(len(rows), generator=stream)]
+    return dataclasses.replace(
+        world,
+        x=world.x[rows],
+        labels=labels,
+        features=world.features[rows],
+        conformity=Conformity(world.conformity.coordinates[rows], labels, seed=world.seed),
+        probes=_probes(labels, world.seed),
+    )
 
 
 def _probes(labels: Tensor, seed: int) -> Tensor:

@@ -1,0 +1,191 @@
+"""One list of sanitizing detectors; each line inherits every convention of blocks, sharding and polarity."""
+
+import itertools
+import pickle
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from aidefend import AidefendError
+from aidefend.sanitize import ActivationClustering, NeighbourDisagreement, SpectralSignature
+
+SANITIZERS = {
+    "activation-clustering": ActivationClustering,
+    "activation-clustering-small-sample": lambda: ActivationClustering(dimensions=2, limit=20),
+    "neighbour-disagreement": lambda: NeighbourDisagreement(k=3),
+    "neighbour-disagreement-small-bank": lambda: NeighbourDisagreement(k=3, limit=15),
+    "spectral-signature": SpectralSignature,
+}
+every_sanitizer = pytest.mark.parametrize("name", SANITIZERS)
+
+
+def world(n=90, poison=9, dtype=torch.float32):
+    """Three classes along one axis; the last rows carry label 0 and lie beside class 2: far out in their own class."""
+    stream = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % 3
+    features = torch.randn(n, 5, generator=stream)
+    features[:, 0] += 12.0 * labels
+    labels[n - poison :] = 0
+    features[n - poison :, 0] = 24.0 + 0.1 * torch.randn(poison, generator=stream)
+    return block_of(features.to(dtype), labels)
+
+
+def block_of(features, labels, start=0):
+    return {"ids": tuple(f"row-{start + i}" for i in range(len(labels))), "features": features, "labels": labels}
+
+
+def cut(block, rows):
+    rows = torch.as_tensor(rows, dtype=torch.int64)
+    return {
+        "ids": tuple(block["ids"][i] for i in rows.tolist()),
+        "features": block["features"][rows],
+        "labels": block["labels"][rows],
+    }
+
+
+def fitted(name, *blocks):
+    detector = SANITIZERS[name]()
+    for block in blocks:
+        detector.partial_fit(block)
+    return detector
+
+
+@every_sanitizer
+def test_polarity_the_planted_rows_rank_on_top(name):
+    block = world()
+    scores = fitted(name, block).score(block)
+    own = block["labels"] == 0
+    planted = torch.arange(90) >= 81
+    assert scores.shape == (90,) and scores.is_floating_point()
+    assert scores[planted].min() > scores[own & ~planted].max()
+
+
+@every_sanitizer
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(order=st.permutations(range(90)), cuts=st.sets(st.integers(1, 89), max_size=5))
+def test_any_sharding_and_order_gives_the_same_scores(name, order, cuts):
+    block = world()
+    whole = fitted(name, block).score(block)
+    edges = [0, *sorted(cuts), 90]
+    shards = [cut(block, order[a:b]) for a, b in itertools.pairwise(edges)]
+    streamed = fitted(name, *shards)
+    merged = fitted(name, shards[0])
+    for shard in shards[1:]:
+        merged = merged.merge(fitted(name, shard))
+    for other in (streamed, merged):
+        torch.testing.assert_close(other.score(block), whole, rtol=1e-9, atol=1e-9)
+
+
+@every_sanitizer
+def test_scores_do_not_depend_on_the_block_they_are_asked_in(name):
+    block = world()
+    detector = fitted(name, block)
+    parts = [detector.score(cut(block, range(a, min(a + 7, 90)))) for a in range(0, 90, 7)]  # the last one is partial
+    torch.testing.assert_close(torch.cat(parts), detector.score(block), rtol=1e-9, atol=1e-9)
+
+
+@every_sanitizer
+def test_merge_is_new_and_leaves_both_parts_as_they_were(name):
+    left, right, whole = world(), block_of(torch.randn(20, 5), torch.arange(20) % 3, start=500), world()
+    a, b = fitted(name, left), fitted(name, right)
+    before = a.score(whole), b.score(whole)
+    total = a.merge(b)
+    assert total is not a and total is not b
+    assert torch.equal(a.score(whole), before[0]) and torch.equal(b.score(whole), before[1])
+    total.partial_fit(block_of(torch.randn(9, 5), torch.zeros(9, dtype=torch.int64), start=900))
+    assert torch.equal(a.score(whole), before[0]) and torch.equal(b.score(whole), before[1])
+
+
+@every_sanitizer
+def test_a_class_in_two_shards_counts_as_one(name):
+    block = world()
+    first, second = cut(block, range(45)), cut(block, range(45, 90))
+    total = fitted(name, first).merge(fitted(name, second))
+    torch.testing.assert_close(total.score(block), fitted(name, block).score(block), rtol=1e-9, atol=1e-9)
+
+
+@every_sanitizer
+@pytest.mark.parametrize("n", [0, 1, 2, 3])
+def test_tiny_data_never_fails(name, n):
+    block = block_of(torch.randn(n, 5), torch.zeros(n, dtype=torch.int64))
+    scores = fitted(name, block).score(block)
+    assert scores.shape == (n,) and not bool(torch.isinf(scores).any())
+
+
+@every_sanitizer
+def test_an_unfitted_detector_and_an_unseen_class_have_no_opinion(name):
+    block = world()
+    assert bool(SANITIZERS[name]().score(block).isnan().all())
+    unseen = block_of(torch.randn(4, 5), torch.full((4,), 7))
+    assert bool(fitted(name, block).score(unseen).isnan().all())
+
+
+@every_sanitizer
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_bad_rows_get_no_opinion_and_harm_no_other(name, bad):
+    block = world()
+    broken = {**block, "features": block["features"].clone()}
+    broken["features"][4, 2] = bad
+    without = fitted(name, cut(block, [i for i in range(90) if i != 4])).score(block)
+    scores = fitted(name, broken).score(broken)
+    assert bool(scores[4].isnan())
+    keep = torch.arange(90) != 4
+    torch.testing.assert_close(scores[keep], without[keep], rtol=1e-9, atol=1e-9)
+
+
+@every_sanitizer
+def test_float64_features_give_the_same_answer(name):
+    single, double = world(), world(dtype=torch.float64)
+    torch.testing.assert_close(
+        fitted(name, single).score(single), fitted(name, double).score(double), rtol=1e-4, atol=1e-4
+    )
+
+
+@every_sanitizer
+def test_pickles_and_leaves_the_block_alone(name):
+    block = world()
+    features = block["features"].clone()
+    detector = fitted(name, block)
+    copy = pickle.loads(pickle.dumps(detector))
+    assert torch.equal(copy.score(block).nan_to_num(), detector.score(block).nan_to_num())
+    assert torch.equal(block["features"], features)
+
+
+@every_sanitizer
+def test_features_on_an_offset_score_the_same(name):
+    block = world(dtype=torch.float64)
+    moved = {**block, "features": block["features"] + 1e6}
+    torch.testing.assert_close(fitted(name, moved).score(moved), fitted(name, block).score(block), rtol=1e-4, atol=1e-4)
+
+
+@every_sanitizer
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"features": torch.randn(3, 2, 2)},
+        {"features": torch.ones(3, 2, dtype=torch.int64)},
+        {"labels": torch.tensor([0, 1])},
+        {"labels": torch.tensor([0.0, 1.0, 2.0])},
+        {"labels": torch.tensor([0, -1, 1])},
+        {"ids": ("a", "b")},
+    ],
+)
+def test_malformed_blocks_raise(name, change):
+    block = {**block_of(torch.randn(3, 2), torch.zeros(3, dtype=torch.int64)), **change}
+    with pytest.raises(AidefendError, match="Expected"):
+        SANITIZERS[name]().partial_fit(block)
+
+
+@every_sanitizer
+def test_missing_keys_other_widths_other_kinds_and_misspelt_settings_raise(name):
+    detector = fitted(name, world())
+    with pytest.raises(AidefendError, match="keys ids, features, labels"):
+        detector.score({"features": torch.randn(2, 5)})
+    with pytest.raises(AidefendError, match="5 features"):
+        detector.score(block_of(torch.randn(2, 6), torch.zeros(2, dtype=torch.int64)))
+    with pytest.raises(AidefendError, match="Merge detectors of one kind"):
+        detector.merge(object())
+    with pytest.raises(TypeError):
+        type(detector)(misspelt=1)
