@@ -15,6 +15,7 @@ from aidefend.collaborate import (
     Indicator,
     artifact_indicator,
     from_stix,
+    marking,
     sample_indicators,
     to_stix,
     trigger_indicator,
@@ -212,11 +213,15 @@ def test_the_strictest_marking_counts_and_an_unmarked_indicator_is_red():
     assert from_stix({**loose, "objects": []}) == type(from_stix(loose))((), "red", "")
 
 
-def test_a_bundle_that_a_partner_would_refuse_is_not_made():
-    many = [Indicator("artifact", f"{i:064x}") for i in range(7000)]
+def test_a_bundle_that_a_partner_would_refuse_is_not_made(monkeypatch):
+    monkeypatch.setattr(marking, "LARGEST", 100_000)
+    many = [Indicator("artifact", f"{i:064x}") for i in range(150)]
     with pytest.raises(ConfigurationError, match="Split the indicators over several bundles"):
         to_stix(Evidence(), many)
-    assert len(from_stix(json.dumps(to_stix(Evidence(), many[:5000]), indent=1)).indicators) == 5000
+    assert len(from_stix(to_stix(Evidence(), many[:100])).indicators) == 100
+    monkeypatch.setattr(marking, "MOST_OBJECTS", 50)
+    with pytest.raises(ConfigurationError, match=r"and 50 objects, got bundle='[0-9]+ bytes, 52 objects'"):
+        to_stix(Evidence(), many[:50])
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,7 @@ def only_refused_or_sound(bundle):
     assert isinstance(shared, Shared) and all(isinstance(one, Indicator) for one in shared.indicators)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(path=st.sampled_from([path for path in paths(good()) if path]), value=json_values)
 def test_any_value_anywhere_is_refused_or_sound(path, value):
     bundle = place = good()
@@ -283,21 +283,21 @@ def test_any_value_anywhere_is_refused_or_sound(path, value):
     only_refused_or_sound(json.dumps(bundle))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(value=json_values | st.text() | st.binary())
 def test_any_value_at_all_is_refused(value):
     with pytest.raises(UnsafeArtifact):
         from_stix(value)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(place=st.sampled_from([FILE, SAMPLE, TRIGGER]), text=st.text(max_size=40) | json_values.map(repr))
 def test_any_pattern_is_refused(place, text):
     with pytest.raises(UnsafeArtifact):
         from_stix(changed(place, pattern=text))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(place=st.integers(0, 4000), byte=st.integers(0, 255))
 def test_one_changed_byte_is_refused_or_sound(place, byte):
     data = bytearray(json.dumps(good()).encode())
