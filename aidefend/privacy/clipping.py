@@ -41,6 +41,7 @@ def clipped_sum(recorder: Recorder, losses: Tensor, ticket: Ticket, bound: float
     return total
 
 
+@torch.no_grad()
 def clip_block(
     calls: Calls, layers: Mapping[str, nn.Module], bound: float, clipping: Clipping, total: ClippedSum
 ) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from aidefend.privacy.clipping import norms_squared, parts_of, weighted_sums
 from aidefend.privacy.layer_gradients import trainable_parameters
 from aidefend.privacy.private_loss import PerExampleLoss, checked_losses
-from aidefend.privacy.recorder import Recorder, tapped_calls
+from aidefend.privacy.recorder import Calls, Recorder, tapped_calls
 from aidefend.privacy.step_book import Ticket
 
 Found = list[tuple[str, str, str, str]]
@@ -103,6 +103,8 @@ class Probe:
         idle = [name for name in trainable if all(each[name] is None for each in true)]
         if idle:
             return [("unused-parameter", name, "the loss does not depend on it", cure) for name in idle]
+        if bad := _without_gradients(calls, recorder.layers):
+            return bad
         return self._compare(parts_of(calls, recorder.layers), true)
 
     def _compare(self, parts: Any, true: list[dict[str, Tensor | None]]) -> Found:
@@ -187,7 +189,20 @@ def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor | N
     return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
 
 
-def _wrong_rows(calls: Any, n: int) -> Found:
+def _without_gradients(calls: Calls, layers: dict[str, nn.Module]) -> Found:
+    """Layers that our forms cannot take."""
+    cure = "Replace it with layers of torch.nn that run row by row, or freeze it"
+    found = []
+    for path, each in calls.items():
+        try:
+            norms_squared(parts_of({path: each}, layers))
+        except Exception as error:
+            reason = f"{type(layers[path]).__name__} gives no per-example gradients ({type(error).__name__})"
+            found.append(("unsupported-layer", path, reason, cure))
+    return found
+
+
+def _wrong_rows(calls: Calls, n: int) -> Found:
     cure = "Keep the batch dimension first inside the model: (N, T, d), not (N * T, d)"
     rows = {path: {len(call.gradient) for call in each} for path, each in calls.items()}
     return [

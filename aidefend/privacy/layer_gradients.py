@@ -200,7 +200,7 @@ def _vectorised(layer: nn.Module, values: dict[str, Tensor], call: Call) -> dict
         return pulled
 
     axes = tuple(0 if by_row else None for by_row in mapped)
-    with warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")
         gradients: dict[str, Tensor] = torch.func.vmap(of_one, in_dims=(axes, 0))(call.inputs, call.gradient)
     return {name: wide(gradient) for name, gradient in gradients.items()}

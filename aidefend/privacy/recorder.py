@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from aidefend._core.errors import IncompatibleModel, Offender
 from aidefend.privacy.layer_gradients import Call, own_parameters
+from aidefend.privacy.random_streams import current_streams, replayed
 from aidefend.privacy.step_book import Ticket, refused
 
 Calls = dict[str, list[Call]]
@@ -156,7 +157,7 @@ class Recorder:
         outputs, streams = [], []
         for start in range(0, record.rows, self._microbatch or 1):
             rows = slice(start, min(start + (self._microbatch or 1), record.rows))
-            streams.append((rows, _streams()))
+            streams.append((rows, current_streams()))
             with torch.no_grad():
                 output = self._model(*_slice(args, record.rows, rows), **_slice(kwargs, record.rows, rows))
             if not isinstance(output, Tensor):
@@ -211,7 +212,7 @@ class Recorder:
     def _again(self, record: ForwardPass, deferred: Deferred, gradient: Tensor | None, rows: slice) -> Calls:
         taps: list[Tap] = []
         stream = next(state for block, state in deferred.streams if block == rows)
-        with _replayed(stream), torch.enable_grad():
+        with replayed(stream), torch.enable_grad():
             args, kwargs = (_slice(part, record.rows, rows) for part in (deferred.args, deferred.kwargs))
             output = self._tapped(taps, args, kwargs)
         seed = gradient[rows] if gradient is not None else torch.zeros_like(output)
@@ -289,25 +290,3 @@ def _slice(values: Any, n: int, rows: slice) -> Any:
         return {key: _slice((value,), n, rows)[0] for key, value in values.items()}
     cut = (isinstance(value, Tensor) and value.ndim > 0 and len(value) == n for value in values)
     return tuple(value[rows] if by_row else value for value, by_row in zip(values, cut, strict=True))
-
-
-def _streams() -> tuple[Tensor, list[Tensor]]:
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else []
-
-
-@contextmanager
-def _replayed(states: tuple[Tensor, list[Tensor]]) -> Iterator[None]:
-    """The global streams as they were, for dropout that must fall the same way again; then as they are now."""
-    now = _streams()
-    _set_streams(states)
-    try:
-        yield
-    finally:
-        _set_streams(now)
-
-
-def _set_streams(states: tuple[Tensor, list[Tensor]]) -> None:
-    torch.set_rng_state(states[0])
-    if states[1]:
-        torch.cuda.set_rng_state_all(states[1])

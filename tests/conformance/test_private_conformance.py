@@ -36,6 +36,18 @@ class FirstPosition(nn.Module):
         return x[:, 0]
 
 
+class ClassToken(nn.Module):
+    """A module with a parameter of its own around other layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(1, 1, 6) / 3)
+        self.body, self.head = Attention(6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.body(torch.cat([self.token.expand(len(x), 1, 6), x], dim=1))[:, 0])
+
+
 class Recurrent(nn.Module):
     """The replacement that the check names for nn.LSTM; its weights have two names."""
 
@@ -118,6 +130,7 @@ PRIVATE = {  # name: (model, inputs, targets, per-example loss)
         labels(N),
         cross_entropy,
     ),
+    "class token": (ClassToken, draw(N, 4, 6), labels(N), cross_entropy),
     "recurrent": (Recurrent, draw(N, 5, 4), labels(N), cross_entropy),
     "double precision": (
         lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double(),

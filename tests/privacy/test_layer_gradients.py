@@ -121,6 +121,7 @@ OTHERS = {
     "convolution in space": (lambda: nn.Conv3d(1, 2, 2), (1, 3, 3, 3)),
     "learned slope": (lambda: nn.PReLU(3), (3, 4)),
     "bilinear": (lambda: Halves(nn.Bilinear(2, 3, 4)), (5,)),
+    "bag of words": (lambda: Words(nn.EmbeddingBag(4, 3)), (6,)),
     "own layer": (lambda: Scale(6), (6,)),
 }
 
@@ -134,6 +135,17 @@ class Scale(nn.Module):
 
     def forward(self, x):
         return torch.tanh(x * self.weight) + self.weight.sum()
+
+
+class Words(nn.Module):
+    """Makes words of numbers."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer((2 * x.abs()).long().clamp(max=3))
 
 
 class Halves(nn.Module):

@@ -66,6 +66,18 @@ def test_automatic_clipping_gives_every_example_nearly_the_same_length():
     assert_close(released(private), total, 1 / 8)
 
 
+@pytest.mark.parametrize("microbatch", [1, 5])
+def test_microbatch_bounds_the_rows_that_keep_a_graph(microbatch):
+    private = private_run(small_cnn(), images(), quiet(expected_batch_size=24, microbatch=microbatch))
+    one_step(private)
+    rows_with_graph = []
+    private.model.module[0].register_forward_hook(
+        lambda module, inputs, output: rows_with_graph.append(len(output) if output.requires_grad else 0)
+    )
+    one_step(private, two_forwards)
+    assert max(rows_with_graph) == microbatch and sum(rows_with_graph) == 2 * 24
+
+
 def pgd_without_care(model, x, y, steps=3):
     """An attack by somebody else: parameters not frozen, graph through the private model."""
     x_adv = x.clone()

@@ -78,6 +78,17 @@ class BareWeight(nn.Module):
         return functional.linear(torch.tanh(self.layer(x)), self.layer.weight)
 
 
+class Branching(nn.Module):
+    """A layer of unknown kind that looks at its values: it cannot be vectorised over rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return torch.stack([self.scale * row if bool(row[0] > 0) else self.scale + row for row in x])
+
+
 class TimeMajor(nn.Module):
     """Folds positions into the batch dimension."""
 
@@ -120,6 +131,7 @@ BAD_MODELS = {
     "data parallel": (nn.DataParallel(small_mlp()), "wrapped-model", ""),
     "lazy": (with_middle(nn.LazyLinear(5)), "lazy-parameters", "1.weight"),
     "embedding renormalised": (nn.Sequential(nn.Embedding(9, 3, max_norm=1.0)), "coupled-embedding", "0"),
+    "branching layer": (with_middle(Branching()), "unsupported-layer", "1"),
     "LSTM": (nn.Sequential(nn.LSTM(6, 3)), "unsupported-layer", "0"),
 }
 
