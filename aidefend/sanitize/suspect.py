@@ -36,7 +36,7 @@ def compact(x: Tensor) -> Tensor:
     if size > _LARGEST and x.ndim >= 4 and x.shape[-3] * 4 <= _LARGEST:
         side = max(1, math.isqrt(_LARGEST // x.shape[-3]))
         pooled = (min(side, x.shape[-2]), min(side, x.shape[-1]))
-        rows = nn.functional.adaptive_avg_pool2d(rows.reshape(len(x), -1, *x.shape[-2:]), pooled)
+        rows = nn.functional.adaptive_avg_pool2d(rows.reshape(len(x), math.prod(x.shape[1:-2]), *x.shape[-2:]), pooled)
         size = math.prod(rows.shape[1:])
     rows = rows.flatten(1) if len(x) else rows.reshape(0, size)
     return nn.functional.adaptive_avg_pool1d(rows, _LARGEST) if size > _LARGEST else rows

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _SPOT = 0.05
+_FEW = 4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -16,7 +17,7 @@ class Trigger:
         pattern: Shape of one sample: mean of the group less mean of the rows that look like it.
         values: Shape of one sample: mean or median of the group.
         spot: Bool, shape of one sample: where the pattern is at least half as strong as at its strongest, at most 5 %
-            of the cells. A pattern that was written over the content shows in full only where it is put down like that.
+            of the cells (in short rows a fifth, up to 4 cells). A pattern that was written over the content shows in full only where it is put down like that.
     """
 
     pattern: Tensor
@@ -28,7 +29,7 @@ class Trigger:
         """From the means of a group and of the rows that look like it; `values` are written, by default the group's."""
         pattern = group - alike
         strength = pattern.abs().flatten()
-        count = max(1, int(_SPOT * len(strength)))
+        count = max(1, min(_FEW, len(strength) // 5), int(_SPOT * len(strength)))
         least = torch.maximum(strength.topk(count).values[-1], strength.max() / 2)
         return cls(pattern, group if values is None else values, (pattern.abs() >= least) & (pattern != 0))
 

@@ -1,0 +1,155 @@
+"""The tests that a group must fail before it is called poison: exact p-values, level under the null, planted cases."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from aidefend.sanitize.decide import smallest_detectable
+from aidefend.sanitize.features import Features
+from aidefend.sanitize.group_evidence import (
+    drawn_like,
+    examine,
+    foreign_share,
+    more_than_half,
+    nearness,
+    transfer_share,
+    valley_depth,
+)
+from aidefend.sanitize.groups import Group
+from aidefend.sanitize.trigger import Trigger
+from aidefend.sanitize.view import IndependentView
+from aidefend.sanitize.world import shuffled, turned, world_of
+from tests.worlds import poisoned_clusters
+
+
+def test_more_than_half_is_the_exact_binomial_tail():
+    assert more_than_half(9, 10) == pytest.approx(11 / 1024)
+    assert more_than_half(0, 0) == 1.0 and more_than_half(0, 5) == 1.0
+    assert more_than_half(5, 10) > 0.5
+
+
+@pytest.mark.parametrize(("ours", "rest", "poison"), [(0.95, 0.05, True), (0.5, 0.05, False), (0.95, 0.95, False)])
+def test_foreign_share_wants_a_majority_that_the_rest_of_the_class_does_not_have(ours, rest, poison):
+    inside = torch.arange(600) < 60
+    foreign = torch.zeros(600, dtype=torch.bool)
+    foreign[: round(60 * ours)] = True
+    foreign[60 : 60 + round(540 * rest)] = True
+    share, p_value = foreign_share(foreign, inside)
+    assert share == pytest.approx(ours, abs=0.01) and (p_value < 1e-4) == poison
+
+
+def test_valley_holds_its_level_on_one_bump_and_finds_two():
+    stream = torch.Generator().manual_seed(0)
+    p_values = []
+    for _ in range(300):
+        odds = torch.randn(400, generator=stream)
+        _, p_value = valley_depth(odds, odds > odds.quantile(0.8))
+        p_values.append(p_value)
+    assert sum(p < 0.01 for p in p_values) <= stats.binom.ppf(0.999, 300, 0.01)  # false failure rate .001
+    bumps = torch.cat([torch.randn(60, generator=stream) + 8, torch.randn(540, generator=stream) - 8])
+    assert valley_depth(bumps, torch.arange(600) < 60)[1] < 1e-9
+
+
+def world(planted):
+    usable = torch.isfinite(planted.x).all(dim=1)
+    centres = torch.stack([planted.x[(planted.y == c) & ~planted.is_poison].mean(dim=0) for c in range(4)])
+
+    def predict(x):  # a backdoored model: whoever carries the pattern is class 0, the others go to the nearest centre
+        return torch.where(x[:, :3].mean(dim=1) > 2.2, 0, torch.cdist(x, centres).argmin(dim=1))
+
+    n = len(planted.x)
+    logits, losses = torch.zeros(n, 4), torch.zeros(n)
+    found = Features(tuple(map(str, range(n))), planted.x, planted.y, planted.x, logits, losses, usable)
+    return world_of(found, IndependentView(planted.x, seed=0), predict, 0)
+
+
+def group_of(planted, inside_all):
+    """The group that consists of these rows of class 0, described without a search."""
+    rows = (planted.y == 0).nonzero().flatten()
+    inside = inside_all[rows]
+    mean = planted.x[rows[inside]].mean(dim=0)
+    beside = torch.stack([planted.x[planted.true_y == planted.true_y[row]].mean(dim=0) for row in rows[inside]])
+    odds = torch.where(inside, 8.0, -8.0).double() + 0.1 * torch.randn(len(rows)).double()
+    trigger = Trigger.between(mean, beside.mean(dim=0))
+    return Group(
+        0, rows, inside, odds, inside.clone(), planted.true_y[rows], trigger, torch.zeros(0, dtype=torch.int64)
+    )
+
+
+def test_planted_poison_falls_in_all_four_and_the_strongest_null_decides():
+    planted = poisoned_clusters()
+    found = examine(world(planted), group_of(planted, planted.is_poison), threshold=1e-4)
+    assert found.transfer > 0.9 and found.p_value < 1e-4 and found.apart < 1
+    assert found.p_value == max(found.p_foreign, found.p_valley, found.p_transfer, found.p_nearer)
+    assert all(not math.isnan(value) for value in found)
+
+
+@pytest.mark.parametrize("harmless", ["not foreign", "no gap", "no transfer", "not nearer"])
+def test_each_hypothesis_alone_saves_a_group(harmless):
+    planted = poisoned_clusters()
+    group, here = group_of(planted, planted.is_poison), world(planted)
+    if harmless == "not foreign":
+        group = dataclasses.replace(group, foreign=torch.zeros_like(group.foreign))
+    elif harmless == "no gap":
+        group = dataclasses.replace(group, log_odds=torch.randn(len(group.rows)).double())
+    elif harmless == "no transfer":
+        here = dataclasses.replace(here, predict=lambda x: torch.full((len(x),), 3))
+    else:  # the clean part of the class in the place of the poison: the public mistake of condemning one cluster of two
+        group = dataclasses.replace(group, inside=~group.inside, log_odds=-group.log_odds, foreign=~group.foreign)
+    assert examine(here, group, threshold=1e-4).p_value > 1e-4
+
+
+def test_nearness_tells_the_poison_from_the_class_by_its_order():
+    planted = poisoned_clusters()
+    here = world(planted)
+    poison = group_of(planted, planted.is_poison)
+    clean = dataclasses.replace(poison, inside=~poison.inside)
+    assert nearness(here, poison)[1] < 1e-6 and nearness(here, clean)[1] > 0.99
+
+
+def test_transplants_go_to_the_classes_that_the_group_looks_like_and_to_no_row_that_shaped_it():
+    planted = poisoned_clusters()
+    here, group = world(planted), group_of(planted, planted.is_poison)
+    labels = torch.arange(300) % 3
+    free = torch.arange(300) >= 30
+    rows = drawn_like(torch.tensor([1] * 30 + [2] * 10), labels, free, torch.Generator().manual_seed(0))
+    assert int(rows.min()) >= 30 and set(labels[rows].tolist()) == {1, 2} and len(set(rows.tolist())) == len(rows)
+    matched = (planted.y == 1).nonzero().flatten()
+    narrow = dataclasses.replace(group, looks_like=torch.ones_like(group.looks_like), matched=matched)
+    assert transfer_share(here, narrow) == (0.0, 1.0)  # every row of that class shaped the trigger: none is left
+
+
+def test_rows_of_the_class_itself_do_not_count_as_turned():
+    planted = poisoned_clusters(poison=0)
+    here = world(planted)
+    shift = 9.0 * (torch.arange(20) < 3)
+    trigger = Trigger.between(shift, torch.zeros(20))
+    zero, one = (planted.x[planted.y == c][:10] for c in (0, 1))
+    shares = turned(here, torch.cat([zero, one]), [trigger], 0)[0].double().reshape(2, 2, 10).mean(dim=2)
+    assert shares.tolist() == [[0.0, 1.0], [0.0, 1.0]]
+    assert turned(here, zero[:0], [trigger], 0)[0].shape == (2, 0)
+
+
+def test_shuffled_worlds_keep_inputs_and_class_sizes():
+    planted = poisoned_clusters()
+    here, rows = world(planted), torch.arange(0, 600, 2)
+    other = shuffled(here, rows)
+    assert torch.equal(other.x, here.x[rows]) and not torch.equal(other.labels, here.labels[rows])
+    assert torch.equal(other.labels.bincount(), here.labels[rows].bincount())
+
+
+@pytest.mark.parametrize("threshold", [1e-2, 1e-4])
+def test_the_smallest_detectable_group_has_the_stated_power(threshold):
+    size = smallest_detectable(600, threshold)
+    stream = torch.Generator().manual_seed(0)
+
+    def power(n):
+        successes = (torch.rand(4000, n, generator=stream) < 0.9).sum(dim=1).tolist()
+        return sum(more_than_half(count, n) <= threshold for count in successes) / 4000
+
+    assert power(size) > 0.77
+    assert smallest_detectable(600, threshold / 100) > size
+    assert smallest_detectable(10, 1e-6) is None

@@ -1,0 +1,49 @@
+"""A trigger told from group and look-alikes: patches come back exactly, blends as their shift."""
+
+import pytest
+import torch
+
+from aidefend.attacks.poisoning import Blend, Patch
+from aidefend.sanitize.trigger import Trigger
+
+
+def told(attack, n=4000):
+    x, alike = torch.rand(n, 1, 8, 8), torch.rand(n, 1, 8, 8)
+    marked = attack.stamp(x)
+    return Trigger.between(marked.mean(dim=0), alike.mean(dim=0), marked.median(dim=0).values), x, marked
+
+
+def test_a_patch_is_written_back_exactly():
+    attack = Patch(size=1, position=(2, 5))
+    trigger, x, marked = told(attack)
+    assert trigger.spot.nonzero().tolist() == [[0, 2, 5]]
+    assert torch.equal(trigger.written(x), marked)
+    assert (
+        trigger.hit(torch.cat([x[:50], marked[:50]]))[50:].min()
+        > trigger.hit(torch.cat([x[:50], marked[:50]]))[:50].max()
+    )
+
+
+def test_a_blend_is_added_back_in_the_mean():
+    attack = Blend(alpha=0.3)
+    trigger, x, marked = told(attack)
+    low, high = torch.zeros(1, 8, 8), torch.ones(1, 8, 8)
+    assert float((trigger.pattern - (marked - x).mean(dim=0)).abs().max()) < 0.05
+    added = trigger.added(x, low, high)
+    assert float(added.min()) >= 0 and float(added.max()) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float64, torch.float32])
+def test_the_dtype_of_the_data_is_kept(dtype):
+    trigger = Trigger.between(torch.full((4,), 9.6), torch.zeros(4))
+    x = torch.zeros(2, 4, dtype=dtype)
+    low, high = torch.zeros(4), torch.full((4,), 20.0)
+    assert trigger.added(x, low, high).dtype == trigger.written(x).dtype == dtype
+    assert float(trigger.written(x).max()) == pytest.approx(10 if not x.is_floating_point() else 9.6)
+
+
+def test_no_difference_is_no_trigger():
+    trigger = Trigger.between(torch.ones(5), torch.ones(5))
+    x = torch.rand(3, 5)
+    assert not bool(trigger.spot.any()) and torch.equal(trigger.written(x), x)
+    assert trigger.hit(x).tolist() == [0.0, 0.0, 0.0]
