@@ -105,6 +105,12 @@ def test_clipping_changes_finite_rows_only_and_never_the_input():
     torch.testing.assert_close(x, before, equal_nan=True)
 
 
+@pytest.mark.parametrize("limits", [{}, {"low": 0.0}, {"high": 9.0}])
+def test_infinity_and_nan_fail_also_where_there_is_no_limit(limits):
+    x = torch.tensor([[0.5], [float("nan")], [float("inf")], [float("-inf")]])
+    assert InputSpec((1,), **limits).check(x).accepted.tolist() == [True, False, False, False]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_every_floating_dtype(dtype):
     x = torch.tensor([[0.5, 0.5], [2.0, 0.0], [float("nan"), 0.0]], dtype=dtype)
