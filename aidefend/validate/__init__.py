@@ -1,7 +1,6 @@
 """Input validation in service: hard checks, calibrated detectors, hardened outputs, and a guard that joins them."""
 
 from aidefend.validate.attackable import AttackableGuard
-from aidefend.validate.calibration import Calibration
 from aidefend.validate.collaborators import Budget, Log, MetricsSink, Policy
 from aidefend.validate.decision import GuardDecision
 from aidefend.validate.detector import Detector, FittedDetector
@@ -15,7 +14,6 @@ from aidefend.validate.spec import InputSpec, SpecResult
 __all__ = [
     "AttackableGuard",
     "Budget",
-    "Calibration",
     "Detector",
     "Energy",
     "FittedDetector",

@@ -82,19 +82,20 @@ class Collaborators:
         names = ("policy", "budget", "log", "metrics")
         return tuple(name for name in names if getattr(self, name) is not None)
 
-    def admit(self, principal: str | None, rows: int) -> "Admission":
+    def admit(self, principal: object, rows: int) -> "Admission":
         """Authorize, then reserve. Every exception is a refusal."""
-        if principal is None and (self.policy is not None or self.budget is not None):
-            return Admission("access: no principal")
+        if not isinstance(principal, str) or not principal:
+            needed = self.policy is not None or self.budget is not None
+            return Admission("access: no principal" if needed else None)
         step = "policy"
         try:
             if self.policy is not None:
-                answer = self.policy.authorize(str(principal), ACTION, self.resource)
+                answer = self.policy.authorize(principal, ACTION, self.resource)
                 if answer.allowed is not True:
                     return Admission(f"access: {answer.reason}")
             step = "budget"
             if self.budget is not None:
-                return Admission(None, self.budget.reserve(str(principal), float(rows)), True)
+                return Admission(None, self.budget.reserve(principal, float(rows)), True)
         except BudgetExceeded:
             return Admission("budget: exceeded")
         except Exception as error:

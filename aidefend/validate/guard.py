@@ -52,8 +52,8 @@ class Guard(nn.Module):
         batch. (3) It fails closed: an exception in policy, budget, log, metrics, model, detectors or hardening refuses
         every row; the units are returned if the model had not run. (4) Nothing about adversarial inputs: an attacker
         who knows the detectors can pass them. Measure how far with `attackable()`.
-    Threads may call one guard at the same time. Verdicts tell an attacker what passes: give clients `accepted` and
-    `outputs` alone, and a budget.
+    Threads may call one guard at the same time. Verdicts, and the time they take, tell an attacker what passes: give
+    clients `accepted` and `outputs` alone, and a budget.
     """
 
     def __init__(

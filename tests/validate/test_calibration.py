@@ -8,8 +8,8 @@ from scipy import stats as scipy_stats
 
 from aidefend import ConfigurationError
 from aidefend._core.stats import combine_p_values, conformal_p_values, false_positive_interval
-from aidefend.validate import Calibration, Energy, Guard, NearestNeighbours
-from aidefend.validate.calibration import least_rows, rank_for, share_rows
+from aidefend.validate import Energy, Guard, NearestNeighbours
+from aidefend.validate.calibration import Calibration, least_rows, rank_for, share_rows
 from tests.validate.small_world import model, rows
 
 ALPHA, CALIBRATION, TEST, REPETITIONS = 0.05, 199, 400, 200

@@ -81,6 +81,8 @@ def test_without_a_principal_nothing_passes_a_policy_or_a_budget(name):
     guard = guard_of(**{name: recorder})
     decision = guard(TEST)
     assert not decision.accepted.any() and decision.reasons[0] == ("access: no principal",) and recorder.calls == []
+    for nobody in ("", 7, b"team-a", ["team-a"]):
+        assert not guard(TEST, principal=nobody).accepted.any()
     assert guard(TEST, principal="team-a").accepted.all()
 
 
