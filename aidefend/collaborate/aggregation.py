@@ -102,7 +102,9 @@ def aggregate(
     if (trusted is None) == (method == "fltrust"):
         rule = 'trusted= with method="fltrust", and only with it'
         raise refuse(rule, "trusted", type(trusted).__name__, "Pass the server's own update")
-    rows = Updates(updates, max_norm, trusted)
+    rows = Updates(updates, trusted)
+    _check_counts(rows, method, byzantine)
+    rows.measure(max_norm)
     hostile = _check_counts(rows, method, byzantine)
     value, weights = _joined(rows, method, hostile, trusted)
     return Aggregation(rows.restore(value), _report(rows, value, weights, method, byzantine, max_norm))
@@ -159,6 +161,7 @@ def _by_distances(rows: Updates, method: str, hostile: int) -> tuple[Tensor, Ten
 def _by_trust(rows: Updates, trusted: Update) -> tuple[Tensor, Tensor]:
     """FLTrust: the mean of the rows, each scaled to the length of `trusted`, by the positive part of their cosine."""
     own = Updates([trusted])
+    own.measure()
     if not len(own):
         raise refuse("a finite trusted update", "trusted", "not finite", "Train the server's own update again")
     flat = own.weighted_sum(torch.ones(1, dtype=torch.float64))

@@ -24,9 +24,7 @@ class Updates:
     the honest ones look malformed. `dropped` maps the number of each other client to the reason.
     """
 
-    def __init__(
-        self, updates: Sequence[Update] | Tensor, max_norm: float | None = None, like: Update | None = None
-    ) -> None:
+    def __init__(self, updates: Sequence[Update] | Tensor, like: Update | None = None) -> None:
         rows = _listed(updates)
         forms = [form_of(row) for row in rows]
         form = _commonest([form for form in forms if form is not None]) if like is None else form_of(like)
@@ -34,14 +32,24 @@ class Updates:
             cure = "Pass dense float tensors or state dicts"
             raise refuse("tensors or state dicts", "updates", type(rows[0]).__name__, cure)
         self.dropped = {i: "malformed" for i, other in enumerate(forms) if other != form}
-        parts = {i: _floats(rows[i]) for i in range(len(rows)) if i not in self.dropped}
-        norms = {i: _norm(row) for i, row in parts.items()}
-        self.dropped |= {i: "not finite, or too long" for i, norm in norms.items() if not norm <= _LONGEST}
-        self.numbers = [i for i in parts if i not in self.dropped]
-        self._rows = [parts[i] for i in self.numbers]
-        self._given = [rows[i] for i in self.numbers]
         self._like = like
-        self.norms = torch.tensor([norms[i] for i in self.numbers], dtype=torch.float64)
+        self._take({i: row for i, row in enumerate(rows) if i not in self.dropped})
+
+    def _take(self, rows: Mapping[int, Any]) -> None:
+        self.numbers, self._given = list(rows), list(rows.values())
+
+    def measure(self, max_norm: float | None = None) -> None:
+        """Read the values: drop what is not finite, and find how much each row is scaled.
+
+        Not before it is known that enough rows are well-formed: the form may be a hostile one until then, and huge.
+        """
+        parts = [_floats(row) for row in self._given]
+        norms = [_norm(row) for row in parts]
+        good = [norm <= _LONGEST for norm in norms]
+        self.dropped |= {i: "not finite, or too long" for i, fine in zip(self.numbers, good, strict=True) if not fine}
+        self._take({i: row for i, row, fine in zip(self.numbers, self._given, good, strict=True) if fine})
+        self._rows = [row for row, fine in zip(parts, good, strict=True) if fine]
+        self.norms = torch.tensor([norm for norm in norms if norm <= _LONGEST], dtype=torch.float64)
         self.scale = torch.ones_like(self.norms)
         if max_norm is not None:
             self.scale = (max_norm / self.norms.clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1.0)

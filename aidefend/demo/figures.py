@@ -22,7 +22,9 @@ def images(rows: Sequence[Tensor], caption: str) -> Figure:
             axis.axis("off")
             if place < len(row):
                 picture = row[place].detach().float().clamp(0, 1)
-                axis.imshow(picture[0] if len(picture) == 1 else picture.permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
+                axis.imshow(
+                    (picture[0] if len(picture) == 1 else picture.permute(1, 2, 0)).numpy(), cmap="gray", vmin=0, vmax=1
+                )
     return _drawn(figure, caption)
 
 
@@ -30,9 +32,9 @@ def maps(pictures: Tensor, values: Tensor, caption: str) -> Figure:
     """Pictures (N, 1, H, W) above their attributions, red raising and blue lowering the class."""
     figure, axes = _canvas(2, len(pictures), (0.8 * len(pictures), 1.7))
     for place in range(len(pictures)):
-        axes[0][place].imshow(pictures[place, 0], cmap="gray", vmin=0, vmax=1)
+        axes[0][place].imshow(pictures[place, 0].numpy(), cmap="gray", vmin=0, vmax=1)
         span = float(values[place].abs().max()) or 1.0
-        axes[1][place].imshow(values[place].sum(dim=0), cmap="RdBu_r", vmin=-span, vmax=span)
+        axes[1][place].imshow(values[place].sum(dim=0).numpy(), cmap="RdBu_r", vmin=-span, vmax=span)
         axes[0][place].axis("off")
         axes[1][place].axis("off")
     return _drawn(figure, caption)

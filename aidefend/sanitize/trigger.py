@@ -17,7 +17,8 @@ class Trigger:
         pattern: Shape of one sample: mean of the group less mean of the rows that look like it.
         values: Shape of one sample: mean or median of the group.
         spot: Bool, shape of one sample: where the pattern is at least half as strong as at its strongest, at most 5 %
-            of the cells (in short rows a fifth, up to 4 cells). A pattern that was written over the content shows in full only where it is put down like that.
+            of the cells (in short rows a fifth, up to 4 cells). A pattern written over the content shows
+            in full only where it is put down like that.
     """
 
     pattern: Tensor

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from aidefend import ConfigurationError, Threat
-from aidefend.adversarial import PGDTraining, cross_entropy
+from aidefend.adversarial import PGDTraining
+from aidefend.adversarial.crafting import cross_entropy
 from aidefend.attacks.evasion import APGD, PGD
 
 

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional
 
 from aidefend import AidefendError, ConfigurationError, Threat
-from aidefend.adversarial import TRADES, kl_divergence
+from aidefend.adversarial import TRADES
+from aidefend.adversarial.trades import kl_divergence
 from aidefend.attacks.evasion import APGD, PGD
 
 THREAT = Threat("linf", 0.1)

@@ -152,6 +152,18 @@ def test_what_was_dropped_is_no_longer_feared():
         aggregate(rows[:3], "trimmed-mean", byzantine=2)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_giant_that_fills_no_memory_is_refused_before_it_is_read(n):
+    giant = torch.ones(1, 1).expand(10**6, 10**6)
+    rows = [giant, *torch.ones(n, 3)]
+    with pytest.raises(ConfigurationError, match=r"bad updates|usable updates"):
+        aggregate(rows, "median", byzantine=n)
+    with pytest.raises(ConfigurationError, match="bad updates"):
+        aggregate(rows, "mean", byzantine=0)
+    joined = aggregate([giant, torch.ones(3)], "fltrust", byzantine=1, trusted=torch.ones(3))
+    assert joined.report.keep.tolist() == [False, True]
+
+
 HOSTILE_STATES = {
     "missing key": {"w": torch.ones(2)},
     "extra key": {"w": torch.ones(2), "n": torch.tensor(1), "evil": torch.ones(1)},
