@@ -1,5 +1,6 @@
 """The demo's frame: it writes a whole report or none, reads users' data, and fits every terminal. Slow: all of it."""
 
+import copy
 import json
 import re
 import subprocess
@@ -81,7 +82,8 @@ def test_users_own_data_and_bad_arguments(tmp_path, monkeypatch):
 def test_training_repeats_and_leaves_the_global_stream():
     world = open_world(None, 0)
     small = torch.utils.data.TensorDataset(*(part[:300] for part in world.rows("train")))
-    first, second = (train(small_net(5), small, epochs=2, seed=1) for _ in range(2))
+    net = small_net(5)
+    first, second = (train(copy.deepcopy(net), small, epochs=2, seed=1) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
