@@ -37,7 +37,9 @@ class StepBook:
     @property
     def open_ticket(self) -> Ticket | None:
         """The batch that waits for its step."""
-        return self._ticket if self._ticket is not None and not self._ticket.closed else None
+        if self._ticket is None or self._ticket.closed or self.released:
+            return None
+        return self._ticket
 
     def check_remaining(self) -> None:
         """Refuse to go on with nothing left."""

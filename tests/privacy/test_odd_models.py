@@ -1,0 +1,226 @@
+"""Models and loops off the beaten track: right, or refused by name."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from aidefend import ConfigurationError, IncompatibleModel, PrivacyError
+from aidefend.privacy import check_private_ready
+from tests.privacy.private_worlds import (
+    cross_entropy,
+    naive_sum,
+    one_step,
+    private_run,
+    quiet,
+    released,
+    rows,
+    settings,
+    small_mlp,
+)
+
+
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.layer(input=x)
+
+
+class OverwritesItsInput(nn.Module):
+    """The first layer's input changes after its use; plain training would fail on it too."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = x.clone()
+        out = self.layer(h)
+        h.mul_(2)
+        return self.head(out)
+
+
+class SometimesFolded(nn.Module):
+    """Folds rows together only when asked to."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.fold = False
+
+    def forward(self, x):
+        if self.fold:
+            return self.layer(x.reshape(2, -1, 6)).reshape(len(x), 3)
+        return self.layer(x)
+
+
+class TwoArguments(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x, scale=1.0, *, shift=None):
+        out = scale * self.layer(x)
+        return out if shift is None else out + shift
+
+
+class WithNotes(nn.Linear):
+    """Keeps state that is no tensor."""
+
+    def get_extra_state(self):
+        return {"note": "text"}
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.mark.parametrize("model", [ByKeyword(), OverwritesItsInput()])
+def test_models_that_cannot_be_followed_are_refused(model):
+    assert check_private_ready(model, cross_entropy, rows(4)) != []
+    with pytest.raises(IncompatibleModel, match="privately"):
+        private_run(model)
+
+
+def test_rows_folded_later_are_refused():
+    private = private_run(SometimesFolded(), config=quiet(expected_batch_size=24))
+    one_step(private)
+    private.model.module.fold = True
+    x, y = next(iter(private.loader))
+    with pytest.raises(PrivacyError, match="24 rows in layer layer"):
+        private.loss(private.model(x), y).backward()
+
+
+@pytest.mark.parametrize("microbatch", [None, 5])
+def test_further_arguments_reach_the_model(microbatch):
+    model = TwoArguments()
+    shift = torch.linspace(0, 1, 24)[:, None]
+    private = private_run(model, config=quiet(expected_batch_size=24, microbatch=microbatch))
+    before = copy.deepcopy(model)
+    x, y = one_step(private, lambda net, a, b: cross_entropy(net(a, 2.0, shift=shift), b))
+    expected = {name: torch.zeros_like(p) for name, p in before.named_parameters()}
+    for i in range(24):
+
+        def one(net, a, b, i=i):
+            return cross_entropy(net(a, 2.0, shift=shift[i : i + 1]), b)
+
+        for name, value in naive_sum(before, x[i : i + 1], y[i : i + 1], 0.7, one).items():
+            expected[name] += value / 24
+    for name, value in released(private).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_call_without_a_tensor_is_refused():
+    with pytest.raises(PrivacyError, match="tensor among the arguments"):
+        private_run().model([1.0, 2.0])
+
+
+def test_passes_with_and_without_a_graph_of_their_own_join():
+    """With microbatch, a pass whose input asks for a gradient keeps its graph; both kinds count."""
+
+    def mixed(net, x, y):
+        return cross_entropy(net(x), y) + cross_entropy(net(x.clone().requires_grad_()), y)
+
+    found = []
+    for microbatch in (None, 5):
+        private = private_run(config=quiet(expected_batch_size=24, microbatch=microbatch))
+        one_step(private, mixed)
+        found.append(released(private))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_state_that_is_no_tensor_is_not_saved_in_silence(tmp_path):
+    private = private_run(WithNotes(6, 3))
+    with pytest.raises(ConfigurationError, match="state of tensors"):
+        private.save(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_optimizer_settings_survive_as_they_were(tmp_path):
+    model = small_mlp()
+    private = private_run(model, optimizer=torch.optim.Adam(model.parameters(), torch.tensor(0.01), betas=(0.8, 0.9)))
+    private.save(tmp_path / "run")
+    twin = small_mlp()
+    again = private_run(twin, optimizer=torch.optim.Adam(twin.parameters(), torch.tensor(0.5)))
+    again.resume(tmp_path / "run")
+    group = again.optimizer.param_groups[0]
+    assert group["betas"] == (0.8, 0.9) and float(group["lr"]) == pytest.approx(0.01)
+    one_step(again)
+
+
+def test_nothing_runs_after_release():
+    private = private_run()
+    x, y = next(iter(private.loader))
+    private.release()
+    private.release()
+    private.loss(private.model(x), y).backward()
+    with pytest.raises(PrivacyError, match="not released"):
+        private.optimizer.step()
+
+
+def test_a_loss_that_fails_on_every_row_is_an_error_of_its_own():
+    def fussy(outputs, targets):
+        if fussy.fails:
+            raise ArithmeticError("no such day")
+        return cross_entropy(outputs, targets)
+
+    fussy.fails = False
+    private = private_run(loss=fussy, config=settings(expected_batch_size=24))
+    fussy.fails = True
+    x, y = next(iter(private.loader))
+    with pytest.raises(ArithmeticError, match="no such day"):
+        private.loss(private.model(x), y)
+
+
+def test_tables_of_outputs_other_than_tensors():
+    """A model that returns a dict works without microbatch, empty batches included."""
+
+    class Dict(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return {"logits": self.layer(x)}
+
+    private = private_run(
+        Dict(), loss=lambda out, y: functional.cross_entropy(out["logits"], y, reduction="none"), config=quiet()
+    )
+    one_step(private)
+    assert private.model(torch.zeros(0, 6))["logits"].shape == (0, 3)
+
+
+def test_the_optimizer_looks_like_the_inner_one():
+    private = private_run()
+    assert "SGD" in repr(private.optimizer) and private.optimizer.state is private.optimizer.inner.state
+    private.optimizer.load_state_dict(private.optimizer.state_dict())
+    private.optimizer.zero_grad(set_to_none=False)
+    one_step(private)
+
+
+def test_a_small_model_of_16_bits_trains():
+    model = small_mlp().bfloat16()
+    x, y = rows()
+    private = private_run(model, (x.bfloat16(), y), settings(steps=3))
+    for _ in range(3):
+        one_step(private)
+    assert all(p.dtype == torch.bfloat16 and bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_autocast_around_the_forward_pass():
+    private = private_run(config=quiet(expected_batch_size=24))
+    x, y = next(iter(private.loader))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = private.loss(private.model(x), y)
+    loss.backward()
+    private.optimizer.step()
+    exact = private_run(config=quiet(expected_batch_size=24))
+    one_step(exact)
+    for name, value in released(exact).items():
+        torch.testing.assert_close(released(private)[name], value, rtol=0, atol=0.05 * float(value.abs().max()))
