@@ -104,6 +104,9 @@ def aggregate(
         raise refuse(rule, "trusted", type(trusted).__name__, "Pass the server's own update")
     rows = Updates(updates, trusted)
     _check_counts(rows, method, byzantine)
+    if trusted is None and len(rows) <= byzantine:
+        cure = "Ask more clients: these may all be hostile"
+        raise refuse(f"more than byzantine={byzantine} updates of one form", "updates", f"{len(rows)} alike", cure)
     rows.measure(max_norm)
     hostile = _check_counts(rows, method, byzantine)
     value, weights = _joined(rows, method, hostile, trusted)

@@ -156,12 +156,19 @@ def test_what_was_dropped_is_no_longer_feared():
 def test_a_giant_that_fills_no_memory_is_refused_before_it_is_read(n):
     giant = torch.ones(1, 1).expand(10**6, 10**6)
     rows = [giant, *torch.ones(n, 3)]
-    with pytest.raises(ConfigurationError, match=r"bad updates|usable updates"):
+    with pytest.raises(ConfigurationError, match="of one form"):
         aggregate(rows, "median", byzantine=n)
     with pytest.raises(ConfigurationError, match="bad updates"):
         aggregate(rows, "mean", byzantine=0)
     joined = aggregate([giant, torch.ones(3)], "fltrust", byzantine=1, trusted=torch.ones(3))
     assert joined.report.keep.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("method", ["median", "trimmed-mean", "geometric-median", "centered-clipping"])
+def test_more_hostile_clients_than_honest_ones_cannot_win_by_a_form_of_their_own(method):
+    rows = [*torch.ones(2, 3), *torch.full((3, 4), 1e9)]
+    with pytest.raises(ConfigurationError, match="more than byzantine=3 updates of one form, got updates='3 alike'"):
+        aggregate(rows, method, byzantine=3)
 
 
 HOSTILE_STATES = {
