@@ -95,7 +95,7 @@ def test_any_setting_against_the_oracle(sigma, q, steps, delta, replace):
     assert low - 1e-9 <= ours <= oracle([(sigma, q, steps)], delta, neighboring) * 1.001 + 0.02
 
 
-@pytest.mark.parametrize("row", TABLE[2:4])
+@pytest.mark.parametrize("row", TABLE[2:3])
 def test_never_above_the_accountants_of_opacus(row):
     from opacus.accountants import PRVAccountant, RDPAccountant
 
@@ -109,7 +109,7 @@ def gaussian_delta(mu, eps):
     return norm.cdf(mu / 2 - eps / mu) - math.exp(eps) * norm.cdf(-mu / 2 - eps / mu)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.floats(0.3, 50), st.integers(1, 100), st.sampled_from([1e-2, 1e-5, 1e-9]), st.booleans())
 def test_full_batches_are_exactly_gaussian(sigma, steps, delta, replace):
     eps = epsilon([(sigma, 1.0, steps)], delta, "replace_one" if replace else "add_remove")
@@ -206,7 +206,7 @@ def test_thresholds_invert_the_privacy_loss(direction):
     np.testing.assert_allclose(np.log(density[0] / density[1]), losses, atol=1e-9)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.floats(0.5, 3), st.floats(0.05, 1), st.floats(-1, 1), st.floats(-1, 1), st.floats(0, 2))
 def test_opposite_extremes_are_the_worst_replacement(sigma, q, old, new, eps):
     """Exchanging a row with contribution `old` for one with `new` costs no more than +1 for -1."""

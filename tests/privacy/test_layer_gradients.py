@@ -14,7 +14,7 @@ from aidefend.privacy.gradient_parts import Blocks, Gram, Lookup, Outer
 from aidefend.privacy.recorder import Recorder, tapped_calls
 from aidefend.privacy.step_book import Ticket
 
-FEW = settings(max_examples=12, deadline=None)
+FEW = settings(max_examples=8, deadline=None)
 
 
 def seeded(make, seed=0):

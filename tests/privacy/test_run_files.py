@@ -261,16 +261,11 @@ for _ in range(100_000):
 @pytest.mark.parametrize("delay", [0.05, 0.2, 0.5])
 def test_a_killed_run_is_never_undercounted(tmp_path, delay):
     root = Path(__file__).parents[2]
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path / "ledger")],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline().strip() == "ready"
-    time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    told = [int(line) for line in process.stdout.read().split() if line.isdigit()]
-    process.wait()
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "ledger")]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().strip() == "ready"
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        told = [int(line) for line in process.stdout.read().splitlines(keepends=True) if line.endswith("\n")]
     assert PrivacyLedger(tmp_path / "ledger").runs()[0].steps >= max(told, default=0)
