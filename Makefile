@@ -54,7 +54,7 @@ bench: ## run a benchmark beside its peers: make bench NAME=demo_figures ARGS=--
 
 docs: ## build the site into site/
 	@$(HERE) $(ENVIRONMENT) dev-docs
-	@$(HERE) $(VENV) -m mkdocs build --strict $(ARGS)
+	@$(HERE) NO_MKDOCS_2_WARNING=1 $(VENV) -m mkdocs build --strict $(ARGS)
 
 format: ## let ruff format and fix what it safely can
 	@$(HERE) $(ENVIRONMENT) dev
