@@ -10,15 +10,23 @@ from torch import Tensor
 
 from aidefend._core.random import derive_seed, make_generator
 from aidefend._core.stats import wilson
-from aidefend.sanitize.group_evidence import TRANSPLANTS, GroupEvidence, examine, more_than_half
+from aidefend.sanitize.group_evidence import (
+    MOSTLY_FOREIGN,
+    MOSTLY_TURNED,
+    TRANSPLANTS,
+    GroupEvidence,
+    examine,
+    more_than,
+)
 from aidefend.sanitize.groups import ClassSearch, Group, extended
 from aidefend.sanitize.world import World
 
 SMALLEST_CLASS = 24
 POWER = 0.8
-_FOUND_SHARE = 0.9
+_FOUND_SHARE = 0.95
 _SEARCH_ROWS = 3000
 _FURTHER = 0.01
+_AS_STRONG = 0.8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,26 +123,29 @@ def _judged(world: World, group: Group, threshold: float, tests: int) -> Verdict
 
 
 def _strongest_first(verdicts: Sequence[Verdict], label: int) -> list[Verdict]:
-    """The verdicts on one class: those that stand first, then by effect sizes, then by size."""
+    """The verdicts on one class: those that stand first, then by effect, then by size."""
+    mine = (verdict for verdict in verdicts if verdict.group.label == label)
+    return sorted(mine, key=lambda v: (v.poison, round(_effect(v), 2), int(v.group.inside.sum())), reverse=True)
 
-    def strength(verdict: Verdict) -> tuple[bool, float, int]:
-        evidence = verdict.evidence
-        effect = evidence.foreign * (1 - min(evidence.valley, 1.0)) * (evidence.transfer if verdict.poison else 1.0)
-        return verdict.poison, round(effect, 2), int(verdict.group.inside.sum())
 
-    return sorted((verdict for verdict in verdicts if verdict.group.label == label), key=strength, reverse=True)
+def _effect(verdict: Verdict) -> float:
+    """How much of a group is foreign, stands apart, and works, as one number in [0, 1]."""
+    evidence = verdict.evidence
+    return evidence.foreign * max(0.0, 1 - evidence.valley) * (evidence.transfer if verdict.poison else 1.0)
 
 
 def _joined(verdicts: Sequence[Verdict]) -> Verdict:
-    """The strongest group, and every other that stands and whose further rows are mostly foreign by themselves.
+    """The strongest group, and every other of about its strength that stands and whose further rows are mostly foreign.
 
     Poison from several classes forms several clusters; a group that merely grew into the clean part adds honest rows.
     """
     strongest = verdicts[0]
     whole = strongest.group
-    for group in (verdict.group for verdict in verdicts[1:] if verdict.poison):
+    for verdict in verdicts[1:]:
+        group = verdict.group
         further = group.inside & ~whole.inside
-        if more_than_half(int(group.foreign[further].sum()), int(further.sum())) <= _FURTHER:
+        foreign = more_than(MOSTLY_FOREIGN, int(group.foreign[further].sum()), int(further.sum())) <= _FURTHER
+        if verdict.poison and foreign and _effect(verdict) >= _AS_STRONG * _effect(strongest):
             whole = dataclasses.replace(
                 whole,
                 inside=whole.inside | group.inside,
@@ -154,15 +165,15 @@ def smallest_detectable(n: int, threshold: float) -> int | None:
     """Rows of a group in a class of n that the tests find with 80 % power; None where no size up to n / 2 would do.
 
     Assumes that a proposal hits the group, that it is apart from the class in the features (nothing in between, 80 % of
-    it at its peak), that 90 % of its rows are recognised as foreign, and that its pattern works on 90 % of transplants.
+    it at its peak), and that 95 % of its rows are recognised as foreign and 95 % of transplants turned.
     """
-    if _power(TRANSPLANTS, threshold) < POWER:
+    if _power(TRANSPLANTS, MOSTLY_TURNED, threshold / 2) < POWER:
         return None
-    fits = (size for size in range(6, n // 2 + 1) if _power(size, threshold) >= POWER)
+    fits = (size for size in range(6, n // 2 + 1) if _power(size, MOSTLY_FOREIGN, threshold) >= POWER)
     return next((size for size in fits if 0.5 ** int(0.8 * size) <= threshold), None)
 
 
-def _power(n: int, threshold: float) -> float:
-    """Chance that n trials with a success share of .9 refute a share of one half at this level."""
-    needed = int(stats.binom.isf(threshold, n, 0.5)) + 1
+def _power(n: int, share: float, threshold: float) -> float:
+    """Chance that n trials that succeed with .95 each refute a success share of at most `share` at this level."""
+    needed = int(stats.binom.isf(threshold, n, share)) + 1
     return float(stats.binom.sf(needed - 1, n, _FOUND_SHARE))

@@ -14,14 +14,16 @@ from aidefend.sanitize.separation import valley_counts
 from aidefend.sanitize.world import World, turned
 
 TRANSPLANTS = 200
+MOSTLY_FOREIGN = 0.6
+MOSTLY_TURNED = 1 / 2
 
 
 class GroupEvidence(NamedTuple):
     """What speaks against a group. Each p-value belongs to one hypothesis under which the group would be harmless.
 
     Args:
-        foreign: Share of the group that fits another class and not its own; `p_foreign`: of H: at most half, or no more
-            than in the rest of its class.
+        foreign: Share of the group that fits another class and not its own; `p_foreign`: of H: at most six
+            in ten, or no more than in the rest of its class.
         valley: Rows between the group and the rest, as share of those at the thinner peak; `p_valley`: of H: no gap.
         transfer: Share of ordinary rows of other classes that the group's trigger turns into the class, NaN where the
             two other tests made it needless; `p_transfer`: of H: at most half.
@@ -56,17 +58,17 @@ def examine(world: World, group: Group, threshold: float) -> GroupEvidence:
     return GroupEvidence(foreign, valley, transfer, p_foreign, p_valley, p_transfer, apart, p_nearer)
 
 
-def more_than_half(successes: int, n: int) -> float:
-    """p-value of H: the share is at most one half."""
-    return float(stats.binom.sf(successes - 1, n, 0.5)) if n else 1.0
+def more_than(share: float, successes: int, n: int) -> float:
+    """Exact p-value of H: the chance of a success is at most `share`."""
+    return float(stats.binom.sf(successes - 1, n, share)) if n else 1.0
 
 
 def foreign_share(foreign: Tensor, inside: Tensor) -> tuple[float, float]:
-    """Share of foreign rows and p-value. H: at most half of the group, or no more than in the rest of its class."""
+    """Share of foreign rows and p-value. H: at most six in ten, or no more than in the rest of the class."""
     ours, n = int(foreign[inside].sum()), int(inside.sum())
     others, rest = int(foreign[~inside].sum()), int((~inside).sum())
     excess = float(stats.fisher_exact([[ours, n - ours], [others, rest - others]], alternative="greater").pvalue)
-    return ours / n, max(more_than_half(ours, n), excess)
+    return ours / n, max(more_than(MOSTLY_FOREIGN, ours, n), excess)
 
 
 def valley_depth(log_odds: Tensor, inside: Tensor) -> tuple[float, float]:
@@ -87,7 +89,7 @@ def transfer_share(world: World, group: Group) -> tuple[float, float]:
     likeness = group.looks_like[group.inside & group.foreign]
     rows = drawn_like(likeness[likeness >= 0], world.labels, free, stream)
     count = int(turned(world, world.x[rows], [group.trigger], group.label)[0].sum(dim=1).max())
-    return count / max(len(rows), 1), min(1.0, 2 * more_than_half(count, len(rows)))
+    return count / max(len(rows), 1), min(1.0, 2 * more_than(MOSTLY_TURNED, count, len(rows)))
 
 
 def drawn_like(likeness: Tensor, labels: Tensor, free: Tensor, stream: torch.Generator) -> Tensor:

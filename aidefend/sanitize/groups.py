@@ -129,7 +129,7 @@ class ClassSearch:
         """For each side the share of probes that its pattern turns: of all, or of those that look like it if more."""
         world, matched = self.world, self.world.conformity.matched(self.view, self.label)[:, 0]
         ours, theirs = world.x[self.rows].float(), world.x[matched].float()
-        triggers = [Trigger.between(ours[side].mean(dim=0), theirs[side].mean(dim=0)) for side in sides]
+        triggers = [Trigger.between(ours[side], theirs[side].mean(dim=0)) for side in sides]
         probes = world.probes[world.labels[world.probes] != self.label]
         rates = []
         for side, moved in zip(sides, turned(world, world.x[probes], triggers, self.label), strict=True):
@@ -168,7 +168,7 @@ class ClassSearch:
         offset = (view - conformity.coordinates[matched].mean(dim=1)).mean(dim=0)
         beside = self.world.x[matched.flatten()].float().mean(dim=0)
         ours = self.world.x[self.rows[inside]].float()
-        return Trigger.between(ours.mean(dim=0), beside, ours.median(dim=0).values), offset, matched.unique()
+        return Trigger.between(ours, beside, exact=True), offset, matched.unique()
 
     def _own(self, inside: Tensor) -> Tensor:
         """(n,) p-value of fitting the rows of the class that are outside the group."""

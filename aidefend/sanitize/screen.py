@@ -48,8 +48,8 @@ def screen(
     """Judge every row of a training set: quarantine structured poison, remark what else looks wrong, remove nothing.
 
     Detectors propose parts of each class; a part is quarantined as a whole if four hypotheses under which it would be
-    harmless all fall: at most half of it fits another class and not its own (in a view of the inputs that does not
-    use the model); it does not stand apart in the model's features; what it has in common turns at most half of
+    harmless all fall: at most six in ten of it fit another class and not their own (in a view of the inputs that does
+    not use the model); it does not stand apart in the model's features; what it has in common turns at most half of
     ordinary rows of other classes into its label; and it lies no nearer to other classes than the rest of its class.
     Honest styles and rare groups have right labels and pass the first.
 

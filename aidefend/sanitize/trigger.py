@@ -16,9 +16,9 @@ class Trigger:
     Args:
         pattern: Shape of one sample: mean of the group less mean of the rows that look like it.
         values: Shape of one sample: mean or median of the group.
-        spot: Bool, shape of one sample: where the pattern is at least half as strong as at its strongest, at most 5 %
-            of the cells (in short rows a fifth, up to 4 cells). A pattern written over the content shows
-            in full only where it is put down like that.
+        spot: Bool, shape of one sample: where the pattern, in units of its spread over the group, is at least half as
+            strong as at its strongest, at most 5 % of the cells (in short rows a fifth, up to 4 cells). A pattern that
+            was written over the content shows in full only where it is put down like that.
     """
 
     pattern: Tensor
@@ -26,13 +26,21 @@ class Trigger:
     spot: Tensor
 
     @classmethod
-    def between(cls, group: Tensor, alike: Tensor, values: Tensor | None = None) -> "Trigger":
-        """From the means of a group and of the rows that look like it; `values` are written, by default the group's."""
-        pattern = group - alike
-        strength = pattern.abs().flatten()
+    def between(cls, group: Tensor, alike: Tensor, exact: bool = False) -> "Trigger":
+        """From the rows (m, ...) of a group and the mean of the rows that look like it.
+
+        Args:
+            group: Rows with the trigger.
+            alike: Shape of one sample.
+            exact: Write the group's median and not its mean: what was written comes back to the last digit.
+        """
+        mean = group.mean(dim=0)
+        pattern, spread = mean - alike, group.std(dim=0, correction=0)
+        strength = (pattern.abs() / (spread + 0.1 * spread.max()).clamp(min=1e-12)).flatten()
         count = max(1, min(_FEW, len(strength) // 5), int(_SPOT * len(strength)))
         least = torch.maximum(strength.topk(count).values[-1], strength.max() / 2)
-        return cls(pattern, group if values is None else values, (pattern.abs() >= least) & (pattern != 0))
+        spot = (strength >= least).reshape(pattern.shape) & (pattern != 0)
+        return cls(pattern, group.median(dim=0).values if exact else mean, spot)
 
     def added(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Rows (n, ...) with the pattern added, inside the range of the data and in its dtype."""

@@ -13,7 +13,7 @@ from aidefend.sanitize.group_evidence import (
     drawn_like,
     examine,
     foreign_share,
-    more_than_half,
+    more_than,
     nearness,
     transfer_share,
     valley_depth,
@@ -25,14 +25,14 @@ from aidefend.sanitize.world import shuffled, turned, world_of
 from tests.worlds import poisoned_clusters
 
 
-def test_more_than_half_is_the_exact_binomial_tail():
-    assert more_than_half(9, 10) == pytest.approx(11 / 1024)
-    assert more_than_half(0, 0) == 1.0 and more_than_half(0, 5) == 1.0
-    assert more_than_half(5, 10) > 0.5
+def test_more_than_is_the_exact_binomial_tail():
+    assert more_than(0.5, 9, 10) == pytest.approx(11 / 1024)
+    assert more_than(0.5, 0, 0) == 1.0 and more_than(2 / 3, 0, 5) == 1.0
+    assert more_than(2 / 3, 10, 15) > 0.5 > more_than(0.5, 10, 15)
 
 
-@pytest.mark.parametrize(("ours", "rest", "poison"), [(0.95, 0.05, True), (0.5, 0.05, False), (0.95, 0.95, False)])
-def test_foreign_share_wants_a_majority_that_the_rest_of_the_class_does_not_have(ours, rest, poison):
+@pytest.mark.parametrize(("ours", "rest", "poison"), [(0.95, 0.05, True), (0.6, 0.05, False), (0.95, 0.95, False)])
+def test_foreign_share_wants_more_than_six_in_ten_that_the_rest_of_the_class_does_not_have(ours, rest, poison):
     inside = torch.arange(600) < 60
     foreign = torch.zeros(600, dtype=torch.bool)
     foreign[: round(60 * ours)] = True
@@ -70,10 +70,9 @@ def group_of(planted, inside_all):
     """The group that consists of these rows of class 0, described without a search."""
     rows = (planted.y == 0).nonzero().flatten()
     inside = inside_all[rows]
-    mean = planted.x[rows[inside]].mean(dim=0)
     beside = torch.stack([planted.x[planted.true_y == planted.true_y[row]].mean(dim=0) for row in rows[inside]])
     odds = torch.where(inside, 8.0, -8.0).double() + 0.1 * torch.randn(len(rows)).double()
-    trigger = Trigger.between(mean, beside.mean(dim=0))
+    trigger = Trigger.between(planted.x[rows[inside]], beside.mean(dim=0), exact=True)
     return Group(
         0, rows, inside, odds, inside.clone(), planted.true_y[rows], trigger, torch.zeros(0, dtype=torch.int64)
     )
@@ -126,7 +125,7 @@ def test_rows_of_the_class_itself_do_not_count_as_turned():
     planted = poisoned_clusters(poison=0)
     here = world(planted)
     shift = 9.0 * (torch.arange(20) < 3)
-    trigger = Trigger.between(shift, torch.zeros(20))
+    trigger = Trigger.between(shift.expand(2, 20), torch.zeros(20))
     zero, one = (planted.x[planted.y == c][:10] for c in (0, 1))
     shares = turned(here, torch.cat([zero, one]), [trigger], 0)[0].double().reshape(2, 2, 10).mean(dim=2)
     assert shares.tolist() == [[0.0, 1.0], [0.0, 1.0]]
@@ -147,8 +146,8 @@ def test_the_smallest_detectable_group_has_the_stated_power(threshold):
     stream = torch.Generator().manual_seed(0)
 
     def power(n):
-        successes = (torch.rand(4000, n, generator=stream) < 0.9).sum(dim=1).tolist()
-        return sum(more_than_half(count, n) <= threshold for count in successes) / 4000
+        successes = (torch.rand(4000, n, generator=stream) < 0.95).sum(dim=1).tolist()
+        return sum(more_than(0.6, count, n) <= threshold for count in successes) / 4000
 
     assert power(size) > 0.77
     assert smallest_detectable(600, threshold / 100) > size
