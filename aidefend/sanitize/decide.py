@@ -83,7 +83,7 @@ def decide(world: World, scores: Sequence[Tensor], alpha: float) -> Decision:
     Args:
         world: The data.
         scores: Detector scores (N,) over the same rows; they propose groups.
-        alpha: Chance of quarantining anything where each proposal is harmless in at least one of the four ways.
+        alpha: Chance of quarantining anything where each proposal is harmless in at least one of the five ways.
     """
     stream = make_generator(seed=derive_seed(world.seed, "sample") % 2**63)
     groups: list[Group] = []

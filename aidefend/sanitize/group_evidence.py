@@ -1,4 +1,4 @@
-"""Four hypotheses under which a group is harmless. A group is called poison only if all of them fall."""
+"""Five hypotheses under which a group is harmless. A group is called poison only if all of them fall."""
 
 import math
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from aidefend.sanitize.world import World, turned
 TRANSPLANTS = 200
 MOSTLY_FOREIGN = 0.6
 MOSTLY_TURNED = 1 / 2
+KEEPS_TO_ITSELF = 1 / 4
 
 
 class GroupEvidence(NamedTuple):
@@ -30,6 +31,9 @@ class GroupEvidence(NamedTuple):
         apart: Median distance of its rows to the nearest other class over that inside the group, as share of the same
             for the rest of the class; NaN where the other tests made it needless; `p_nearer`: of H: the group lies no
             nearer to other classes than the rest of its class does. Of two parts it tells which is the stranger.
+        company: How much more often its rows' neighbours are of the group than they would be if the group were a random
+            part of the classes that it looks like, once the trigger is taken off: about 0 for poison, about .5 for a
+            style of its own; `p_company`: of H: at least a quarter more often.
     """
 
     foreign: float
@@ -40,22 +44,24 @@ class GroupEvidence(NamedTuple):
     p_transfer: float
     apart: float
     p_nearer: float
+    company: float
+    p_company: float
 
     @property
     def p_value(self) -> float:
-        """Of H: the group is harmless in at least one of the four ways (intersection-union test)."""
-        return max(self.p_foreign, self.p_valley, self.p_transfer, self.p_nearer)
+        """Of H: the group is harmless in at least one of the five ways (intersection-union test)."""
+        return max(self.p_foreign, self.p_valley, self.p_transfer, self.p_nearer, self.p_company)
 
 
 def examine(world: World, group: Group, threshold: float) -> GroupEvidence:
-    """All four tests; the trigger is transplanted only where the two cheaper ones leave the group suspect."""
-    foreign, p_foreign = foreign_share(group.foreign, group.inside)
-    valley, p_valley = valley_depth(group.log_odds, group.inside)
-    transfer, p_transfer, apart, p_nearer = math.nan, 1.0, math.nan, 1.0
-    if max(p_foreign, p_valley) <= threshold:
-        transfer, p_transfer = transfer_share(world, group)
-        apart, p_nearer = nearness(world, group)
-    return GroupEvidence(foreign, valley, transfer, p_foreign, p_valley, p_transfer, apart, p_nearer)
+    """All five tests; the dearer three only where the two cheaper ones leave the group suspect."""
+    cheap = (*foreign_share(group.foreign, group.inside), *valley_depth(group.log_odds, group.inside))
+    dear = (math.nan, 1.0, math.nan, 1.0, math.nan, 1.0)
+    if max(cheap[1], cheap[3]) <= threshold:
+        dear = (*transfer_share(world, group), *nearness(world, group), *own_company(world, group))
+    values = dict(zip(("foreign", "p_foreign", "valley", "p_valley"), cheap, strict=True))
+    names = ("transfer", "p_transfer", "apart", "p_nearer", "company", "p_company")
+    return GroupEvidence(**values, **dict(zip(names, dear, strict=True)))
 
 
 def more_than(share: float, successes: int, n: int) -> float:
@@ -119,3 +125,22 @@ def nearness(world: World, group: Group) -> tuple[float, float]:
     ratio = beyond / within.clamp(min=1e-12)
     p_value = stats.mannwhitneyu(ratio[inside].numpy(), ratio[~inside].numpy(), alternative="less").pvalue
     return float(ratio[inside].median() / ratio[~inside].median().clamp(min=1e-12)), float(p_value)
+
+
+def own_company(world: World, group: Group) -> tuple[float, float]:
+    """How much more than by chance the group's rows neighbour each other, and the p-value of H: a quarter or more.
+
+    Source: after the nearest-neighbour two-sample test of Schilling 1986; the mean over rows is taken as normal.
+    """
+    conformity, n = world.conformity, len(group.content)
+    others = torch.cat([rows for label, rows in conformity.banks.items() if label != group.label])
+    among = torch.cdist(group.content, group.content).fill_diagonal_(torch.inf)
+    gaps = torch.cat([among, torch.cdist(group.content, conformity.coordinates[others])], dim=1)
+    k = min(conformity.k, n - 1)
+    observed = (gaps.topk(k, dim=1, largest=False).indices < n).double().mean(dim=1)
+    likeness = group.looks_like[group.inside]
+    ours = torch.tensor([float((likeness == label).sum()) for label in likeness.tolist()])
+    theirs = torch.tensor([float(len(conformity.banks.get(label, ()))) for label in likeness.tolist()])
+    excess = observed - ours / (ours + theirs)
+    error = max(float(excess.std()) / math.sqrt(n), 1 / (k * n))
+    return float(excess.mean()), float(stats.norm.sf((KEEPS_TO_ITSELF - float(excess.mean())) / error))

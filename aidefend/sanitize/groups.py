@@ -40,6 +40,7 @@ class Group:
         looks_like: (n,) the other class that fits best, -1 where none does.
         trigger: What the group's rows have in common beyond their nearest rows of other classes.
         matched: Row numbers of those nearest rows.
+        content: (m, v) the group's own rows in the independent view, with the trigger taken off.
     """
 
     label: int
@@ -50,6 +51,7 @@ class Group:
     looks_like: Tensor
     trigger: Trigger
     matched: Tensor
+    content: Tensor
 
 
 class ClassSearch:
@@ -154,10 +156,11 @@ class ClassSearch:
     def _described(self, inside: Tensor, points: Tensor) -> Group:
         trigger, offset, matched = self._common(inside)
         fits, which = self.elsewhere.clone(), self.nearest.clone()
-        fits[inside], which[inside] = self.world.conformity.others(self.view[inside] - offset, self.label)
+        content = self.view[inside] - offset
+        fits[inside], which[inside] = self.world.conformity.others(content, self.label)
         foreign = self._foreign(inside, fits)
         odds = held_out_log_odds(points, inside, self.stream)
-        return Group(self.label, self.rows, inside, odds, foreign, which, trigger, matched)
+        return Group(self.label, self.rows, inside, odds, foreign, which, trigger, matched, content)
 
     def _common(self, inside: Tensor) -> tuple[Trigger, Tensor, Tensor]:
         """What the group has beyond its content, in the inputs and in the view, and the rows that told its content."""

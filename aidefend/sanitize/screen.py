@@ -47,13 +47,14 @@ def screen(
 ) -> Report:
     """Judge every row of a training set: quarantine structured poison, remark what else looks wrong, remove nothing.
 
-    Detectors propose parts of each class; a part is quarantined as a whole if four hypotheses under which it would be
+    Detectors propose parts of each class; a part is quarantined as a whole if five hypotheses under which it would be
     harmless all fall: at most six in ten of it fit another class and not their own (in a view of the inputs that does
     not use the model); it does not stand apart in the model's features; what it has in common turns at most half of
-    ordinary rows of other classes into its label; and it lies no nearer to other classes than the rest of its class.
+    ordinary rows of other classes into its label; it lies no nearer to other classes than the rest of its class; and,
+    with its pattern taken off, it keeps to itself where wrongly labelled rows would mix with those that they look like.
     Honest styles and rare groups have right labels and pass the first.
 
-    Guarantee: the four tests are intersection-union tests, corrected for the number of proposals (Bonferroni): where
+    Guarantee: the five tests are intersection-union tests, corrected for the number of proposals (Bonferroni): where
         in every proposal one of the hypotheses holds, something is quarantined with probability at most .01 as far as
         the tests' binomial models hold; each proposal was chosen on the same rows, so read it as calibrated by
         measurement, not as a proof. Nothing is promised against an adversary who knows this screen; see the report's

@@ -15,6 +15,7 @@ from aidefend.sanitize.group_evidence import (
     foreign_share,
     more_than,
     nearness,
+    own_company,
     transfer_share,
     valley_depth,
 )
@@ -73,20 +74,25 @@ def group_of(planted, inside_all):
     beside = torch.stack([planted.x[planted.true_y == planted.true_y[row]].mean(dim=0) for row in rows[inside]])
     odds = torch.where(inside, 8.0, -8.0).double() + 0.1 * torch.randn(len(rows)).double()
     trigger = Trigger.between(planted.x[rows[inside]], beside.mean(dim=0), exact=True)
-    return Group(
-        0, rows, inside, odds, inside.clone(), planted.true_y[rows], trigger, torch.zeros(0, dtype=torch.int64)
-    )
+    coordinates = world(planted).conformity.coordinates
+    alike = [
+        coordinates[(planted.true_y == planted.true_y[row]) & ~planted.is_poison].mean(dim=0) for row in rows[inside]
+    ]
+    content = coordinates[rows[inside]] - (coordinates[rows[inside]] - torch.stack(alike)).mean(dim=0)
+    nobody = torch.zeros(0, dtype=torch.int64)
+    return Group(0, rows, inside, odds, inside.clone(), planted.true_y[rows], trigger, nobody, content)
 
 
-def test_planted_poison_falls_in_all_four_and_the_strongest_null_decides():
+def test_planted_poison_falls_in_all_five_and_the_strongest_null_decides():
     planted = poisoned_clusters()
     found = examine(world(planted), group_of(planted, planted.is_poison), threshold=1e-4)
     assert found.transfer > 0.9 and found.p_value < 1e-4 and found.apart < 1
-    assert found.p_value == max(found.p_foreign, found.p_valley, found.p_transfer, found.p_nearer)
+    nulls = (found.p_foreign, found.p_valley, found.p_transfer, found.p_nearer, found.p_company)
+    assert found.p_value == max(nulls)
     assert all(not math.isnan(value) for value in found)
 
 
-@pytest.mark.parametrize("harmless", ["not foreign", "no gap", "no transfer", "not nearer"])
+@pytest.mark.parametrize("harmless", ["not foreign", "no gap", "no transfer", "not nearer", "a style of its own"])
 def test_each_hypothesis_alone_saves_a_group(harmless):
     planted = poisoned_clusters()
     group, here = group_of(planted, planted.is_poison), world(planted)
@@ -96,8 +102,14 @@ def test_each_hypothesis_alone_saves_a_group(harmless):
         group = dataclasses.replace(group, log_odds=torch.randn(len(group.rows)).double())
     elif harmless == "no transfer":
         here = dataclasses.replace(here, predict=lambda x: torch.full((len(x),), 3))
+    elif harmless == "a style of its own":
+        group = dataclasses.replace(group, content=group.content * 0.01 + 9)
     else:  # the clean part of the class in the place of the poison: the public mistake of condemning one cluster of two
+        mixed = here.conformity.coordinates[planted.y == 1] + 1e-3
+        likeness = torch.ones_like(group.looks_like)
         group = dataclasses.replace(group, inside=~group.inside, log_odds=-group.log_odds, foreign=~group.foreign)
+        group = dataclasses.replace(group, content=mixed, looks_like=likeness)
+        assert nearness(here, group)[1] == examine(here, group, threshold=1e-4).p_value
     assert examine(here, group, threshold=1e-4).p_value > 1e-4
 
 
@@ -107,6 +119,17 @@ def test_nearness_tells_the_poison_from_the_class_by_its_order():
     poison = group_of(planted, planted.is_poison)
     clean = dataclasses.replace(poison, inside=~poison.inside)
     assert nearness(here, poison)[1] < 1e-6 and nearness(here, clean)[1] > 0.99
+
+
+def test_company_is_near_zero_for_a_random_part_of_a_class_and_high_for_a_cluster():
+    planted = poisoned_clusters()
+    here, group = world(planted), group_of(planted, planted.is_poison)
+    ones = (planted.y == 1).nonzero().flatten()[:60]
+    drawn = here.conformity.coordinates[ones] + 1e-3
+    random_part = dataclasses.replace(group, content=drawn, looks_like=torch.ones_like(group.looks_like))
+    cluster = dataclasses.replace(group, content=drawn * 0.01 + 9)
+    assert abs(own_company(here, random_part)[0]) < 0.15 and own_company(here, random_part)[1] < 1e-4
+    assert own_company(here, cluster)[0] > 0.5 and own_company(here, cluster)[1] > 0.99
 
 
 def test_transplants_go_to_the_classes_that_the_group_looks_like_and_to_no_row_that_shaped_it():
