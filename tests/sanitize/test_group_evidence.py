@@ -105,10 +105,10 @@ def test_each_hypothesis_alone_saves_a_group(harmless):
     elif harmless == "a style of its own":
         group = dataclasses.replace(group, content=group.content * 0.01 + 9)
     else:  # the clean part of the class in the place of the poison: the public mistake of condemning one cluster of two
-        mixed = here.conformity.coordinates[planted.y == 1] + 1e-3
-        likeness = torch.ones_like(group.looks_like)
+        strangers = (planted.y != 0).nonzero().flatten()[: int((~group.inside).sum())]
         group = dataclasses.replace(group, inside=~group.inside, log_odds=-group.log_odds, foreign=~group.foreign)
-        group = dataclasses.replace(group, content=mixed, looks_like=likeness)
+        likeness = group.looks_like.masked_scatter(group.inside, planted.y[strangers])
+        group = dataclasses.replace(group, content=here.conformity.coordinates[strangers] + 1e-3, looks_like=likeness)
         assert nearness(here, group)[1] == examine(here, group, threshold=1e-4).p_value
     assert examine(here, group, threshold=1e-4).p_value > 1e-4
 
