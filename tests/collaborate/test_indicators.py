@@ -52,6 +52,11 @@ def test_a_float_sample_and_its_narrower_copy_agree_whatever_the_values(seed):
     assert bool((score(indicators, x.float(), bounds=(-3.0, 3.0)) == 1).all())
 
 
+def test_values_on_the_edge_between_two_steps_agree_as_well():
+    x = (torch.arange(200, dtype=torch.float64)[:, None] + 0.5 + torch.tensor([-1e-9, 0.0, 1e-9])) / 255
+    assert bool((score(sample_indicators(x, KEY), x.float()) == 1).all())
+
+
 def test_one_changed_pixel_is_another_sample():
     x = images(1)
     changed = x.repeat(64, 1, 1, 1)

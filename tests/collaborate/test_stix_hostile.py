@@ -184,7 +184,7 @@ HOSTILE = {
     "pattern with a path": changed(FILE, pattern="[file:name = '../../etc/passwd']"),
     "pattern by md5": changed(FILE, pattern="[file:hashes.MD5 = '" + "a" * 32 + "']"),
     "pattern for an expensive expression": changed(FILE, pattern="[file:name MATCHES '(a+)+$']"),
-    "pattern of 100,000": changed(SAMPLE, pattern="[" * 19_000),
+    "pattern of 19,000": changed(SAMPLE, pattern="[" * 19_000),
     "our pattern a list": changed(SAMPLE, pattern='["kind", "digest", "shape"]'),
     "our pattern a number": changed(SAMPLE, pattern="7"),
     "our pattern deep": changed(SAMPLE, pattern="[" * 999),
@@ -222,6 +222,42 @@ def test_a_hostile_bundle_is_refused(bundle):
     with pytest.raises(UnsafeArtifact, match=r"Expected .* got .*The whole bundle was refused") as caught:
         from_stix(bundle)
     assert len(str(caught.value)) < 600
+
+
+REASONS = {
+    "5 MiB": "at most 4194304 bytes",
+    "20,001 objects": "at most 20000 objects",
+    "deep inside an object": "at most 6 levels",
+    "deep lists": "at most 6 levels",
+    "repeated key": "each key once",
+    "repeated key in a pattern": "each key once",
+    "repeated id": "each id once",
+    "nan": "finite numbers",
+    "infinity by size": "finite numbers",
+    "our pattern with 1e999": "finite numbers",
+    "unknown type": "types among",
+    "unknown property": "known properties of indicator",
+    "unknown property of a note": "known properties of note",
+    "no valid_from": "indicator with valid_from",
+    "id with a path": "a well-formed id",
+    "id of another type": "id of the form indicator--uuid",
+    "two producers": "one producer",
+    "name turning right to left": "a well-formed name",
+    "time in full-width digits": "a well-formed valid_from",
+    "unknown marking": "a well-formed object_marking_refs",
+    "marking redefined": "a marking of the Traffic Light Protocol",
+    "pattern with or": "a SHA-256 file pattern",
+    "pattern of 19,000": "at most 1000 characters",
+    "our pattern with code": "kind, digest, shape",
+    "shape true": "shape to be an integer",
+    "place outside": "place inside the sample",
+}
+
+
+@pytest.mark.parametrize(("name", "reason"), REASONS.items(), ids=REASONS)
+def test_it_is_refused_for_what_is_wrong_with_it(name, reason):
+    with pytest.raises(UnsafeArtifact, match=reason):
+        from_stix(HOSTILE[name])
 
 
 def test_the_base_of_all_these_is_accepted():
