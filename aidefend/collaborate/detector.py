@@ -21,8 +21,8 @@ _TOO_COMMON = 0.01
 class IndicatorDetector:
     """Indicators at work: `judge` gives a verdict on data, `deny` is for `inspect_artifact`, and `screen` takes it too.
 
-    In `screen(detectors=[...])` the scores (1 for a match, else 0) propose rows, and `screen` has its own tests for what
-    it quarantines: join the verdicts with `screen(data) & detector.judge(data)`.
+    In `screen(detectors=[...])` the scores (1 for a match, else 0) propose rows, and `screen` has its own tests for
+    what it quarantines: join the verdicts with `screen(data) & detector.judge(data)`.
 
     Guarantee: exact copies and windows are found, nothing else. Whoever holds the key can make indicators that match
         ordinary samples: `apply_indicators(reference=)` leaves such indicators out.
