@@ -87,14 +87,19 @@ class Calibration(nn.Module):
 
     def margin(self, scores: Tensor) -> Tensor:
         """Joint statistic minus threshold: > 0 exactly for refused rows; NaN scores count as strangest."""
-        return self.join(scores).nan_to_num(nan=math.inf) - cast(Tensor, self.threshold)
+        return self.over_threshold(self.join(scores))
 
-    def p_values(self, scores: Tensor) -> dict[str, Tensor]:
-        """Conformal p-value of each detector and of the joint statistic, each (N,) float64."""
+    def over_threshold(self, joined: Tensor) -> Tensor:
+        """The margin of a joint statistic (N,) that is at hand."""
+        return joined.nan_to_num(nan=math.inf) - cast(Tensor, self.threshold)
+
+    def p_values(self, scores: Tensor, joined: Tensor | None = None) -> dict[str, Tensor]:
+        """Conformal p-value of each detector and of the joint statistic (`join(scores)`), each (N,) float64."""
         own = cast(Tensor, self.scores)
         wide = scores.to(own.device)
         found = {name: conformal_p_values(wide[:, i], own[:, i]) for i, name in enumerate(self.names)}
-        return found | {COMBINED: conformal_p_values(self.join(wide), cast(Tensor, self.joined))}
+        joint = self.join(wide) if joined is None else joined
+        return found | {COMBINED: conformal_p_values(joint, cast(Tensor, self.joined))}
 
 
 class Shares(NamedTuple):

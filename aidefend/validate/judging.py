@@ -92,15 +92,16 @@ def _opinion(panel: Panel, outputs: Outputs) -> _Opinion:
     calibration = panel.calibration
     try:
         scores = score_all(panel.detectors, outputs.features, outputs.logits)
-        p_values = calibration.p_values(scores)
-        strange = calibration.margin(scores) > 0
+        joined = calibration.join(scores)
+        p_values = calibration.p_values(scores, joined)
+        strange = calibration.over_threshold(joined) > 0
     except Exception as error:
         n = len(outputs.logits)
         unknown = outputs.logits.new_full((n,), torch.nan, dtype=torch.float64)
         nothing = dict.fromkeys([*calibration.names, COMBINED], unknown)
         return _Opinion(nothing, nothing, torch.ones_like(unknown, dtype=torch.bool), [failure("detectors", error)] * n)
     by_name = {name: scores[:, i] for i, name in enumerate(calibration.names)}
-    by_name[COMBINED] = calibration.join(scores)
+    by_name[COMBINED] = joined
     lowest = torch.stack([p_values[name] for name in calibration.names], dim=1)[strange].argmin(dim=1)
     remarks = [f"detector: unlike the calibration data ({calibration.names[i]})" for i in lowest.tolist()]
     return _Opinion(by_name, p_values, strange, remarks)

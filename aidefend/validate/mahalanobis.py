@@ -37,7 +37,7 @@ class Mahalanobis:
         rows = _wide_rows(features)
         centre = rows.mean(dim=0)
         whitening, means = _whitened(rows - centre, classes)
-        return FittedMahalanobis(centre, whitening[None], means)
+        return _stored(features, centre, whitening[None], means)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class RelativeMahalanobis:
         centre = rows.mean(dim=0)
         by_class, means = _whitened(rows - centre, classes)
         common, _ = _whitened(rows - centre, torch.zeros_like(classes))
-        return FittedMahalanobis(centre, torch.stack([by_class, common]), means)
+        return _stored(features, centre, torch.stack([by_class, common]), means)
 
 
 class FittedMahalanobis(nn.Module):
@@ -105,6 +105,11 @@ class FittedMahalanobis(nn.Module):
     def arrays(self) -> Mapping[str, Tensor]:
         """What it learned."""
         return dict(self.named_buffers())
+
+
+def _stored(features: Tensor, *arrays: Tensor) -> FittedMahalanobis:
+    """Fitted in float64, used in the precision of the features: a whitening matrix is read whole at every call."""
+    return FittedMahalanobis(*(array.to(wide(features).dtype) for array in arrays))
 
 
 def _nearest(rows: Tensor, means: Tensor) -> Tensor:

@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
-from aidefend._core.checks import check_int, refuse
-from aidefend._core.neighbours import k_nearest
+from aidefend._core.checks import check_int, check_tensor, refuse
 from aidefend.validate.detector import check_fit, check_outputs, wide
+
+_LARGEST_BLOCK = 2**24  # similarities in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,6 @@ class NearestNeighbours:
     Source: Sun, Ming, Zhu, Li 2022. Differs: cosine distance in place of the Euclidean one between normalised rows
         (the same order), and a zero vector has distance 1 to everything.
     Example:
-        >>> import torch
         >>> fitted = NearestNeighbours(k=1).fit(torch.eye(2), torch.eye(2))
         >>> fitted.score(torch.tensor([[5.0, 0.0], [-1.0, 0.0]]), torch.zeros(2, 2)).tolist()
         [0.0, 1.0]
@@ -37,11 +38,11 @@ class NearestNeighbours:
     def fit(self, features: Tensor, logits: Tensor, labels: Tensor | None = None) -> "FittedNearestNeighbours":
         """Keep the features as the bank: (M, d), M >= k."""
         check_fit(features, logits, labels)
-        return FittedNearestNeighbours(features, self.k)
+        return FittedNearestNeighbours(_unit(wide(features.detach())), self.k)
 
 
 class FittedNearestNeighbours(nn.Module):
-    """A bank of clean rows and the number of the neighbour; see `NearestNeighbours`."""
+    """A bank of clean rows of length one and the number of the neighbour; see `NearestNeighbours`."""
 
     name: ClassVar[str] = "nearest-neighbours"
     uses_features: ClassVar[bool] = True
@@ -52,15 +53,17 @@ class FittedNearestNeighbours(nn.Module):
         if len(bank) < k or bank.shape[1] == 0:
             cure = "Fit on more rows, or take a smaller k"
             raise refuse(f"at least k={k} rows of at least one feature to fit on", "features", bank, cure)
+        check_tensor(bank, "bank", ndim=2, floating=True)
         self.k = k
-        self.register_buffer("bank", wide(bank.detach()).clone())
+        self.register_buffer("bank", bank)
 
     def score(self, features: Tensor, logits: Tensor) -> Tensor:
         """1 - cosine similarity to the k-th nearest bank row: (N,) in [0, 2], higher = stranger."""
         check_outputs(features, logits)
         bank = cast(Tensor, self.bank)
-        distances, _ = k_nearest(wide(features).to(bank.dtype), bank, self.k, metric="cosine")
-        return distances[:, -1]
+        queries = _unit(wide(features).to(bank.dtype))
+        parts = queries.split(max(1, _LARGEST_BLOCK // len(bank)))
+        return torch.cat([(1 - (part @ bank.T).topk(self.k, dim=1).values[:, -1]).clamp(min=0) for part in parts])
 
     def settings(self) -> Mapping[str, Any]:
         """Its configuration as JSON types."""
@@ -69,3 +72,11 @@ class FittedNearestNeighbours(nn.Module):
     def arrays(self) -> Mapping[str, Tensor]:
         """The bank."""
         return {"bank": cast(Tensor, self.bank)}
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows of length one; a zero row stays zero. Largest entry first, so that no square overflows or vanishes."""
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    scaled = rows / torch.where(largest > 0, largest, 1.0)
+    lengths: Tensor = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    return scaled / lengths.clamp(min=1.0)

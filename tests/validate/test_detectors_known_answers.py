@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from aidefend import ConfigurationError
+from aidefend._core.neighbours import k_nearest
 from aidefend._core.stats import roc_auc
 from aidefend.validate import Energy, Mahalanobis, MaxLogit, MaxSoftmax, NearestNeighbours, RelativeMahalanobis
 
@@ -45,9 +46,26 @@ def test_nearest_neighbours_equals_a_sorted_list_of_distances():
     torch.testing.assert_close(fitted.score(queries, queries), torch.tensor(naive, dtype=torch.float64))
 
 
+def test_nearest_neighbours_equals_the_shared_search_in_every_blocking(monkeypatch):
+    bank, queries = clean(300)[0].float(), clean(70, seed=1)[0].float()
+    fitted, expected = NearestNeighbours(k=50).fit(bank, bank), k_nearest(queries, bank, 50, metric="cosine")[0][:, -1]
+    for block in (1, 1000, 2**24):
+        monkeypatch.setattr("aidefend.validate.nearest_neighbours._LARGEST_BLOCK", block)
+        torch.testing.assert_close(fitted.score(queries, queries), expected)
+
+
+def test_single_precision_mahalanobis_equals_double_to_1e_5():
+    (x, y), queries = clean(d=40), clean(100, d=40, seed=1)[0]
+    for detector in (Mahalanobis(), RelativeMahalanobis()):
+        exact = detector.fit(x, x, y).score(queries, queries)
+        single = detector.fit(x.float(), x.float(), y).score(queries.float(), queries.float())
+        assert single.dtype == torch.float32
+        torch.testing.assert_close(single.double(), exact, rtol=1e-5, atol=1e-4)
+
+
 def test_nearest_neighbours_ignores_length_and_survives_zero_vectors():
     fitted = NearestNeighbours(k=1).fit(torch.eye(3), torch.eye(3))
-    scores = fitted.score(torch.tensor([[1e-20, 0.0, 0.0], [1e15, 0.0, 0.0], [0.0, 0.0, 0.0]]), torch.zeros(3, 2))
+    scores = fitted.score(torch.tensor([[1e-30, 0.0, 0.0], [1e30, 0.0, 0.0], [0.0, 0.0, 0.0]]), torch.zeros(3, 2))
     assert scores.tolist() == [0.0, 0.0, 1.0]
 
 
@@ -128,7 +146,7 @@ def test_rows_that_do_not_vary_give_the_plain_distance(detector, rows):
     fitted = detector.fit(rows, rows, torch.zeros(len(rows), dtype=torch.int64))
     score = fitted.score(rows + 2.0, rows)
     expected = 4.0 * rows.shape[1] if isinstance(detector, Mahalanobis) else 0.0
-    torch.testing.assert_close(score, torch.full((len(rows),), expected, dtype=torch.float64))
+    torch.testing.assert_close(score, torch.full((len(rows),), expected))
 
 
 def test_classes_may_have_any_numbers_and_labels_default_to_predictions():
