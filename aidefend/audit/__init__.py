@@ -9,7 +9,6 @@ from aidefend.audit.evasion import audit_evasion
 from aidefend.audit.extraction import DefaultStudent, audit_extraction
 from aidefend.audit.guard import audit_guard, joint_margin, passes_and_fools
 from aidefend.audit.inversion import Reconstructions, audit_inversion, reconstruct
-from aidefend.audit.masking import MaskingCheck
 from aidefend.audit.membership import audit_membership
 from aidefend.audit.page import Figure, Section, SummaryRow, render_page
 from aidefend.audit.plan import AuditPlan
@@ -18,7 +17,7 @@ from aidefend.audit.policy import Policy, PolicyResult, Problem, Rule
 from aidefend.audit.privacy import EpsilonBound, audit_privacy, epsilon_lower_bound
 from aidefend.audit.report import AuditReport
 from aidefend.audit.robustness import evaluate_robustness
-from aidefend.audit.robustness_result import CurvePoint, Robustness, Stage
+from aidefend.audit.robustness_result import CurvePoint, MaskingCheck, Robustness, Stage
 from aidefend.audit.run import audit
 from aidefend.audit.storage import audit_storage
 

@@ -6,8 +6,9 @@ from typing import Any
 from aidefend._core.evidence import Evidence
 from aidefend._core.modules import Model
 from aidefend._core.threat import Threat
+from aidefend.audit.effort import Budget
 from aidefend.audit.mapping import references
-from aidefend.audit.robustness import Budget, evaluate_robustness
+from aidefend.audit.robustness import evaluate_robustness
 from aidefend.audit.subject import draw, samples_of
 
 

@@ -1,8 +1,7 @@
 """Signs that an attack was fooled: each check passes, fails, or could not be shown."""
 
-import dataclasses
 import math
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,23 +10,13 @@ from aidefend._core.modules import looks_like_probabilities, training_layers
 from aidefend._core.threat import Threat
 from aidefend.attacks.evasion import APGD, PGD
 from aidefend.audit.robustness_bench import Bench
+from aidefend.audit.robustness_result import CurvePoint, MaskingCheck, Outcome
 
-Outcome = Literal["pass", "fail", "not shown"]
 _FEW = 0.05
 _NOISE_LEAD = 0.002
+_BLACK_BOX_LEAD = 0.002
 _DRIFT = 1e-3
 _ROUNDING = 1e-5
-
-
-@dataclasses.dataclass(frozen=True)
-class MaskingCheck:
-    """One check: its outcome, the number measured, the limit that it was held against, and one sentence."""
-
-    name: str
-    outcome: Outcome
-    value: float | None
-    limit: float | None
-    detail: str
 
 
 def check_logits_kind(bench: Bench) -> MaskingCheck:
@@ -84,6 +73,41 @@ def check_noise(by_noise: Tensor, by_gradient: Tensor) -> MaskingCheck:
     return MaskingCheck(name, "fail" if failed else "pass", alone / n, _NOISE_LEAD, detail)
 
 
+def black_box_leads(broken: int, n: int) -> bool:
+    """Whether queries broke more than 0.2 points (and more than one row) that every gradient attack left."""
+    return broken > max(1.0, _BLACK_BOX_LEAD * n)
+
+
+def check_black_box(broken: int | None, n: int) -> MaskingCheck:
+    """Attacks without gradients must not do what attacks with gradients did not do. None: none was run."""
+    name, detail = "black_box_beats_white_box", "share of all rows that only attacks without gradients broke"
+    if broken is None:
+        return MaskingCheck(name, "not shown", None, _BLACK_BOX_LEAD, "no black-box attack fits this norm")
+    outcome: Outcome = "fail" if black_box_leads(broken, n) else "pass"
+    return MaskingCheck(name, outcome, broken / max(1, n), _BLACK_BOX_LEAD, detail)
+
+
+def check_flat_curve(points: Sequence[CurvePoint]) -> MaskingCheck:
+    """Accuracy must go on falling as eps grows: a plateau well below the clean accuracy is a sign of dead gradients.
+
+    A plateau: less than a point is lost while eps grows fourfold or more, at an accuracy between 10 % and 10 points
+    below that of the smallest radius. The measure is the loss over the flattest such stretch.
+    """
+    name, limit = "flat_curve", 0.01
+    clean = points[0].accuracy if points else 0.0
+    losses = [
+        near.accuracy - far.accuracy
+        for near in points
+        for far in points
+        if near.eps > 0 and far.eps >= 4 * near.eps and far.accuracy > 0.1 and near.accuracy < clean - 0.1
+    ]
+    if not losses:
+        return MaskingCheck(name, "not shown", None, limit, "the curve has no middle part that spans a factor of four")
+    detail = "smallest loss of accuracy over a fourfold growth of eps, in the middle part of the curve"
+    outcome: Outcome = "fail" if min(losses) < limit else "pass"
+    return MaskingCheck(name, outcome, min(losses), limit, detail)
+
+
 def check_single_step(bench: Bench, rows: Tensor, steps: int) -> MaskingCheck:
     """What one step broke, many steps must break."""
     name, detail = "iterative_weaker_than_single_step", "share of the rows broken by one step that many steps left"
@@ -96,11 +120,11 @@ def check_single_step(bench: Bench, rows: Tensor, steps: int) -> MaskingCheck:
 def check_large_eps(bench: Bench, rows: Tensor, steps: int) -> MaskingCheck:
     """With the whole range of the data allowed, no row can stand."""
     name = "large_eps_leaves_accuracy"
-    low, high = bench.threat.limits(bench.x)
-    span = float((high - low).max())
-    if not math.isfinite(span) or bench.threat.mask is not None:
+    radius = whole_radius(bench)
+    if radius is None or bench.threat.mask is not None:
         return MaskingCheck(name, "not shown", None, _FEW, "the bounds are infinite, or some features are immutable")
-    whole = Threat(bench.threat.norm, _whole_radius(bench, span), bench.threat.bounds)
+    in_l2 = bench.threat.norm == "l2"
+    whole = Threat("l2" if in_l2 else "linf", radius if in_l2 else _span(bench), bench.threat.bounds)
     first = bench.attack("large eps", lambda t: APGD(t, steps, loss="margin", random_start=False), rows, whole)
     left = rows[~first.success]
     second = bench.attack("large eps 2", lambda t: APGD(t, steps, loss="margin", restarts=2), left, whole)
@@ -119,9 +143,17 @@ def check_steps(accuracy: float, low: float, tested: int, broken: int) -> Maskin
     return MaskingCheck(name, "fail" if failed else "pass", lost, 0.005, detail)
 
 
-def _whole_radius(bench: Bench, span: float) -> float:
-    features = bench.x[0].numel() if len(bench.x) else 1
-    return span if bench.threat.norm == "linf" else span * math.sqrt(features)
+def whole_radius(bench: Bench) -> float | None:
+    """The radius that allows the whole range of the data; None where the range is infinite."""
+    span = _span(bench)
+    features = max(1, bench.x[0].numel())
+    radii = {"linf": span, "l2": span * math.sqrt(features), "l1": span * features, "l0": float(features)}
+    return radii[bench.threat.norm] if math.isfinite(span) else None
+
+
+def _span(bench: Bench) -> float:
+    low, high = bench.threat.limits(bench.x)
+    return float((high - low).max())
 
 
 def _share(name: str, flags: Tensor, limit: float, detail: str) -> MaskingCheck:

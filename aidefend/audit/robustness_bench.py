@@ -2,22 +2,41 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from aidefend import __version__
 from aidefend._core.batches import gather
 from aidefend._core.checks import check_int, check_labels, refuse
 from aidefend._core.modules import Model, device_of
 from aidefend._core.progress import progress
 from aidefend._core.random import derive_seed
+from aidefend._core.storage import canonical_json
 from aidefend._core.threat import Threat
-from aidefend.attacks.evasion import APGD, PGD, AttackResult
+from aidefend.attacks.evasion import AttackResult
 from aidefend.attacks.evasion.access import Access, quiet_access
+from aidefend.attacks.evasion.goals import Goal
 from aidefend.attacks.evasion.losses import Loss, misclassified
 from aidefend.attacks.evasion.streams import RowStreams
+from aidefend.audit.resuming import FinishedParts
 
-MakeAttack = Callable[[Threat], PGD | APGD]
+_REPEATS = 10
+_FIELDS = [field.name for field in dataclasses.fields(AttackResult)]
+
+
+class Attack(Protocol):
+    """What a stage needs of an attack."""
+
+    def run(
+        self, model: Model, x: Tensor, y: Tensor, *, goal: Goal, logits: Tensor | None, row_seeds: Tensor | None
+    ) -> AttackResult:
+        """Attack with a goal; a row's random numbers depend on its seed alone."""
+        ...
+
+
+MakeAttack = Callable[[Threat], Attack]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,6 +51,8 @@ class Bench:
     logits: Tensor
     seed: int
     batch_size: int
+    parts: FinishedParts = dataclasses.field(default_factory=FinishedParts)
+    random: bool = False
 
     @classmethod
     def of(cls, model: Model, data: object, threat: Threat, seed: int, batch_size: int) -> "Bench":
@@ -49,6 +70,12 @@ class Bench:
         logits = bench.outputs(x)
         check_labels(y, len(x), logits.shape[1], name="labels")
         return dataclasses.replace(bench, logits=logits)
+
+    def resuming(self, folder: Any, budget: str) -> "Bench":
+        """The same bench with a folder of finished parts."""
+        setting = [__version__, budget, self.seed, self.threat.to_dict()]
+        parts = FinishedParts.of(folder, model=self.model, logits=self.logits, setting=setting)
+        return dataclasses.replace(self, parts=parts)
 
     @property
     def correct(self) -> Tensor:
@@ -82,29 +109,44 @@ class Bench:
                 parts.append(grad.to(self.x.device))
         return torch.cat(parts)
 
-    def attack(self, name: str, make: MakeAttack, rows: Tensor, threat: Threat | None = None) -> AttackResult:
-        """first_success on x[rows]; `name` selects the random numbers. Successes outside the threat do not count."""
+    def attack(
+        self, name: str, make: MakeAttack, rows: Tensor, threat: Threat | None = None, goal: Goal = "first_success"
+    ) -> AttackResult:
+        """A goal on x[rows]; `name` selects the random numbers. Successes outside the threat do not count.
+
+        Where the outputs are random, a success counts only if it repeats in most of ten fresh passes.
+        """
         allowed = threat or self.threat
-        device = device_of(self.model, self.x.device)
         parts = [
-            self._attack_part(name, make, part, allowed, device)
+            self._attack_part(name, make, part, allowed, goal)
             for part in progress(rows.split(self.batch_size), f"attack: {name}")
         ]
-        fields = [field.name for field in dataclasses.fields(AttackResult)]
-        return AttackResult(
-            *(torch.cat([getattr(part, field) for part in parts]).to(self.x.device) for field in fields)
-        )
+        return AttackResult(*(torch.cat([getattr(part, field) for part in parts]) for field in _FIELDS))
 
-    def _attack_part(
-        self, name: str, make: MakeAttack, rows: Tensor, threat: Threat, device: torch.device
-    ) -> AttackResult:
-        x, y = self.x[rows].to(device), self.y[rows].to(device)
+    def _attack_part(self, name: str, make: MakeAttack, rows: Tensor, threat: Threat, goal: Goal) -> AttackResult:
         local = threat.rows(self.x, rows)
+        key = f"{name} {goal} {canonical_json(local.to_dict())}"
+
+        def compute() -> dict[str, Tensor]:
+            return vars(self._attack_now(name, make(local), rows, local, goal))
+
+        found = self.parts.get(key, [self.ids[i] for i in rows.tolist()], compute)
+        return AttackResult(**{field: found[field].to(self.x.device) for field in _FIELDS})
+
+    def _attack_now(self, name: str, attack: Attack, rows: Tensor, threat: Threat, goal: Goal) -> AttackResult:
+        device = device_of(self.model, self.x.device)
+        x, y, logits = (part[rows].to(device) for part in (self.x, self.y, self.logits))
         seeds = self.row_seeds(name, rows)
-        result = make(local).run(
-            self.model, x, y, goal="first_success", logits=self.logits[rows].to(device), row_seeds=seeds
-        )
-        return dataclasses.replace(result, success=result.success & local.contains(result.x_adv, x))
+        result = attack.run(self.model, x, y, goal=goal, logits=logits, row_seeds=seeds)
+        success = result.success & threat.contains(result.x_adv, x)
+        return dataclasses.replace(result, success=success & self._repeats(result.x_adv, rows).to(device))
+
+    def _repeats(self, points: Tensor, rows: Tensor) -> Tensor:
+        """Which of these points are misclassified in most of some fresh passes; all, where nothing is random."""
+        if not self.random or len(rows) == 0:
+            return torch.ones(len(rows), dtype=torch.bool)
+        passes = [misclassified(outputs, self.y[rows].to(outputs.device)) for outputs in self.passes(points, _REPEATS)]
+        return torch.stack(passes).float().mean(dim=0) > 0.5
 
     def noise(self, name: str, rows: Tensor, draws: int) -> tuple[Tensor, Tensor]:
         """Random allowed points, half inside and half on the surface of the threat: (points, broken) for x[rows]."""
@@ -118,7 +160,7 @@ class Bench:
             hit = self.wrong(points, rows) & threat.contains(points, x) & ~broken
             found[hit] = points[hit]
             broken |= hit
-        return found, broken
+        return found, broken & self._repeats(found, rows).to(broken.device)
 
     def row_seeds(self, name: str, rows: Tensor) -> Tensor:
         """Seeds of these rows for one named part of the work."""

@@ -1,19 +1,31 @@
 """What a robustness evaluation found, and how it reads."""
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, Literal
 
 from torch import Tensor
 
 from aidefend._core.evidence import Evidence, Finding, Severity
 from aidefend._core.stats import Interval
 from aidefend._core.threat import Threat
-from aidefend.audit.masking import MaskingCheck
 
+Outcome = Literal["pass", "fail", "not shown"]
 _LIMITS = (
     "An upper bound: a stronger or adaptive attack may break more. Holds for this threat, these rows and this model "
     "in the mode in which it was given."
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskingCheck:
+    """One check: its outcome, the number measured, the limit that it was held against, and one sentence."""
+
+    name: str
+    outcome: Outcome
+    value: float | None
+    limit: float | None
+    detail: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +51,15 @@ class CurvePoint:
     n: int
 
 
+@dataclasses.dataclass(frozen=True)
+class NormQuantile:
+    """The distance within which this share of the rows was fooled, an upper bound of the true one; inf = never."""
+
+    share: float
+    distance: float
+    n: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Robustness:
     """The result of `evaluate_robustness`.
@@ -54,7 +75,8 @@ class Robustness:
         x_adv: (N, ...), the row itself where it is wrong already, the point that broke it, or the worst point found.
         ids: Content id of each row.
         stages: The cascade in order, the clean pass first.
-        curve: Accuracy over eps, ascending; empty unless asked for.
+        curve: Accuracy over eps, ascending; empty where eps is a tensor or the data has no finite range.
+        smallest: Quantiles of the smallest distance that fools the model, on a part of the rows; empty for "quick".
         threat, budget, seed: The setting.
     """
 
@@ -69,6 +91,7 @@ class Robustness:
     ids: tuple[str, ...]
     stages: tuple[Stage, ...]
     curve: tuple[CurvePoint, ...]
+    smallest: tuple[NormQuantile, ...]
     threat: Threat
     budget: str
     seed: int
@@ -99,13 +122,20 @@ class Robustness:
         ]
         open_checks = [check.name for check in self.masking.values() if check.outcome == "not shown"]
         tail = [f"Not shown: {', '.join(open_checks)}."] if open_checks else []
-        return "\n".join([*doubts, *lines, *stages, *tail])
+        return "\n".join([*doubts, *lines, *stages, *self._norm_line(), *tail])
+
+    def _norm_line(self) -> list[str]:
+        if not self.smallest:
+            return []
+        parts = ", ".join(f"{quantile.share:.0%} {quantile.distance:.3g}" for quantile in self.smallest)
+        return [f"Smallest {self.threat.norm} distance that fools a share of {self.smallest[0].n} rows: {parts}."]
 
     def to_evidence(self) -> Evidence:
-        """Findings `evasion.robust_accuracy`, `.clean_accuracy`, `.masking.<check>` and `.curve.<i>`."""
+        """Findings `evasion.robust_accuracy`, `.clean_accuracy`, `.masking.*`, `.curve.<i>`, `.smallest.<percent>`."""
         findings = [self._robust_finding(), self._clean_finding()]
         findings += [self._check_finding(check) for check in self.masking.values()]
         findings += [self._curve_finding(i, point) for i, point in enumerate(self.curve)]
+        findings += [self._smallest_finding(quantile) for quantile in self.smallest]
         return Evidence(findings, {"threat": self.threat.to_dict(), "budget": self.budget, "seed": self.seed})
 
     def _robust_finding(self) -> Finding:
@@ -159,6 +189,17 @@ class Robustness:
             n=point.n,
             setting={**self._setting(), "eps": point.eps},
             threat=str(self.threat),
+        )
+
+    def _smallest_finding(self, quantile: NormQuantile) -> Finding:
+        return Finding(
+            f"evasion.smallest.{100 * quantile.share:g}",
+            f"Distance that fools {quantile.share:.0%} of the rows",
+            value=quantile.distance if math.isfinite(quantile.distance) else "never fooled",
+            n=quantile.n,
+            setting={**self._setting(), "norm": self.threat.norm},
+            threat=str(self.threat),
+            limits="An upper bound: a smaller perturbation may exist.",
         )
 
     def _severity(self) -> Severity:

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from aidefend import Severity, Threat
-from aidefend.audit.masking import check_noise, check_steps
+from aidefend.audit.masking import check_black_box, check_flat_curve, check_noise, check_steps
 from aidefend.audit.robustness import evaluate_robustness
+from aidefend.audit.robustness_result import CurvePoint
 from tests.worlds import linear_world
 
 FREE = (-10.0, 10.0)
@@ -53,7 +54,8 @@ class Misleading(torch.autograd.Function):
 def test_the_honest_model_is_trusted():
     result = judge(WORLD.model)
     assert result.trustworthy and failed(result) == set()
-    assert {check.outcome for check in result.masking.values()} == {"pass"}
+    open_checks = {check.name for check in result.masking.values() if check.outcome == "not shown"}
+    assert open_checks <= {"black_box_beats_white_box", "flat_curve"}
     assert 0 < result.robust_accuracy < 0.3
 
 
@@ -139,3 +141,31 @@ def test_more_steps_rule():
     assert check_steps(0.8, 0.77, tested=100, broken=10).outcome == "fail"
     assert check_steps(0.8, 0.798, tested=1000, broken=4).outcome == "pass"
     assert check_steps(0.0, 0.0, tested=0, broken=0).outcome == "pass"
+
+
+def test_flat_curve_rule():
+    def outcome(*accuracies):
+        radii = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
+        return check_flat_curve(
+            [CurvePoint(*pair, 0.0, 1.0, 100) for pair in zip(radii, accuracies, strict=True)]
+        ).outcome
+
+    assert outcome(0.97, 0.9, 0.6, 0.5, 0.12, 0.0) == "pass"
+    assert outcome(0.97, 0.6, 0.6, 0.597, 0.597, 0.5) == "fail"
+    assert outcome(0.97, 0.96, 0.96, 0.96, 0.96, 0.95) == "not shown"
+    assert outcome(0.97, 0.0, 0.0, 0.0, 0.0, 0.0) == "not shown"
+    assert check_flat_curve([]).outcome == "not shown"
+
+
+def test_black_box_rule():
+    assert check_black_box(None, 1000).outcome == "not shown"
+    assert [check_black_box(broken, 1000).outcome for broken in (0, 1, 2, 3)] == ["pass", "pass", "pass", "fail"]
+    assert [check_black_box(broken, 50).outcome for broken in (1, 2)] == ["pass", "fail"]
+
+
+def test_lucky_flips_of_random_outputs_do_not_count():
+    honest = evaluate_robustness(WORLD.model, (WORLD.x, WORLD.y), Threat("linf", 0.0, FREE), "quick")
+    flips = Wrapped(after=lambda z: torch.where(torch.rand(len(z), 1) < 0.1, z.flip(1), z))
+    result = judge(flips, eps=1e-6)
+    assert "randomised_outputs" in failed(result)
+    assert result.robust_accuracy > 0.8 * honest.clean_accuracy
