@@ -12,6 +12,7 @@ import torch
 
 from aidefend import AidefendError, Evidence, Finding
 from aidefend.audit import SummaryRow
+from aidefend.audit.drawing import images
 from aidefend.demo import figures, run
 from aidefend.demo import run as run_module  # noqa: F401 - the package exports the function under the module's name
 from aidefend.demo.terminal import summary_table
@@ -29,7 +30,7 @@ def chapter(world, tell):
         "Text",
         (ROW,),
         Evidence([finding]),
-        (figures.images([torch.rand(2, 1, 4, 4, generator=torch.Generator())], "noise"),),
+        (images([torch.rand(2, 1, 4, 4, generator=torch.Generator())], "noise"),),
     )
 
 

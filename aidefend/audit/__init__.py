@@ -5,6 +5,7 @@ It knows attacks and no defense, so it cannot be kind to ours. Every part can be
 
 from aidefend.audit.artifacts import audit_artifacts
 from aidefend.audit.comparison import Change, Comparison, compare
+from aidefend.audit.drawing import plot_examples, plot_robustness
 from aidefend.audit.evasion import audit_evasion
 from aidefend.audit.extraction import DefaultStudent, audit_extraction
 from aidefend.audit.guard import audit_guard, joint_margin, passes_and_fools
@@ -17,7 +18,7 @@ from aidefend.audit.policy import Policy, PolicyResult, Problem, Rule
 from aidefend.audit.privacy import EpsilonBound, audit_privacy, epsilon_lower_bound
 from aidefend.audit.report import AuditReport
 from aidefend.audit.robustness import evaluate_robustness
-from aidefend.audit.robustness_result import CurvePoint, MaskingCheck, Robustness, Stage
+from aidefend.audit.robustness_result import CurvePoint, MaskingCheck, NormQuantile, Robustness, Stage
 from aidefend.audit.run import audit
 from aidefend.audit.storage import audit_storage
 
@@ -31,6 +32,7 @@ __all__ = [
     "EpsilonBound",
     "Figure",
     "MaskingCheck",
+    "NormQuantile",
     "Policy",
     "PolicyResult",
     "Problem",
@@ -55,6 +57,8 @@ __all__ = [
     "evaluate_robustness",
     "joint_margin",
     "passes_and_fools",
+    "plot_examples",
+    "plot_robustness",
     "reconstruct",
     "render_page",
 ]

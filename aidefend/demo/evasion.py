@@ -1,13 +1,10 @@
 """Chapter 2: adversarial examples against three ways to train the same network."""
 
-from collections.abc import Sequence
-
 from aidefend._core.evidence import Evidence
 from aidefend._core.threat import Threat
 from aidefend.adversarial import TRADES, PGDTraining
 from aidefend.attacks import PGD
-from aidefend.audit import CurvePoint, SummaryRow, evaluate_robustness
-from aidefend.demo import figures
+from aidefend.audit import SummaryRow, evaluate_robustness, plot_examples, plot_robustness
 from aidefend.demo.world import Chapter, Schedule, Tell, World, between, plain_loss, renamed, train
 
 THREAT = Threat("linf", 0.2)
@@ -48,11 +45,8 @@ def evasion(world: World, tell: Tell) -> Chapter:
     )
     world.facts["robustness"] = results
     x, _ = world.rows("test")
-    curves = {name: _curve(result.curve) for name, result in results.items()}
-    pictures = (
-        figures.lines(curves, ("eps (linf)", "accuracy"), "Accuracy under attack over the size of the perturbation."),
-        figures.images([x[:8], results["undefended"].x_adv[:8], results["TRADES"].x_adv[:8]], _CAPTION),
-    )
+    shown = {name: results[name] for name in ("undefended", "TRADES")}
+    pictures = (plot_robustness(results), plot_examples(x, shown))
     return Chapter("Adversarial examples", _TEXT, (row,), evidence, pictures)
 
 
@@ -60,13 +54,8 @@ _TEXT = (
     "Every pixel may change by up to 0.2. The undefended network is wrong almost everywhere. In the same loop, one "
     "line replaces the criterion by an objective that trains against the worst perturbation."
 )
-_CAPTION = "Test digits; the worst point found against the undefended network; the same against TRADES."
 
 
 def _inner(done: float) -> PGD:
     """The attack inside the objective; its radius grows over the first 15 % of the training."""
     return PGD(THREAT.with_eps(0.2 * min(1.0, done / 0.15)), steps=3)
-
-
-def _curve(points: Sequence[CurvePoint]) -> tuple[list[float], list[float]]:
-    return [point.eps for point in points], [point.accuracy for point in points]

@@ -5,6 +5,7 @@ import torch
 from aidefend._core.evidence import Evidence
 from aidefend._core.stats import wilson
 from aidefend.audit import SummaryRow
+from aidefend.audit.drawing import images
 from aidefend.demo import figures
 from aidefend.demo.world import Chapter, Tell, World, measured, percent, predictions
 from aidefend.explain import attribute, attribution_anomaly, influence
@@ -62,9 +63,7 @@ def explaining(world: World, tell: Tell) -> Chapter:
     samples = torch.stack([poisoned.dataset[int(i)][0] for i in behind.helpful[0, :8]])
     pictures = (
         figures.maps(stamped[:8], view.values, "Triggered digits and what speaks for the attacker's class (red)."),
-        figures.images(
-            [stamped[:1], samples], "A triggered digit, and the training samples most behind the decision on it."
-        ),
+        images([stamped[:1], samples], "A triggered digit, and the training samples most behind the decision on it."),
     )
     return Chapter("Explainability", _TEXT, (row,), evidence, pictures)
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from aidefend._core.evidence import Evidence
 from aidefend.attacks import ClassInversion
 from aidefend.audit import SummaryRow, audit_inversion
-from aidefend.demo import figures
+from aidefend.audit.drawing import images
 from aidefend.demo.world import Chapter, Tell, World, renamed
 from aidefend.validate import LabelOnly
 
@@ -50,7 +50,7 @@ def inverting(world: World, tell: Tell) -> Chapter:
         "a class of many writers has a typical member, which is no secret; output hardening is no privacy",
     )
     caption = "Reconstructions of the ten classes: undefended, private, and through labels only."
-    return Chapter("Model inversion", _TEXT, (row,), evidence, (figures.images(pictures, caption),))
+    return Chapter("Model inversion", _TEXT, (row,), evidence, (images(pictures, caption),))
 
 
 _TEXT = (

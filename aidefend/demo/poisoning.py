@@ -8,7 +8,7 @@ from aidefend._core.evidence import Evidence, Finding
 from aidefend._core.stats import wilson
 from aidefend.attacks.poisoning import Patch
 from aidefend.audit import SummaryRow, audit_poisoning
-from aidefend.demo import figures
+from aidefend.audit.drawing import images
 from aidefend.demo.world import Chapter, Tell, World, measured, renamed, share_of, train
 from aidefend.sanitize import screen
 
@@ -53,10 +53,8 @@ def poisoning(world: World, tell: Tell) -> Chapter:
     )
     x, _ = world.rows("test")
     pictures = (
-        figures.images([x[:8], poisoned.trigger(x[:8])], "Test digits (above) and the same digits with the trigger."),
-        figures.images(
-            [_images(report.quarantine(poisoned.dataset), 16)], "Samples that screen() put into quarantine."
-        ),
+        images([x[:8], poisoned.trigger(x[:8])], "Test digits (above) and the same digits with the trigger."),
+        images([_images(report.quarantine(poisoned.dataset), 16)], "Samples that screen() put into quarantine."),
     )
     text = (
         "A stranger who contributes training data stamps a small patch on a few samples and gives them a wrong label. "
