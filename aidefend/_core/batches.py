@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from aidefend._core.checks import check_int, check_not_empty, check_same_rows, refuse
+from aidefend._core.errors import AidefendError
 
 INPUT_KEYS = ("x", "image", "images", "input", "inputs", "features", "pixel_values", "data")
 LABEL_KEYS = ("y", "label", "labels", "target", "targets")
@@ -80,13 +82,27 @@ def iterate(data: Any, batch_size: int = 256) -> Iterator[Batch]:
             is taken as batches if the labels of its first element are more than one number, else as samples.
         batch_size: Rows a batch, where the data does not come in batches already.
     Returns: Batches; labels are class indices (one-hot rows are converted), or None where there are none.
-    Raises: ConfigurationError: the data has none of these forms, or labels for a part of the rows only.
+    Raises: ConfigurationError: the data has none of these forms, rows of several shapes, labels for a part of the rows
+        only, or raises when it is read (the cause is kept).
     Cost: One hash of each row; no copy of tensors that are on the CPU already.
     """
     check_int(batch_size, "batch_size")
     names = ContentIds()
-    for x, y in _pairs(data, batch_size):
-        yield Batch(names.of(x, y), x, y)
+    with _naming_the_data():
+        for x, y in _pairs(data, batch_size):
+            yield Batch(names.of(x, y), x, y)
+
+
+@contextmanager
+def _naming_the_data() -> Iterator[None]:
+    """Turn whatever a user's data raise when they are read into an error that names them and keeps the cause."""
+    try:
+        yield
+    except (AidefendError, MemoryError):
+        raise
+    except Exception as error:
+        found, cure = f"{type(error).__name__}: {error}", "Read each sample by itself to see the cause"
+        raise refuse("data whose samples can be read and have one shape", "data", found, cure) from error
 
 
 def gather(data: Any, batch_size: int = 1024) -> Batch:
@@ -97,7 +113,8 @@ def gather(data: Any, batch_size: int = 1024) -> Batch:
     labels = [part.y for part in parts if part.y is not None]
     if labels and len(labels) != len(parts):
         raise refuse("labels in every batch", "data", "labels in some batches", "Give every sample a label, or none")
-    return Batch(ids, torch.cat([part.x for part in parts]), torch.cat(labels) if labels else None)
+    with _naming_the_data():
+        return Batch(ids, torch.cat([part.x for part in parts]), torch.cat(labels) if labels else None)
 
 
 def gather_labelled(data: Any, name: str = "data") -> tuple[Tensor, Tensor]:
@@ -113,12 +130,12 @@ def as_dataset(data: Any) -> Dataset[Any]:
     if isinstance(data, DataLoader):
         data = data.dataset
     if isinstance(data, Tensor | np.ndarray):
-        return TensorDataset(_tensor(data))
+        return TensorDataset(_rows(_tensor(data)))
     if _is_pair(data):
-        x, y = (_tensor(part) for part in data)
+        x, y = (_rows(_tensor(part)) for part in data)
         check_same_rows(("x", "y"), len(x), len(y))
         return TensorDataset(x, y)
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, IterableDataset):
+    if _is_map_style(data):
         return data  # type: ignore[no-any-return]  # it has the methods of a map-style data set
     rule = "a map-style data set, tensors or arrays"
     raise refuse(rule, "dataset", type(data).__name__, "Pass data with a length that can be indexed")
@@ -129,7 +146,7 @@ def _pairs(data: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]
         yield from _slices(*_split(data), batch_size)
     elif isinstance(data, DataLoader) or (isinstance(data, list | tuple) and _holds_batches(data)):
         yield from (_split(batch) for batch in data)
-    elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, IterableDataset | Mapping):
+    elif _is_map_style(data):
         yield from _chunks((data[i] for i in range(len(data))), batch_size)
     elif isinstance(data, IterableDataset):
         yield from _chunks(iter(data), batch_size)
@@ -200,18 +217,32 @@ def _labels(y: Tensor, n: int) -> Tensor:
 
 def _tensor(value: Any) -> Tensor:
     if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_meta:
+            raise refuse("dense tensors", "data", value, "Convert them with .to_dense() first")
         return value.detach()
     try:
         return torch.from_numpy(np.ascontiguousarray(value))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         rule = "numbers that fit a tensor"
         raise refuse(rule, "data", type(value).__name__, "Convert the samples to tensors first") from error
+
+
+def _rows(values: Tensor) -> Tensor:
+    if values.ndim < 1:
+        raise refuse("data of shape (N, ...)", "data", values, "Add the batch dimension")
+    return values
 
 
 def _is_pair(data: Any) -> bool:
     """Two arrays of rows: the form (x, y)."""
     arrays = (Tensor, np.ndarray)
     return isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, arrays) for part in data)
+
+
+def _is_map_style(data: Any) -> bool:
+    """Whether samples are found by their number."""
+    no_samples = (IterableDataset, Mapping, str, bytes, type)
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, no_samples)
 
 
 def _holds_batches(data: Sequence[Any]) -> bool:

@@ -1,8 +1,10 @@
 """Argument checks for public doors. Each raises an `AidefendError` that names the argument, its value and the cure."""
 
 import math
+import os
 import reprlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +14,7 @@ from aidefend._core.errors import AidefendError, ConfigurationError, ThreatModel
 
 T = TypeVar("T")
 _NESTED = (dict, frozenset, list, set, tuple)
+_LARGEST = 2**63 - 1
 
 
 def expected(rule: str, name: str, value: object, cure: str) -> str:
@@ -39,16 +42,71 @@ def refuse(
 
 def check_choice(value: T, choices: Collection[T], name: str) -> T:
     """One of a closed set."""
-    if value not in choices:
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
         options = ", ".join(repr(choice) for choice in choices)
         raise refuse(f"{name} to be one of {options}", name, value, "Use one of these")
     return value
 
 
+def check_kind(value: Any, kind: type[T] | tuple[type[T], ...], name: str, cure: str = "Pass one of these") -> T:
+    """An object of one class, or of one among several."""
+    if not isinstance(value, kind):
+        kinds = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+        raise refuse(f"{name} to be a {kinds}", name, value, cure)
+    return value
+
+
+def check_items(
+    values: Any, kind: type[T] | tuple[type[T], ...], name: str, cure: str = "Pass a list of these"
+) -> tuple[T, ...]:
+    """A collection (not a text, a mapping or a tensor) of objects of one class."""
+    if isinstance(values, str | bytes | Mapping | Tensor) or not isinstance(values, Iterable):
+        kinds = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+        raise refuse(f"{name} to be a collection of {kinds}", name, values, cure)
+    return tuple(check_kind(value, kind, name, cure) for value in values)
+
+
+def check_callable(value: T, name: str, cure: str) -> T:
+    """Something that can be called."""
+    if not callable(value):
+        raise refuse(f"{name} to be callable", name, value, cure)
+    return value
+
+
+def check_flag(value: Any, name: str) -> bool:
+    """True or False, and nothing that merely counts as such."""
+    if not isinstance(value, bool):
+        raise refuse(f"{name} to be True or False", name, value, "Pass one of these")
+    return value
+
+
+def check_range(
+    bounds: Any, name: str = "bounds", error: type[AidefendError] = ConfigurationError
+) -> tuple[float, float]:
+    """A pair of finite numbers, the lower one first."""
+    cure = "Pass (low, high), the range of your inputs"
+    pair = bounds if isinstance(bounds, tuple | list) and len(bounds) == 2 else ()
+    if not pair or any(isinstance(end, bool) or not isinstance(end, int | float) for end in pair):
+        raise refuse(f"{name} to be two numbers", name, bounds, cure, error)
+    low, high = (float(end) if abs(end) < _LARGEST else math.inf for end in pair)
+    if not low < high or math.isinf(high) or math.isinf(low):
+        raise refuse(f"{name} to be finite with low < high", name, bounds, cure, error)
+    return low, high
+
+
+def check_path(path: Any, name: str = "path") -> Path:
+    """The name of a file or folder; it need not exist."""
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise refuse(f"{name} to be the name of a file or folder", name, path, "Pass a str or a pathlib.Path")
+    return Path(text)
+
+
 def check_int(value: Any, name: str, low: int = 1, high: int | None = None) -> int:
-    """An integer (not a bool) with low <= value <= high."""
+    """An integer (not a bool) with low <= value <= high, and never more than 64 bits hold."""
     limit = "" if high is None else f" and <= {high}"
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+    top = _LARGEST if high is None else high
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= top:
         raise refuse(f"{name} to be an integer >= {low}{limit}", name, value, "Pass a whole number in this range")
     return value
 
@@ -94,8 +152,10 @@ def check_tensor(
     """
     if not isinstance(x, Tensor):
         raise refuse(f"{name} to be a torch.Tensor", name, type(x).__name__, "Convert it with torch.as_tensor")
-    if x.layout != torch.strided or x.ndim < 1:
+    if x.layout != torch.strided or x.is_meta or x.ndim < 1:
         raise refuse(f"{name} to be a dense tensor of shape (N, ...)", name, x, "Add the batch dimension")
+    if x.is_complex():
+        raise refuse(f"{name} to hold real numbers", name, x, "Pass its real and imaginary parts as features")
     if ndim is not None and x.ndim != ndim:
         raise refuse(f"{name} to have {ndim} dimension(s)", name, x, "Reshape it; the batch dimension comes first")
     if floating is True and not x.is_floating_point():

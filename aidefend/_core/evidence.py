@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from aidefend._core.checks import check_choice, refuse
+from aidefend._core.checks import check_choice, check_flag, check_int, check_items, check_kind, refuse
 from aidefend._core.storage import canonical_json, plain, pretty_json, write_atomic
 
 Status = Literal["measured", "not shown", "not tested", "failed"]
@@ -59,6 +59,18 @@ class Finding:
 
     def __post_init__(self) -> None:
         check_choice(self.status, _STATUSES, "status")
+        for name in ("id", "title", "threat", "limits"):
+            check_kind(getattr(self, name), str, name, "Pass words")
+        for name in ("setting", "mapping"):
+            check_kind(getattr(self, name), Mapping, name, "Pass a dict")
+        for name in ("low", "high"):
+            check_kind(getattr(self, name), (float, int, type(None)), name, "Pass a number or None")
+        check_kind(self.value, (float, int, str, bool, type(None)), "value", "Pass a number, a word or None")
+        if self.n is not None:
+            check_int(self.n, "n", 0)
+        check_flag(self.deterministic, "deterministic")
+        if type(self.severity) not in (int, Severity) or self.severity not in list(Severity):
+            raise refuse("severity to be a Severity", "severity", self.severity, "Pass Severity.LOW or its like")
         object.__setattr__(self, "severity", Severity(self.severity))
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,9 +83,12 @@ class Finding:
     def from_dict(cls, data: Mapping[str, Any]) -> "Finding":
         """The finding back from `to_dict`; unknown keys are refused."""
         names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(data, Mapping) or not {"id", "title"} <= set(data):
+            raise refuse("a finding with id and title", "data", data, "Pass what Finding.to_dict returned")
         if unknown := sorted(set(data) - names):
             raise refuse(f"keys among {sorted(names)}", "data", unknown, "Remove the unknown keys")
-        return cls(**{**data, "severity": Severity[data.get("severity", "INFO")]})
+        severity = check_choice(data.get("severity", "INFO"), tuple(Severity.__members__), "severity")
+        return cls(**{**data, "severity": Severity[severity]})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +107,9 @@ class Evidence:
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __init__(self, findings: Iterable[Finding] = (), metadata: Mapping[str, Any] | None = None) -> None:
-        object.__setattr__(self, "findings", tuple(findings))
-        object.__setattr__(self, "metadata", dict(metadata or {}))
+        object.__setattr__(self, "findings", check_items(findings, Finding, "findings"))
+        found = {} if metadata is None else check_kind(metadata, Mapping, "metadata", "Pass a dict")
+        object.__setattr__(self, "metadata", dict(found))
 
     def __getitem__(self, finding_id: str) -> Finding:
         """The first finding with this id; KeyError if there is none."""
@@ -137,7 +153,8 @@ class Evidence:
         """The evidence back from `to_dict`; a digest that does not match the content is refused."""
         if not isinstance(data, Mapping) or data.get("schema") != "aidefend.evidence/1":
             raise refuse('schema "aidefend.evidence/1"', "data", data, "Pass what Evidence.to_dict returned")
-        evidence = cls([Finding.from_dict(item) for item in data.get("findings", ())], data.get("metadata", {}))
+        items = check_items(data.get("findings", ()), Mapping, "findings", "Pass what Evidence.to_dict returned")
+        evidence = cls([Finding.from_dict(item) for item in items], data.get("metadata", {}))
         if data.get("digest") != evidence.digest:
             raise refuse(
                 f"digest {evidence.digest}", "digest", data.get("digest"), "The content was changed after export"

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aidefend._core.checks import refuse
-from aidefend._core.errors import IncompatibleModel, Offender
+from aidefend._core.checks import expected, refuse
+from aidefend._core.errors import AidefendError, IncompatibleModel, Offender
 
 Model = Callable[..., Any]
 _HOOKS = tuple(
@@ -65,6 +65,18 @@ def evaluate(model: Model) -> None:
     """Inside `preserve`: every module in eval mode."""
     if isinstance(model, nn.Module):
         model.eval()
+
+
+@contextmanager
+def naming_the_model(x: Tensor) -> Iterator[None]:
+    """Around a pass over x: turn whatever a model raises into an error that names it and keeps the cause."""
+    try:
+        yield
+    except (AidefendError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        found, cure = f"{type(error).__name__}: {error}", f"Call model(x) on rows of shape {tuple(x.shape)}"
+        raise IncompatibleModel(expected("a model that runs on the data", "model", found, cure)) from error
 
 
 def _modules(model: Model) -> list[nn.Module]:
@@ -154,7 +166,8 @@ def last_linear(model: nn.Module, x: Tensor) -> nn.Module:
         for module in linears:
             module.register_forward_pre_hook(lambda module, _: order.append(module))
         model.eval()
-        model(x[:1])
+        with naming_the_model(x[:1]):
+            model(x[:1])
     if not order:
         cure = "Pass layer= with the name of the module whose input is the feature vector"
         raise IncompatibleModel(

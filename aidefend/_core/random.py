@@ -9,13 +9,13 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
-from aidefend._core.checks import check_int
+from aidefend._core.checks import check_int, check_kind
 
 
 def make_generator(generator: torch.Generator | None = None, seed: int | None = None) -> torch.Generator:
     """The caller's generator, or one from `seed`, or a fresh unpredictable one. Always a CPU stream unless given."""
     if generator is not None:
-        return generator
+        return check_kind(generator, torch.Generator, "generator", "Pass torch.Generator().manual_seed(0) or None")
     chosen = secrets.randbits(63) if seed is None else check_int(seed, "seed", 0, 2**63 - 1)
     return torch.Generator().manual_seed(chosen)
 
@@ -27,7 +27,7 @@ def derive_seed(seed: int, *names: object) -> int:
         >>> derive_seed(0, "start", 1) == derive_seed(0, "start", 1) != derive_seed(0, "start", 2)
         True
     """
-    text = "\x1f".join([str(seed), *(str(name) for name in names)])
+    text = "\x1f".join([str(check_int(seed, "seed", 0)), *(str(name) for name in names)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from aidefend._core.batches import as_dataset
-from aidefend._core.checks import check_same_rows, check_tensor, refuse
+from aidefend._core.checks import check_items, check_kind, check_path, check_same_rows, check_tensor, refuse
 from aidefend._core.evidence import Evidence, Finding, Severity
 from aidefend._core.stats import wilson
 from aidefend._core.storage import atomic_path, canonical_json, plain
@@ -55,9 +55,14 @@ class Report:
     fitted: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", check_items(self.ids, str, "ids", "Pass one text for each row"))
+        for name in ("scores", "p_values", "parameters", "fitted"):
+            check_kind(getattr(self, name), Mapping, name, "Pass a dict")
+        for name in ("method", "threat", "limits"):
+            check_kind(getattr(self, name), str, name, "Pass words")
+        check_items(self.reasons, (tuple, list), "reasons", "Pass the reasons of each row, such as [(), ('too far',)]")
         n = len(self.ids)
         reasons = tuple(tuple(row) for row in self.reasons) or ((),) * n
-        object.__setattr__(self, "ids", tuple(self.ids))
         object.__setattr__(self, "reasons", reasons)
         check_tensor(self.keep, "keep", ndim=1, rows=n)
         check_same_rows(("ids", "reasons"), n, len(reasons))
@@ -100,6 +105,7 @@ class Report:
 
     def __and__(self, other: "Report") -> "Report":
         """Both verdicts on the same rows: kept only where both keep. `other` may list the rows in another order."""
+        check_kind(other, Report, "other", "Pass another report")
         if set(self.ids) != set(other.ids):
             cure = "Join reports on the same data"
             raise refuse("two reports on the same rows", "other", f"{len(other)} rows with other ids", cure)
@@ -187,14 +193,15 @@ class Report:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Report":
         """The report back from `save`. A file of another kind is refused."""
+        place = check_path(path)
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
+            with safetensors.safe_open(place, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["report"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             text = json.loads(tensors.pop("text").numpy().tobytes())
             if header.pop("schema") != _SCHEMA:
                 raise KeyError("schema")
-        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+        except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise refuse("a file written by Report.save", "path", str(path), f"Could not read it ({error})") from error
         parts: dict[str, Any] = {kind: {} for kind in ("scores", "p_values", "fitted")}
         for name in [name for name in tensors if "/" in name]:

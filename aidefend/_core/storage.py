@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from aidefend._core.checks import refuse
+from aidefend._core.checks import check_path, refuse
 from aidefend._core.errors import AidefendError
 
 
 def plain(value: Any) -> Any:
     """The value as JSON types: tensors and arrays as lists, non-finite numbers as the texts 'nan', 'inf', '-inf'."""
     if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_meta:
+            raise refuse("tensors with dense values", "value", value, "Convert them with .to_dense() first")
         value = value.detach().cpu().tolist()
     elif isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
@@ -52,10 +55,15 @@ def atomic_path(path: str | os.PathLike[str], mode: int = 0o644) -> Iterator[Pat
     The data is flushed to disk before the rename, so a crash leaves the old file or the new one, never a mixture. A new
     file gets `mode`, an existing one keeps its own.
     """
-    target = Path(path)
+    target = check_path(path)
     if not target.parent.is_dir():
         raise refuse("path to be in an existing folder", "path", str(target), "Create the folder first", AidefendError)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+    if target.is_dir():
+        raise refuse("path to be a file", "path", str(target), "Add the name of a file in this folder", AidefendError)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+    except OSError as error:
+        raise refuse("path in a folder that can be written", "path", str(target), str(error), AidefendError) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -79,7 +87,8 @@ def open_database(path: str | os.PathLike[str], timeout: float = 30.0) -> sqlite
 
     Transactions are explicit: use `with transaction(connection):`.
     """
-    connection = sqlite3.connect(path, timeout=timeout, isolation_level=None, check_same_thread=False)
+    target = check_path(path)  # "" and ":memory:" would be data bases of this connection alone
+    connection = sqlite3.connect(target.resolve(), timeout=timeout, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA trusted_schema=OFF")
