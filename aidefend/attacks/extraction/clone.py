@@ -13,7 +13,7 @@ from aidefend._core.errors import BudgetExceeded
 from aidefend._core.modules import Model
 from aidefend._core.random import derive_seed
 from aidefend._core.stats import Interval, wilson
-from aidefend.attacks.membership.outputs import ask
+from aidefend.attacks.membership.outputs import ask, joined
 from aidefend.attacks.membership.training import isolated_streams
 
 StudentFn = Callable[[int], nn.Module]
@@ -38,7 +38,7 @@ class ExtractionResult:
 
         The rows must not be among the queries. Without a copy the share is 0.
         """
-        check_not_empty(len(x), "x")
+        check_not_empty(len(check_tensor(x, "x", finite=False)), "x")
         if self.student is None:
             return wilson(0, len(x))
         same = ask(victim, x).argmax(dim=1) == ask(self.student, x).argmax(dim=1)
@@ -112,14 +112,14 @@ class Extraction:
             except BudgetExceeded as error:
                 stopped = f"BudgetExceeded: {error}"
                 break
-        return (torch.cat(answers) if answers else torch.zeros(0, 0)), stopped
+        return (joined(answers) if answers else torch.zeros(0, 0)), stopped
 
     def _fit(self, x: Tensor, answers: Tensor, seed: int) -> nn.Module:
         """Cross-entropy against the answered probabilities; the user's random streams stay as they are."""
         chosen = derive_seed(seed, "student") % 2**31
         with torch.inference_mode(False), torch.enable_grad(), isolated_streams(chosen):
             student = self.student_fn(chosen)
-            _check_student(student)
+            answers = _check_student(student, x, answers)
             student.train()
             optimizer = torch.optim.Adam(student.parameters(), lr=self.learning_rate)
             for _ in range(self.epochs):
@@ -133,7 +133,13 @@ class Extraction:
         return student.eval()
 
 
-def _check_student(student: Any) -> None:
+def _check_student(student: Any, x: Tensor, answers: Tensor) -> Tensor:
+    """The answers with a column for each class of the copy; refuses a copy that cannot learn them."""
     if not isinstance(student, nn.Module) or not any(True for _ in student.parameters()):
         cure = "Return a fresh nn.Module with parameters"
         raise refuse("student_fn to return a module that can be trained", "student_fn(...)", student, cure)
+    classes = ask(student.eval(), x[:1]).shape[1]
+    if classes < answers.shape[1]:
+        rule = f"student_fn to return a module with at least {answers.shape[1]} classes, as the victim has"
+        raise refuse(rule, "student_fn(...)", f"{classes} classes", "Give the copy one output for each class")
+    return joined([answers], classes)

@@ -6,7 +6,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from aidefend._core.checks import check_int, check_labels, check_not_empty, check_number, refuse
+from aidefend._core.checks import (
+    check_int,
+    check_items,
+    check_labels,
+    check_not_empty,
+    check_number,
+    check_range,
+    check_tensor,
+    refuse,
+)
 from aidefend._core.errors import ThreatModelError
 from aidefend._core.modules import Model, freeze, preserve
 from aidefend._core.random import make_generator, normal
@@ -87,9 +96,7 @@ class ClassInversion:
             check_number(getattr(self, name), name, 0.0, open_low=True)
         for name in ("total_variation", "l2", "start_noise"):
             check_number(getattr(self, name), name, 0.0)
-        low, high = self.bounds
-        if not low < high:
-            raise refuse("bounds with low < high", "bounds", self.bounds, "Pass the range of x", ThreatModelError)
+        check_range(self.bounds, error=ThreatModelError)
 
     def __call__(
         self,
@@ -111,7 +118,7 @@ class ClassInversion:
             generator: Random numbers of starts and probes.
             seed: The same as a number.
         """
-        labels = check_labels(y, check_not_empty(len(y), "y"))
+        labels = check_labels(y, check_not_empty(len(check_tensor(y, "y")), "y"))
         stream = make_generator(generator, seed)
         anchor = self._anchor(labels, shape, start)
         with torch.inference_mode(False), preserve(model):
@@ -156,8 +163,13 @@ class ClassInversion:
         if (shape is None) == (start is None):
             raise refuse("either shape or start", "shape, start", (shape, start), "Pass exactly one of them")
         if start is None:
-            return torch.full((len(y), *(shape or ())), (low + high) / 2, device=y.device)
-        if not start.is_floating_point() or bool((start < low).any()) or bool((start > high).any()):
+            sizes = [check_int(size, "shape") for size in check_items(shape, int, "shape", "Pass (channels, ...)")]
+            return torch.full((len(y), *sizes), (low + high) / 2, device=y.device)
+        if (
+            not check_tensor(start, "start").is_floating_point()
+            or bool((start < low).any())
+            or bool((start > high).any())
+        ):
             raise refuse("start to be floating point inside the bounds", "start", start, "Scale it", ThreatModelError)
         whole = start if start.ndim and len(start) == len(y) and start.ndim > 1 else start.expand(len(y), *start.shape)
         return whole.detach().clone()

@@ -1,5 +1,6 @@
 """What an adversary reads off a model's outputs: log-probabilities, whatever form the outputs have."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,12 +46,14 @@ def ask(model: Model, x: Tensor, batch_size: int = 512, classes: int = 2) -> Ten
     `classes` is the least K where the model answers with labels alone.
     """
     with preserve(model), torch.no_grad():
-        parts = [read(model, part, classes).cpu() for part in x.split(batch_size)]
-    most = max(part.shape[1] for part in parts)
-    if any(part.shape[1] < most for part in parts):
-        unseen = torch.tensor(_SMALLEST, dtype=torch.float64).log().item()
-        parts = [functional.pad(part, (0, most - part.shape[1]), value=unseen) for part in parts]
-    return torch.cat(parts)
+        return joined([read(model, part, classes).cpu() for part in x.split(batch_size)])
+
+
+def joined(parts: Sequence[Tensor], classes: int = 0) -> Tensor:
+    """Answers of one model as one table of at least `classes` columns: labels alone name only the classes they saw."""
+    most = max(classes, *(part.shape[1] for part in parts))
+    unseen = torch.tensor(_SMALLEST, dtype=torch.float64).log().item()
+    return torch.cat([functional.pad(part, (0, most - part.shape[1]), value=unseen) for part in parts])
 
 
 def read(model: Model, x: Tensor, classes: int = 2) -> Tensor:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aidefend._core.checks import check_inside, check_int, check_number, check_tensor, refuse
-from aidefend.attacks.poisoning.poisoned import Poisoned, check_bounds, plant
+from aidefend._core.checks import check_inside, check_int, check_number, check_range, check_tensor, refuse
+from aidefend.attacks.poisoning.poisoned import Poisoned, plant
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class Blend:
         check_number(self.rate, "rate", 0, 1, open_low=True, open_high=True)
         check_number(self.alpha, "alpha", 0, 1, open_low=True)
         check_int(self.pattern_seed, "pattern_seed", 0)
-        bounds = check_bounds(self.bounds)
+        bounds = check_range(self.bounds)
         if self.pattern is not None:
             check_inside(check_tensor(self.pattern, "pattern", floating=True), *bounds, name="pattern")
         if self.source_class is not None and check_int(self.source_class, "source_class", 0) == self.target:

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from aidefend._core.checks import check_inside, check_int, check_number, check_tensor, refuse
-from aidefend.attacks.poisoning.poisoned import Poisoned, check_bounds, plant
+from aidefend._core.checks import check_inside, check_int, check_number, check_range, check_tensor, refuse
+from aidefend.attacks.poisoning.poisoned import Poisoned, plant
 
 Corner = Literal["top-left", "top-right", "bottom-left", "bottom-right", "center"]
 _CORNERS = ("top-left", "top-right", "bottom-left", "bottom-right", "center")
@@ -55,7 +55,7 @@ class Patch:
         check_int(self.target, "target", 0)
         check_number(self.rate, "rate", 0, 1, open_low=True, open_high=True)
         check_int(self.size, "size")
-        low, high = check_bounds(self.bounds)
+        low, high = check_range(self.bounds)
         if self.value is not None:
             check_number(self.value, "value", low, high)
         if self.source_class is not None and check_int(self.source_class, "source_class", 0) == self.target:

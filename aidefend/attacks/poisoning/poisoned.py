@@ -1,7 +1,7 @@
 """What a poisoning attack returns, and how rows are chosen: exact count, seeded, never a row that already fits."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -109,11 +109,3 @@ def plant(
     is_poison = torch.zeros(len(y), dtype=torch.bool)
     is_poison[rows] = True
     return Poisoned(PoisonedDataset(base, dict.fromkeys(rows.tolist(), target), change), is_poison, target, change)
-
-
-def check_bounds(bounds: Sequence[float]) -> tuple[float, float]:
-    """(low, high) with low < high."""
-    pair = tuple(bounds)
-    if len(pair) != 2 or not all(isinstance(v, int | float) for v in pair) or not pair[0] < pair[1]:
-        raise refuse("bounds to be (low, high) with low < high", "bounds", bounds, "Pass the range of your inputs")
-    return float(pair[0]), float(pair[1])

@@ -92,3 +92,18 @@ def test_bad_input_is_refused():
     ]:
         with pytest.raises(error, match=match):
             call()
+
+
+def test_a_victim_that_answers_with_labels_alone_is_copied_whatever_classes_a_batch_shows():
+    """Batches name 2, 3 or 1 classes; the copy has more outputs than the victim ever named."""
+    x = torch.linspace(0, 1, 60)[torch.randperm(60, generator=torch.Generator().manual_seed(0))][:, None]
+    attack = Extraction(lambda seed: torch.nn.Linear(1, 5), queries=60, query_batch=2, epochs=80, learning_rate=0.2)
+    result = attack(lambda rows: (rows[:, 0] * 2.99).long(), x, seed=0)
+    assert result.queries_used == 60
+    assert result.agreement(lambda rows: (rows[:, 0] * 2.99).long(), x).value > 0.8
+
+
+def test_a_copy_with_too_few_outputs_is_refused():
+    attack = Extraction(lambda seed: torch.nn.Linear(1, 2), queries=30, epochs=1)
+    with pytest.raises(ConfigurationError, match="at least 3 classes"):
+        attack(lambda rows: torch.cat([rows, rows, rows], dim=1), torch.rand(30, 1))
