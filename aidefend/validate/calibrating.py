@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from aidefend._core.batches import Batch, input_id, iterate
-from aidefend._core.checks import check_choice, check_int, check_not_empty, refuse
+from aidefend._core.checks import check_choice, check_int, check_items, check_kind, check_not_empty, refuse
 from aidefend._core.errors import IncompatibleModel, Offender
 from aidefend._core.modules import (
     Model,
@@ -16,6 +16,7 @@ from aidefend._core.modules import (
     find_module,
     last_linear,
     looks_like_probabilities,
+    naming_the_model,
     preserve,
     training_layers,
 )
@@ -86,6 +87,10 @@ def calibrate(
     """Split the data, run the model once over it, fit the detectors, calibrate. See `Guard.calibrate`."""
     check_int(seed, "seed", 0)
     check_int(batch_size, "batch_size")
+    if spec is not None:
+        check_kind(spec, InputSpec, "spec", "Pass InputSpec.infer(x), or None")
+    if train_ids is not None:
+        check_items(train_ids, str, "train_ids", "Pass the content ids of the training rows")
     check_detectors(detectors)
     check_mode(model)
     parts = _split(list(iterate(data, batch_size)), fit, len(detectors), alpha, train_ids, seed, batch_size)
@@ -230,7 +235,8 @@ def _run(
             x, y, bad = _checked(part, spec, device_of(model))
             refused += bad
             if len(x):
-                outputs = capture.run(model, x)
+                with naming_the_model(x):
+                    outputs = capture.run(model, x)
                 features.append(outputs.features)
                 logits.append(outputs.logits)
                 labels.append(y)

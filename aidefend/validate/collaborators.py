@@ -5,9 +5,16 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from aidefend._core.checks import check_kind, refuse
 from aidefend._core.errors import BudgetExceeded
 
 ACTION = "predict"
+_METHODS = {
+    "policy": ("authorize",),
+    "budget": ("reserve", "commit", "refund"),
+    "log": ("append",),
+    "metrics": ("observe",),
+}
 _LOGGER = logging.getLogger("aidefend.validate")
 _LOGGER.addHandler(logging.NullHandler())  # silent until the application configures logging
 
@@ -77,10 +84,18 @@ class Collaborators:
     metrics: MetricsSink | None = None
     resource: str = "model"
 
+    def __post_init__(self) -> None:
+        """A collaborator that cannot do its work is found when the guard is made, not at its first call."""
+        check_kind(self.resource, str, "resource", "Name what the guard protects")
+        for name, methods in _METHODS.items():
+            given = getattr(self, name)
+            if given is not None and not all(callable(getattr(given, method, None)) for method in methods):
+                rule = f"{name} with {', '.join(f'.{method}()' for method in methods)}"
+                raise refuse(rule, name, given, "Pass one of aidefend.monitor, or your own with these methods")
+
     def present(self) -> tuple[str, ...]:
         """Names of those that are there."""
-        names = ("policy", "budget", "log", "metrics")
-        return tuple(name for name in names if getattr(self, name) is not None)
+        return tuple(name for name in _METHODS if getattr(self, name) is not None)
 
     def admit(self, principal: object, rows: int) -> "Admission":
         """Authorize, then reserve. Every exception is a refusal."""

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from aidefend._core.checks import check_labels, check_not_empty, check_same_rows, check_tensor
+from aidefend._core.checks import check_labels, check_not_empty, check_same_rows, check_tensor, refuse
 
 
 class FittedDetector(Protocol):
@@ -57,6 +57,12 @@ def check_outputs(features: Tensor, logits: Tensor) -> None:
     check_tensor(features, "features", ndim=2, floating=True)
     check_tensor(logits, "logits", ndim=2, floating=True)
     check_same_rows(("features", "logits"), len(features), len(logits))
+
+
+def check_width(features: Tensor, width: int) -> None:
+    """As many features a row as the detector was fitted on."""
+    if features.shape[1] != width:
+        raise refuse(f"{width} features a row, as at the fit", "features", features, "Use the same layer")
 
 
 def check_fit(features: Tensor, logits: Tensor, labels: Tensor | None) -> Tensor:

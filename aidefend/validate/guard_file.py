@@ -10,7 +10,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from aidefend._core.checks import check_choice, refuse
+from aidefend._core.checks import check_choice, check_path, refuse
 from aidefend._core.errors import AidefendError
 from aidefend._core.modules import Model
 from aidefend._core.storage import atomic_path, canonical_json
@@ -86,8 +86,9 @@ def read_guard(
 
 
 def _open(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    place = check_path(path)
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(place, framework="pt") as file:
             header = json.loads((file.metadata() or {})["guard"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         if header["schema"] != _SCHEMA:

@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from aidefend._core.checks import refuse
+from aidefend._core.checks import check_callable, refuse
+from aidefend._core.errors import AidefendError
 from aidefend._core.modules import Model
 from aidefend.validate.calibrating import score_all
 from aidefend.validate.calibration import COMBINED, Calibration
@@ -49,12 +50,23 @@ def blank_row(num_classes: int, dtype: torch.dtype, output: Output | None, mode:
     Raises: ConfigurationError: `output` does not map logits (1, K) to a tensor of one row, floating point or signed.
     """
     probe = torch.zeros(1, num_classes, dtype=dtype)
-    shown: Any = probe if output is None or mode == "shadow" else output(probe)
+    shown: Any = probe if output is None or mode == "shadow" else _answer(probe, output)
     if not isinstance(shown, Tensor) or shown.ndim < 1 or len(shown) != 1:
         raise refuse("output to map logits (N, K) to N rows", "output", shown, "Return one row for each row of logits")
     if not shown.is_floating_point() and shown.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
         raise refuse("outputs that are floating point or signed integers", "output", shown, "Return another dtype")
     return torch.full_like(shown[0], refused_constant(shown).item())
+
+
+def _answer(probe: Tensor, output: Output) -> Any:
+    check_callable(output, "output", "Pass a callable such as LabelOnly()")
+    try:
+        return output(probe)
+    except AidefendError:
+        raise
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+        raise refuse("output to map logits (N, K) to N rows", "output", found, "Call output(logits)") from error
 
 
 def judge(panel: Panel, checked: SpecResult, x: Tensor, rows: Tensor) -> Verdict:

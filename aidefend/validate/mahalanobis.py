@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from aidefend._core.checks import check_tensor, refuse
-from aidefend.validate.detector import check_fit, check_outputs, wide
+from aidefend.validate.detector import check_fit, check_outputs, check_width, wide
 
 _SMALLEST_SHRINKAGE = 1e-6
 _MOST_FEATURES = 10_000
@@ -94,6 +94,7 @@ class FittedMahalanobis(nn.Module):
         """Squared distance to the nearest class (minus that to the whole): (N,), higher = stranger."""
         check_outputs(features, logits)
         centre, whitening, means = (cast(Tensor, getattr(self, name)) for name in ("centre", "whitening", "means"))
+        check_width(features, centre.shape[-1])
         rows = wide(features).to(means.dtype) - centre
         nearest = _nearest(rows @ whitening[0].T, means)
         return nearest if len(whitening) == 1 else nearest - (rows @ whitening[1].T).square().sum(dim=1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from aidefend._core.checks import check_int, check_tensor, refuse
-from aidefend.validate.detector import check_fit, check_outputs, wide
+from aidefend.validate.detector import check_fit, check_outputs, check_width, wide
 
 _LARGEST_BLOCK = 2**24  # similarities in memory at once
 
@@ -61,6 +61,7 @@ class FittedNearestNeighbours(nn.Module):
         """1 - cosine similarity to the k-th nearest bank row: (N,) in [0, 2], higher = stranger."""
         check_outputs(features, logits)
         bank = cast(Tensor, self.bank)
+        check_width(features, bank.shape[1])
         queries = _unit(wide(features).to(bank.dtype))
         parts = queries.split(max(1, _LARGEST_BLOCK // len(bank)))
         return torch.cat([(1 - (part @ bank.T).topk(self.k, dim=1).values[:, -1]).clamp(min=0) for part in parts])

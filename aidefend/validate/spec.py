@@ -4,13 +4,12 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from aidefend._core.checks import check_choice, check_int, check_number, refuse
+from aidefend._core.checks import check_choice, check_int, check_number, check_path, refuse
 from aidefend._core.storage import pretty_json, write_atomic
 from aidefend.validate.spec_inference import Size, infer_form
 
@@ -203,11 +202,16 @@ class InputSpec:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "InputSpec":
         """The rules back from `to_dict`; another schema, unknown keys and unknown dtypes are refused."""
-        if data.get("schema") != _SCHEMA:
+        if not isinstance(data, Mapping) or not isinstance(data.get("schema"), str) or data["schema"] != _SCHEMA:
             raise refuse(f'schema "{_SCHEMA}"', "data", data, "Pass what InputSpec.to_dict returned")
         names = {field.name for field in dataclasses.fields(cls)}
         found = {key: value for key, value in data.items() if key != "schema"}
-        if set(found) != names or found["dtype"] not in tuple(_DTYPES) or not isinstance(found["shape"], list):
+        if (
+            set(found) != names
+            or not isinstance(found["dtype"], str)
+            or found["dtype"] not in _DTYPES
+            or not isinstance(found["shape"], list)
+        ):
             raise refuse(f"the keys {sorted(names)} with a known dtype", "data", data, "Write it with InputSpec.save")
         sizes = tuple(tuple(size) if isinstance(size, list) else size for size in found["shape"])
         return cls(**{**found, "shape": sizes, "dtype": _DTYPES[found["dtype"]]})
@@ -220,7 +224,7 @@ class InputSpec:
     def load(cls, path: str | os.PathLike[str]) -> "InputSpec":
         """The rules back from `save`."""
         try:
-            with Path(path).open("rb") as file:
+            with check_path(path).open("rb") as file:
                 data = json.loads(file.read(_LARGEST_FILE))
         except (OSError, ValueError, RecursionError) as error:
             raise refuse(

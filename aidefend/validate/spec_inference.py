@@ -23,8 +23,13 @@ def infer_form(data: Any, margin: float, dtypes: Sequence[torch.dtype]) -> Form:
 
 
 def _seen_range(parts: list[Tensor], dtypes: Sequence[torch.dtype]) -> tuple[float, float]:
-    if not parts:
-        raise refuse("data with at least one row", "x", "0 rows", "Infer the rules from data that is not empty")
+    if not sum(part.numel() for part in parts):
+        raise refuse(
+            "data with at least one row of at least one number",
+            "x",
+            "nothing",
+            "Infer the rules from data that is not empty",
+        )
     if len({(part.dtype, part.ndim) for part in parts}) > 1:
         raise refuse("one dtype and one number of dimensions", "x", "several", "Convert the data to one form")
     if parts[0].dtype not in dtypes:
