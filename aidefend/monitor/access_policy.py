@@ -4,10 +4,9 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-from aidefend._core.checks import check_choice, refuse
+from aidefend._core.checks import check_choice, check_items, check_kind, check_path, refuse
 from aidefend._core.storage import pretty_json, write_atomic
 
 
@@ -35,10 +34,11 @@ class Rule:
         check_choice(self.effect, ("allow", "deny"), "effect")
         _check_name(self.role, "role")
         for name, patterns in (("actions", self.actions), ("resources", self.resources)):
-            if isinstance(patterns, str) or not patterns:
+            kept = check_items(patterns, str, name, f'Write {name}=("...",)')
+            if not kept:
                 raise refuse(f"{name} to be a tuple of names", name, patterns, f'Write {name}=("...",)')
-            object.__setattr__(self, name, tuple(patterns))
-            for pattern in patterns:
+            object.__setattr__(self, name, kept)
+            for pattern in kept:
                 _check_pattern(pattern, name)
 
     def covers(self, action: str, resource: str) -> bool:
@@ -79,16 +79,16 @@ class AccessPolicy:
     members: Mapping[str, tuple[str, ...]]
 
     def __init__(self, rules: Sequence[Rule], members: Mapping[str, Sequence[str]]) -> None:
+        rules = check_items(rules, Rule, "rules", "Pass a list of Rule(...)")
+        check_kind(members, Mapping, "members", 'Write members={"name": ("role",)}')
         known = {rule.role for rule in rules}
         cleaned: dict[str, tuple[str, ...]] = {}
         for principal, roles in members.items():
             _check_name(principal, "members")
-            if isinstance(roles, str):
-                raise refuse("roles as a tuple of names", "members", roles, 'Write members={"name": ("role",)}')
-            if unknown := sorted(set(roles) - known):
+            cleaned[principal] = check_items(roles, str, "members", 'Write members={"name": ("role",)}')
+            if unknown := sorted(set(cleaned[principal]) - known):
                 raise refuse(f"roles among {sorted(known)}", "members", unknown, "Add a rule for each role")
-            cleaned[principal] = tuple(roles)
-        object.__setattr__(self, "rules", tuple(rules))
+        object.__setattr__(self, "rules", rules)
         object.__setattr__(self, "members", cleaned)
 
     def authorize(self, principal: str, action: str, resource: str) -> AccessDecision:
@@ -136,8 +136,8 @@ class AccessPolicy:
     def load(cls, path: str | os.PathLike[str]) -> "AccessPolicy":
         """Read a policy that `save` wrote, or one written by hand in the same form."""
         try:
-            data = json.loads(Path(path).read_text("utf-8"), object_pairs_hook=_unique_keys)
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            data = json.loads(check_path(path).read_text("utf-8"), object_pairs_hook=_unique_keys)
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise refuse("a readable JSON policy", "path", str(path), f"Could not read it ({error})") from error
         return cls.from_dict(data)
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from aidefend._core.checks import refuse
+from aidefend._core.checks import check_callable, check_path, refuse
 from aidefend._core.errors import AidefendError
 from aidefend._core.storage import canonical_json, write_atomic
 from aidefend.monitor.log_entries import LONGEST_LINE, LogState, first_state, read_line, read_state, write_line
@@ -44,15 +44,13 @@ class AuditLog:
     def __init__(
         self, path: str | os.PathLike[str], key: bytes | None = None, *, clock: Callable[[], float] = time.time
     ) -> None:
-        self._path = Path(path)
+        self._path = check_path(path)
         self._state_path = self._path.with_name(self._path.name + ".state")
         self._lock_path = self._path.with_name(self._path.name + ".lock")
-        self._clock = clock
+        self._clock = check_callable(clock, "clock", "Pass time.time")
         self._thread = threading.Lock()
         self._seen: LogState | None = None
-        if key is not None and (not isinstance(key, bytes) or len(key) < 16):
-            raise refuse("key of at least 16 bytes", "key", type(key).__name__, "Use secrets.token_bytes(32)")
-        self._first = None if key is None else first_state(key)
+        self._first = None if key is None else first_state(_checked_key(key))
         if self._first is None and not self._state_path.exists():
             raise refuse("the first key for a new log", "key", None, "Pass key=secrets.token_bytes(32) and keep it")
         if not self._path.parent.is_dir():
@@ -79,11 +77,14 @@ class AuditLog:
 
     def anchor(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         """Write where the log stands to a second file (one line more each time), to keep elsewhere, and return it."""
+        target = check_path(path)
         with self._thread, self._locked():
             state = self._recover(self._load_state())
         anchor = {"entries": state.entries, "head": state.head, "time": self._clock()}
-        target = Path(path)
-        earlier = target.read_text("utf-8") if target.exists() else ""
+        try:
+            earlier = target.read_text("utf-8") if target.exists() else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise refuse("an anchor file, or a new one", "path", str(path), f"{error}", AidefendError) from error
         write_atomic(target, earlier + canonical_json(anchor) + "\n")
         return anchor
 
@@ -97,7 +98,7 @@ class AuditLog:
             key: The first key, where this object has written already and so keeps only the current one. Without it,
                 such a writer checks the log against its own memory of the last entry.
         """
-        first = self._first if key is None else first_state(key)
+        first = self._first if key is None else first_state(_checked_key(key))
         anchors = read_anchors(anchor)
         with self._thread, self._locked():
             return verify_log(self._path, self._state_path, first, self._seen, anchors)
@@ -165,6 +166,12 @@ class AuditLog:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _checked_key(key: bytes) -> bytes:
+    if not isinstance(key, bytes) or len(key) < 16:
+        raise refuse("key of at least 16 bytes", "key", type(key).__name__, "Use secrets.token_bytes(32)")
+    return key
 
 
 def _sync_folder(folder: Path) -> None:

@@ -80,7 +80,7 @@ class DriftMonitor:
         self.alpha = check_probability(alpha, "alpha")
         self._reference: Tensor | None = None
         if reference is not None:
-            rows = check_tensor(reference, "reference", floating=True).flatten(1)
+            rows = _rows(check_tensor(reference, "reference", floating=True), "reference")
             if len(rows) < 20:
                 raise refuse("at least 20 reference rows", "reference", reference, "Pass more rows of known good data")
             self._reference = rows.detach().double().cpu()
@@ -90,7 +90,7 @@ class DriftMonitor:
         """Test a batch (N, ...) against the reference, feature by feature."""
         if self._reference is None:
             raise refuse("a monitor with reference data", "reference", None, "Pass reference= when you build it")
-        rows = check_tensor(x, "x", floating=True, finite=False).flatten(1).detach().double().cpu()
+        rows = _rows(check_tensor(x, "x", floating=True, finite=False), "x").detach().double().cpu()
         if rows.shape[1] != self._reference.shape[1]:
             raise refuse(f"{self._reference.shape[1]} features a row", "x", x, "Pass rows of the reference's shape")
         good = rows[torch.isfinite(rows).all(dim=1)]
@@ -106,6 +106,13 @@ class DriftMonitor:
     def observe(self, p_values: Tensor) -> DriftState:
         """Add p-values (N,) of newly served rows, such as `decision.p_values["combined"]`."""
         return self._stream.observe(p_values)
+
+
+def _rows(values: Tensor, name: str) -> Tensor:
+    """(N, d) with at least one feature."""
+    if values.ndim < 2 or (not values[:1].numel() and len(values)):
+        raise refuse(f"{name} of shape (N, ...) with at least one feature", name, values, "Add the batch dimension")
+    return values.flatten(1)
 
 
 def _holm(p_values: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> "np.ndarray[tuple[int], np.dtype[np.float64]]":

@@ -90,7 +90,7 @@ def read_anchors(source: str | os.PathLike[str] | Mapping[str, Any] | None) -> l
             raise ValueError("no anchor")
         return [{"entries": anchor["entries"], "head": str(anchor["head"])} for anchor in found]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise refuse("anchors that AuditLog.anchor wrote", "anchor", str(source), "Pass its file") from error
+        raise refuse("anchors that AuditLog.anchor wrote", "anchor", source, "Pass its file") from error
 
 
 def _walk(path: Path, first: LogState | None) -> _Walk:

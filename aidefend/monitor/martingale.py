@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from aidefend._core.checks import check_choice, check_int, check_probability, check_tensor, refuse
+from aidefend._core.checks import check_choice, check_int, check_number, check_probability, check_tensor, refuse
+from aidefend._core.storage import canonical_json
 
 _THRESHOLDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95)
 _STAKES = (0.1, 0.3, 0.6)
@@ -112,10 +113,21 @@ class CalibrationMartingale:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`; a state with another alpha or calibration size is refused."""
-        if state.get("level") != self._level or state.get("mean") != self._mean.tolist():
+        cure = "Pass what state_dict returned"
+        if not isinstance(state, dict) or set(state) != set(self.state_dict()):
+            raise refuse("a state of this class", "state", type(state).__name__, cure)
+        if canonical_json([state["level"], state["mean"]]) != canonical_json([self._level, self._mean.tolist()]):
             raise refuse("a state with the same alpha and calibration_n", "state", "another setting", "Start anew")
-        self._log_capital = torch.tensor(state["log_capital"], dtype=torch.float64)
-        self._count, self._capital, self._alarm_at = state["count"], state["capital"], state["alarm_at"]
+        count = check_int(state["count"], "count", 0)
+        capital = check_number(state["capital"], "capital", 0.0)
+        alarm_at = None if state["alarm_at"] is None else check_int(state["alarm_at"], "alarm_at", 1, max(1, count))
+        try:
+            bets = torch.tensor(state["log_capital"], dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise refuse("log_capital of numbers", "log_capital", type(error).__name__, cure) from error
+        if bets.shape[1:] != self._log_capital.shape[1:] or not len(bets) or not bool(torch.isfinite(bets).all()):
+            raise refuse("finite log_capital of the shape of these bets", "log_capital", bets, cure)
+        self._log_capital, self._count, self._capital, self._alarm_at = bets, count, capital, alarm_at
 
     def _gain(self, wins: Tensor, n: int) -> Tensor:
         """Log growth of each bet: a stake s pays 1 + s * (hit - mean) / mean, which has mean <= 1 under the null."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from aidefend._core.checks import check_int, check_number
+from aidefend._core.checks import check_int, check_items, check_kind, check_number, refuse
 from aidefend._core.errors import MissingExtra
 
 VERDICTS = ("accepted", "refused", "failed")
@@ -37,6 +37,9 @@ class Metrics:
             raise MissingExtra("prometheus-client", "metrics") from error
         self._render = prometheus.generate_latest
         self.registry = prometheus.CollectorRegistry() if registry is None else registry
+        check_kind(namespace, str, "namespace", "Use letters, digits and underscores, such as 'aidefend'")
+        if not hasattr(self.registry, "register"):
+            raise refuse("registry to be a CollectorRegistry", "registry", registry, "Pass None for a new one")
         place: dict[str, Any] = {"namespace": namespace, "registry": self.registry}
         labels = ("verdict", "reason")
         self._requests = prometheus.Counter("requests", "Calls of the guard.", labels, **place)
@@ -56,16 +59,21 @@ class Metrics:
             seconds: Its duration, >= 0.
             p_values: Combined p-values of the rows that have one; values that are not numbers are left out.
         """
-        labels = (verdict if verdict in VERDICTS else "failed", reason if reason in REASONS else "other")
+        labels = (_one_of(verdict, VERDICTS, "failed"), _one_of(reason, REASONS, "other"))
+        numbers = check_items(p_values, (float, int), "p_values", "Pass a list of numbers")
         self._requests.labels(*labels).inc()
         self._rows.labels(*labels).inc(check_int(rows, "rows", 0))
         self._seconds.observe(check_number(seconds, "seconds", 0.0))
         if labels[1] == "budget":
             self._exhausted.inc()
-        for value in p_values:
+        for value in numbers:
             if math.isfinite(value):
                 self._p_values.observe(value)
 
     def text(self) -> str:
         """The metrics in Prometheus' text format, for your own HTTP handler."""
         return str(self._render(self.registry).decode())
+
+
+def _one_of(label: object, known: tuple[str, ...], other: str) -> str:
+    return label if isinstance(label, str) and label in known else other

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from aidefend._core.checks import check_number, refuse
+from aidefend._core.checks import check_callable, check_kind, check_number, check_path, refuse
 from aidefend._core.errors import AidefendError, BudgetExceeded
 from aidefend._core.storage import open_database, transaction
 
@@ -95,9 +95,16 @@ class QueryBudget:
         overrides: Mapping[str, Bucket] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._buckets = {**(overrides or {}), **({_TOTAL: total} if total else {})}
+        if overrides is not None:
+            check_kind(overrides, Mapping, "overrides", "Pass {principal: Bucket(...)} or None")
+        self._buckets = {} if overrides is None else dict(overrides)
+        if total is not None:
+            self._buckets[_TOTAL] = total
+        for bucket in (per_principal, *self._buckets.values()):
+            check_kind(bucket, Bucket, "per_principal, total and overrides", "Pass Bucket(capacity, per_second)")
         self._default = per_principal
-        self._clock = clock
+        self._clock = check_callable(clock, "clock", "Pass time.time")
+        check_path(path)
         self._lock = threading.Lock()
         try:
             self._database = open_database(path)
@@ -113,8 +120,7 @@ class QueryBudget:
             cost: Units >= 0, rounded up to a millionth.
         """
         units = math.ceil(check_number(cost, "cost", 0.0, 1e12) * _UNIT)
-        if not isinstance(principal, str) or not 0 < len(principal) <= 256:
-            raise refuse("principal to be a name of 1 to 256 characters", "principal", principal, "Name who asks")
+        _check_principal(principal)
         reservation = Reservation(secrets.token_hex(16), principal, units / _UNIT)
         with self._lock, transaction(self._database):
             for account in self._accounts_of(principal):
@@ -132,11 +138,13 @@ class QueryBudget:
 
     def remaining(self, principal: str) -> float:
         """Units the principal could reserve now, by its own bucket and by the total one."""
+        _check_principal(principal)
         with self._lock, transaction(self._database):
             return min(self._refill(account)[0] for account in self._accounts_of(principal)) / _UNIT
 
     def spent(self, principal: str) -> float:
         """Units committed by the principal so far, refills included."""
+        _check_principal(principal)
         with self._lock:
             row = self._database.execute("SELECT committed FROM accounts WHERE principal = ?", (principal,)).fetchone()
         return 0.0 if row is None else row[0] / _UNIT
@@ -209,6 +217,7 @@ class QueryBudget:
         )
 
     def _settle(self, reservation: Reservation, *, refund: bool) -> None:
+        check_kind(reservation, Reservation, "reservation", "Pass what reserve returned")
         with self._lock, transaction(self._database):
             query = "DELETE FROM reservations WHERE id = ? RETURNING principal, cost"
             row = self._database.execute(query, (reservation.id,)).fetchone()
@@ -255,3 +264,8 @@ def _waiting_time(units: int, level: int, bucket: Bucket) -> str:
     if units > bucket.capacity * _UNIT or bucket.per_second == 0:
         return "Ask for less, or raise the budget"
     return f"Wait {(units - level) / _UNIT / bucket.per_second:.3g} s, or ask for less"
+
+
+def _check_principal(principal: object) -> None:
+    if not isinstance(principal, str) or not 0 < len(principal) <= 256:
+        raise refuse("principal to be a name of 1 to 256 characters", "principal", principal, "Name who asks")
