@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from aidefend._core.checks import check_choice, check_int, check_number, check_probability, refuse
+from aidefend._core.checks import check_choice, check_int, check_items, check_number, check_probability, refuse
 from aidefend.privacy.privacy_loss import Direction, Mechanism, composed_epsilon
 
 Neighboring = Literal["add_remove", "replace_one"]
@@ -88,7 +88,7 @@ def solve_noise_multiplier(
 def _merged(history: Iterable[Sequence[Any]]) -> tuple[Mechanism, ...]:
     """Equal mechanisms joined, idle ones dropped, in an order of their own: one key for one composition."""
     steps: dict[tuple[float, float], int] = {}
-    for row in history:
+    for row in check_items(history, (tuple, list), "history", "Pass [(1.0, 0.01, 1000), ...]"):
         noise, rate, count = _checked(row)
         if count:
             steps[noise, rate] = steps.get((noise, rate), 0) + count

@@ -2,13 +2,12 @@
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from aidefend._core.checks import expected, refuse
+from aidefend._core.checks import check_path, expected, refuse
 from aidefend._core.errors import PrivacyError
 from aidefend._core.storage import atomic_path, canonical_json
 
@@ -40,7 +39,7 @@ def read_facts(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, 
     """The header and all tensors of a saved run."""
     from safetensors import SafetensorError, safe_open
 
-    file = Path(path)
+    file = check_path(path)
     if not file.is_file():
         raise refuse("path to be a file of private.save", "path", str(path), "Check the path")
     try:

@@ -6,10 +6,19 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from aidefend._core.checks import check_choice, check_int, check_number, check_probability, describe, expected, refuse
+from aidefend._core.checks import (
+    check_choice,
+    check_int,
+    check_kind,
+    check_number,
+    check_path,
+    check_probability,
+    describe,
+    expected,
+    refuse,
+)
 from aidefend._core.errors import BudgetExceeded, PrivacyError
 from aidefend._core.storage import open_database, transaction
 from aidefend.privacy.accounting import NEIGHBORING, Neighboring, epsilon
@@ -69,11 +78,11 @@ class PrivacyLedger:
         neighboring: Neighboring = "add_remove",
     ) -> None:
         if target_epsilon is not None:
-            check_number(target_epsilon, "target_epsilon", 0.0, open_low=True)
+            target_epsilon = check_number(target_epsilon, "target_epsilon", 0.0, open_low=True)
         self._delta = check_probability(delta, "delta")
         check_choice(neighboring, NEIGHBORING, "neighboring")
         self._neighboring: Neighboring = neighboring
-        self.path = Path(path)
+        self.path = check_path(path)
         if not self.path.parent.is_dir():
             raise refuse("path in an existing folder", "path", str(path), "Create the folder first")
         self._target = self._opened(target_epsilon)
@@ -90,6 +99,7 @@ class PrivacyLedger:
 
     def open_run(self, config: PrivacyConfig) -> str:
         """A new run's id; BudgetExceeded if all its planned steps do not fit under the limit."""
+        check_kind(config, PrivacyConfig, "config", "Pass the PrivacyConfig of the run")
         noise = config.history(1)[0][0]
         row = (secrets.token_hex(16), time.time(), config.digest(), noise, config.rate, config.steps, 0)
         planned = LedgerRun(row[0], row[1], noise, config.rate, config.steps, 0, 0)
@@ -101,6 +111,7 @@ class PrivacyLedger:
 
     def reserved(self, run: str, digest: str) -> int:
         """The reserved steps of a run that is taken up again; refuses another configuration."""
+        check_kind(run, str, "run", "Pass what open_run returned")
         with self._database() as connection:
             row = connection.execute("SELECT reserved, digest FROM run WHERE id = ?", (run,)).fetchone()
         if row is None or row[1] != digest:
@@ -110,6 +121,7 @@ class PrivacyLedger:
 
     def reserve(self, run: str, steps: int) -> int:
         """Put at least `steps` steps of a run on disk; returns how many are covered now."""
+        check_kind(run, str, "run", "Pass what open_run returned")
         check_int(steps, "steps", 0)
         with self._database() as connection, transaction(connection):
             found = [entry for entry in _read_runs(connection) if entry.id == run]
@@ -125,10 +137,11 @@ class PrivacyLedger:
 
     def close_run(self, run: str, steps: int) -> None:
         """Give back what was reserved and not used; a later `reserve` opens the run again."""
+        values = (check_int(steps, "steps", 0), check_kind(run, str, "run", "Pass what open_run returned"))
         with self._database() as connection, transaction(connection):
-            connection.execute(
-                "UPDATE run SET reserved = ?, closed = 1 WHERE id = ?", (check_int(steps, "steps", 0), run)
-            )
+            found = connection.execute("UPDATE run SET reserved = ?, closed = 1 WHERE id = ?", values)
+            if not found.rowcount:
+                raise PrivacyError(expected("a run of this ledger", "run", run, "Pass what open_run returned"))
 
     def _check_fits(self, runs: tuple[LedgerRun, ...]) -> None:
         """Every open run counts with all its planned steps."""

@@ -72,7 +72,7 @@ class RowSource:
         forms = Counter(_form(row) for row in map(self._read, probes) if row is not None)
         if not forms:
             cure = "Return (x, y) of tensors, arrays or numbers from dataset[i], for example with transforms.ToTensor()"
-            raise refuse("rows (x, y) that fit tensors", "dataset", type(self._dataset[probes[0]]).__name__, cure)
+            raise refuse("rows (x, y) that fit tensors", "dataset", type(self._dataset).__name__, cure)
         return forms.most_common(1)[0][0]
 
     def _read(self, index: int) -> tuple[Tensor, Tensor] | None:

@@ -42,6 +42,8 @@ def scalar_with(losses: Tensor, run: Callable[[Tensor], None]) -> Tensor:
 
 def example_losses(function: PerExampleLoss, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
     """One loss for each row, and how many rows the function raised on (their loss is zero)."""
+    if not isinstance(targets, Tensor) or targets.ndim < 1:
+        raise refused("targets to be a tensor (N, ...)", "targets", targets, "Pass the y of the loader's batch")
     n = len(targets)
     if n == 0:
         like = outputs if isinstance(outputs, Tensor) and outputs.is_floating_point() else torch.zeros(())
@@ -66,8 +68,9 @@ def checked_losses(losses: Any, n: int | None = None) -> Tensor:
 
 def _row_by_row(function: PerExampleLoss, outputs: Any, targets: Tensor, error: Exception) -> tuple[Tensor, int]:
     """A row that the loss cannot take (a label out of range) is masked: an error would tell that it is there."""
-    if not isinstance(outputs, Tensor) or len(outputs) != len(targets):
-        raise error
+    if not isinstance(outputs, Tensor) or outputs.ndim < 1 or len(outputs) != len(targets):
+        cure = "Call per_example_loss(outputs, targets) to see the cause"
+        raise refused("outputs that the loss takes", "outputs", f"{type(error).__name__}: {error}", cure) from error
     kept: list[Tensor] = []
     failed = 0
     for row in range(len(targets)):
@@ -79,5 +82,6 @@ def _row_by_row(function: PerExampleLoss, outputs: Any, targets: Tensor, error: 
             failed += 1
             kept.append(outputs.new_zeros(1))
     if failed == len(targets) > 1:
-        raise error
+        cure = "Call per_example_loss(outputs, targets) to see the cause"
+        raise refused("outputs that the loss takes", "outputs", f"{type(error).__name__}: {error}", cure) from error
     return torch.cat(kept), failed

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+from aidefend._core.checks import check_number
 from aidefend._core.evidence import Evidence, Finding, Severity
 from aidefend._core.storage import plain
 from aidefend.privacy.config import PrivacyConfig
@@ -62,6 +63,7 @@ class PrivacyStatement:
 
     def tpr_bound(self, fpr: float) -> float:
         """Largest true-positive rate that any membership attack can have at this false-positive rate."""
+        check_number(fpr, "fpr", 0.0, 1.0)
         if math.isinf(self.epsilon):
             return 1.0
         power = min(self.epsilon, 700.0)
