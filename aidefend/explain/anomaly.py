@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from aidefend._core.batches import content_ids
-from aidefend._core.checks import check_int, check_not_empty, check_probability, check_tensor, refuse
-from aidefend._core.modules import Model, evaluate, preserve
+from aidefend._core.checks import check_int, check_logits, check_not_empty, check_probability, check_tensor, refuse
+from aidefend._core.modules import Model, evaluate, naming_the_model, preserve
 from aidefend._core.random import make_generator
 from aidefend._core.report import Report, reasons_by_row
 from aidefend._core.stats import conformal_p_values
@@ -54,6 +54,7 @@ def attribution_anomaly(
     """
     check_probability(alpha, "alpha")
     check_int(steps, "steps")
+    check_int(batch_size, "batch_size")
     check_tensor(x, "x", floating=True, finite=False)
     check_tensor(reference, "reference", floating=True)
     needed = max(20, 2 * round(1 / alpha))
@@ -92,9 +93,9 @@ class _Look:
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         classes, mass = [], []
         for part in torch.split(x, self._batch_size):
-            with preserve(self._model), torch.no_grad():
+            with preserve(self._model), torch.no_grad(), naming_the_model(part):
                 evaluate(self._model)
-                predicted = self._model(part).argmax(dim=1).cpu()
+                predicted = check_logits(self._model(part), len(part)).argmax(dim=1).cpu()
             found = attribute(
                 self._model,
                 part,

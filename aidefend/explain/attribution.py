@@ -11,13 +11,14 @@ from torch import Tensor
 from aidefend._core.checks import (
     check_choice,
     check_int,
+    check_kind,
     check_labels,
     check_logits,
     check_number,
     check_tensor,
     refuse,
 )
-from aidefend._core.modules import Model, evaluate, freeze, preserve
+from aidefend._core.modules import Model, evaluate, freeze, naming_the_model, preserve
 from aidefend._core.random import make_generator, normal
 
 Method = Literal["saliency", "integrated_gradients", "smoothgrad", "occlusion"]
@@ -95,7 +96,7 @@ def attribute(
     check_tensor(x, "x", floating=True)
     for name, value in (("steps", steps), ("samples", samples), ("window", window), ("batch_size", batch_size)):
         check_int(value, name)
-    check_number(noise, "noise", 0.0)
+    noise = check_number(noise, "noise", 0.0)
     labels = _targets(target, x)
     start = _baseline(baseline, x)
     unknown = torch.full((len(x),), torch.nan, dtype=torch.float64)
@@ -148,11 +149,14 @@ class _Look:
     def _gradient_of(self, points: Tensor, rows: slice) -> Tensor:
         with torch.enable_grad():
             leaf = points.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self._of(leaf, rows).sum(), leaf)
+            logit = self._of(leaf, rows).sum()
+            with naming_the_model(leaf):
+                (gradient,) = torch.autograd.grad(logit, leaf)
         return gradient
 
     def _of(self, x: Tensor, rows: slice) -> Tensor:
-        outputs = check_logits(self._model(x), len(x))
+        with naming_the_model(x):
+            outputs = check_logits(self._model(x), len(x))
         labels = self._labels[rows].to(outputs.device)
         check_labels(labels, len(x), outputs.shape[1], "target")
         return outputs.gather(1, labels[:, None])[:, 0]
@@ -202,14 +206,16 @@ def _spans(size: int, window: int, stride: int) -> list[slice]:
 
 def _targets(target: Tensor | int, x: Tensor) -> Tensor:
     if isinstance(target, int) and not isinstance(target, bool):
-        target = torch.full((len(x),), target, dtype=torch.int64)
+        target = torch.full((len(x),), check_int(target, "target", 0), dtype=torch.int64)
     return check_labels(target, len(x), name="target")
 
 
 def _baseline(baseline: Tensor | float, x: Tensor) -> Tensor:
-    value = torch.as_tensor(baseline, dtype=x.dtype, device=x.device)
+    check_kind(baseline, (Tensor, float, int), "baseline", "Pass a number or a tensor of the shape of one sample")
+    if isinstance(baseline, Tensor) and baseline.ndim:
+        check_tensor(baseline, "baseline", finite=False)
     try:
-        return value.expand_as(x)
-    except RuntimeError as error:
+        return torch.as_tensor(baseline, dtype=x.dtype, device=x.device).expand_as(x)
+    except (RuntimeError, OverflowError) as error:
         rule = f"a baseline that fits one sample {tuple(x.shape[1:])}"
         raise refuse(rule, "baseline", baseline, "Pass a number or a tensor of that shape") from error

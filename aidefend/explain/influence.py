@@ -9,8 +9,17 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot, softmax
 
 from aidefend._core.batches import Batch, iterate
-from aidefend._core.checks import check_int, check_labels, check_logits, check_not_empty, check_tensor, refuse
-from aidefend._core.modules import InputCapture, evaluate, find_module, last_linear, preserve
+from aidefend._core.checks import (
+    check_flag,
+    check_int,
+    check_kind,
+    check_labels,
+    check_logits,
+    check_not_empty,
+    check_tensor,
+    refuse,
+)
+from aidefend._core.modules import InputCapture, evaluate, find_module, last_linear, naming_the_model, preserve
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,6 +86,8 @@ def influence(
         0
     """
     check_int(top, "top")
+    check_flag(normalised, "normalised")
+    check_kind(model, nn.Module, "model", "Wrap it in an nn.Module whose output layer is an nn.Linear")
     check_tensor(x, "x", floating=True)
     check_not_empty(len(x), "x")
     labels = check_labels(y, len(x))
@@ -116,7 +127,8 @@ def _scores(
 
 def _gradients(model: nn.Module, capture: InputCapture, x: Tensor, y: Tensor, output: nn.Linear) -> _Gradients:
     """The two factors; a bias counts as one more feature that is always 1."""
-    logits = check_logits(model(x), len(x))
+    with naming_the_model(x):
+        logits = check_logits(model(x), len(x))
     features = capture.take().double()
     if logits.shape[1] != output.out_features or features.shape[1] != output.in_features:
         raise refuse("layer to be the one that returns the logits", "layer", output, "Pass layer= with its name")

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from aidefend._core.checks import check_number, check_tensor, refuse
+from aidefend._core.checks import check_kind, check_number, check_tensor, refuse
 from aidefend._core.evidence import Evidence, Finding, Severity
 from aidefend._core.random import make_generator, normal
 from aidefend.explain.attribution import Method, attribute
@@ -77,6 +77,7 @@ def sanity_check(
     """
     check_tensor(x, "x", floating=True)
     check_number(limit, "limit", 0.0, 1.0, open_low=True, open_high=True)
+    check_kind(model, nn.Module, "model", "Pass the trained module")
     copied = copy.deepcopy(model).eval()
     layers = [(name, module) for name, module in copied.named_modules() if list(module.parameters(recurse=False))]
     if not layers or len(x) == 0:
