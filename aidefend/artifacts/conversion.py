@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from aidefend._core.checks import check_choice, check_number, refuse
+from aidefend._core.checks import check_choice, check_kind, check_number, check_path, refuse
 from aidefend._core.errors import UnsafeArtifact
 from aidefend._core.storage import atomic_path
 from aidefend.artifacts.files import read_file, unsafe
@@ -61,10 +61,9 @@ def convert(
     limits = check_arguments(path, limits)
     check_choice(to, ("safetensors",), "to")
     check_number(timeout, "timeout", 0, 86_400, open_low=True)
+    check_kind(entry, (str, type(None)), "entry", "Name the entry that holds the tensors, such as 'model'")
     source = Path(path)
-    if output is not None and not isinstance(output, str | os.PathLike):
-        raise refuse("output to be a file name", "output", output, "Pass a str or a Path")
-    target = Path(output) if output is not None else source.with_suffix(".safetensors")
+    target = check_path(output, "output") if output is not None else source.with_suffix(".safetensors")
     if target.is_symlink() or target.is_dir() or target.absolute() == source.absolute():
         raise refuse("output to be a file of its own", "output", str(target), "Pass another path")
     data = read_file(source, limits).data

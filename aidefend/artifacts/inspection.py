@@ -75,7 +75,7 @@ def inspect_artifact(
         ('CRITICAL', ['posix.system'])
     """
     limits = check_arguments(path, limits)
-    denied = check_digests(deny or ())
+    denied = check_digests(() if deny is None else deny)
     place = Path(path)
     if place.is_dir():
         findings = [_inspect_entry(place, entry.path, entry.problem, limits, denied) for entry in walk(place, limits)]

@@ -5,10 +5,10 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from aidefend._core.checks import refuse
+from aidefend._core.checks import check_items, refuse
 from aidefend.artifacts.files import read_file, unsafe
 from aidefend.artifacts.limits import Limits
 from aidefend.artifacts.signatures import Signature
@@ -152,9 +152,7 @@ def _is_digest(value: Any) -> bool:
 
 def check_digests(digests: Any) -> frozenset[str]:
     """A set of SHA-256 digests in lower-case hex."""
-    if isinstance(digests, str) or not isinstance(digests, Iterable):
-        raise refuse("a set of SHA-256 digests", "deny", digests, "Pass for example {'9f86d0...'}")
-    found = frozenset(digests)
+    found = frozenset(check_items(digests, str, "deny", "Pass a set of SHA-256 digests such as {'9f86d0...'}"))
     if wrong := [digest for digest in found if not _is_digest(digest)]:
         raise refuse("SHA-256 digests in lower-case hex", "deny", wrong[0], "Pass for example {'9f86d0...'}")
     return found

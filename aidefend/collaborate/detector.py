@@ -174,7 +174,7 @@ def apply_indicators(
 
 
 def _checked(indicators: Any) -> list[Indicator]:
-    if isinstance(indicators, Indicator | str | bytes | Mapping) or not isinstance(indicators, Iterable):
+    if isinstance(indicators, Indicator | str | bytes | Mapping | Tensor) or not isinstance(indicators, Iterable):
         raise refuse("a collection of indicators", "indicators", type(indicators).__name__, "Pass a list of Indicator")
     found = list(indicators)
     for one in found:

@@ -5,6 +5,8 @@ import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from aidefend._core.checks import check_choice, refuse
 from aidefend._core.evidence import Evidence, Finding
 from aidefend._core.storage import canonical_json
@@ -130,7 +132,7 @@ def _identifier(kind: str, content: Any) -> str:
 
 
 def _checked(indicators: Any) -> list[Indicator]:
-    if isinstance(indicators, Indicator | str | bytes | Mapping) or not isinstance(indicators, Iterable):
+    if isinstance(indicators, Indicator | str | bytes | Mapping | Tensor) or not isinstance(indicators, Iterable):
         raise refuse("a collection of indicators", "indicators", type(indicators).__name__, "Pass a list of Indicator")
     found = list(indicators)
     if strange := [type(one).__name__ for one in found if not isinstance(one, Indicator)]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from aidefend._core.checks import refuse
+from aidefend._core.checks import check_kind, refuse
 from aidefend._core.errors import AidefendError, UnsafeArtifact
 from aidefend.collaborate import marking
 from aidefend.collaborate.indicators import Indicator
@@ -83,6 +83,7 @@ def _producer(objects: list[dict[str, Any]], indicators: list[dict[str, Any]]) -
 
 def _parsed(bundle: Any) -> Any:
     if not isinstance(bundle, str | bytes):
+        check_kind(bundle, Mapping, "bundle", "Pass the bundle as a dict or as JSON text")
         bundle = json.dumps(dict(bundle), allow_nan=False)
     if len(bundle) > marking.LARGEST:
         raise _hostile(f"at most {marking.LARGEST} bytes", "bundle", f"{len(bundle)} bytes")

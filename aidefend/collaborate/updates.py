@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aidefend._core.checks import refuse
+from aidefend._core.checks import check_not_empty, refuse
 
 Update = Tensor | Mapping[str, Tensor]
 _BLOCK = 1 << 22  # numbers in a block: 32 MiB of float64
@@ -26,6 +26,7 @@ class Updates:
 
     def __init__(self, updates: Sequence[Update] | Tensor, like: Update | None = None) -> None:
         rows = _listed(updates)
+        check_not_empty(len(rows), "updates")
         forms = [form_of(row) for row in rows]
         form = _commonest([form for form in forms if form is not None]) if like is None else form_of(like)
         if form is None:
@@ -52,7 +53,7 @@ class Updates:
         self.norms = torch.tensor([norm for norm in norms if norm <= _LONGEST], dtype=torch.float64)
         self.scale = torch.ones_like(self.norms)
         if max_norm is not None:
-            self.scale = (max_norm / self.norms.clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1.0)
+            self.scale = (float(max_norm) / self.norms.clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1.0)
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from aidefend._core.checks import check_choice, check_labels, refuse
+from aidefend._core.checks import check_choice, check_items, check_labels, refuse
 from aidefend.datasets.idx import read_idx
 from aidefend.datasets.image_data import (
     PARTS,
@@ -144,7 +144,8 @@ def _search_roots(roots: str | PathLike[str] | Sequence[str | PathLike[str]] | N
     if roots is None:
         extra = [root for root in os.environ.get(ENVIRONMENT_VARIABLE, "").split(os.pathsep) if root]
         return [check_path(root, "roots") for root in [*extra, *_DEFAULT_ROOTS]]
-    given = [roots] if isinstance(roots, str | PathLike) else list(roots)
+    one = isinstance(roots, str | PathLike)
+    given = (roots,) if one else check_items(roots, (str, PathLike), "roots", "Pass folders")
     if not given:
         raise refuse("at least one root", "roots", roots, "Pass folders, or None for the usual places")
     return [check_path(root, "roots") for root in given]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from aidefend._core.checks import check_labels, check_not_empty, check_tensor, refuse
+from aidefend._core.checks import check_items, check_labels, check_not_empty, check_tensor, refuse
 
 PARTS = ("train_x", "train_y", "test_x", "test_y")
 _MAX_CLASSES = 65_536
@@ -51,6 +51,7 @@ class ImageData:
 
     def __post_init__(self) -> None:
         """Check every part once; the views need no checks of their own."""
+        check_items(self.classes, str, "classes", "Pass the name of each class")
         for part in ("train", "test"):
             self._check_part(f"{part}_x", f"{part}_y")
         if self.train_x.shape[1:] != self.test_x.shape[1:]:
@@ -60,7 +61,7 @@ class ImageData:
     def _check_part(self, x_name: str, y_name: str) -> None:
         x, y = getattr(self, x_name), getattr(self, y_name)
         check_tensor(x, x_name, ndim=4)
-        check_not_empty(len(x), x_name)
+        check_not_empty(x.numel(), x_name)
         if x.dtype != torch.float32 or x.shape[1] not in (1, 3) or float(x.min()) < 0 or float(x.max()) > 1:
             raise refuse(
                 f"{x_name} to be (N, 1 or 3, H, W) float32 in [0, 1]", x_name, x, "Scale and convert the images"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aidefend._core.checks import refuse
+from aidefend._core.checks import check_items
 from aidefend.datasets.reading import (
     MAX_BYTES,
     check_file,
@@ -64,8 +64,8 @@ def read_npz(
 
     Source: the NPY format specification, versions 1.0 and 2.0 (numpy.lib.format).
     """
-    if keys is not None and (isinstance(keys, str) or not all(isinstance(key, str) for key in keys)):
-        raise refuse("keys to be a list of names", "keys", keys, 'Pass for example keys=["train_x", "train_y"]')
+    if keys is not None:
+        keys = check_items(keys, str, "keys", 'Pass for example keys=["train_x", "train_y"]')
     check_limit(max_bytes)
     file = check_file(path)
     with damage_refused(str(file)), file.open("rb") as stream:

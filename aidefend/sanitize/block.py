@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from aidefend._core.checks import check_labels, check_same_rows, check_tensor, refuse
+from aidefend._core.checks import check_items, check_labels, check_same_rows, check_tensor, refuse
 
 
 class Rows(NamedTuple):
@@ -34,7 +34,7 @@ def read_block(block: Mapping[str, Any], dimensions: int | None = None, key: str
     source = key if key in block else "features"
     features = check_tensor(block[source], source, ndim=2, floating=True, finite=False).detach().cpu().double()
     labels = check_labels(block["labels"], len(features), name="labels").cpu()
-    ids = tuple(block["ids"])
+    ids = check_items(block["ids"], str, "ids", "Pass the content ids of the rows")
     check_same_rows(("ids", "features"), len(ids), len(features))
     if dimensions is not None and features.shape[1] != dimensions:
         cure = "Pass blocks from one feature extractor"

@@ -43,6 +43,9 @@ class Features:
 
     def blocks(self, size: int = 1024, view: Tensor | None = None) -> Iterator[dict[str, Any]]:
         """The rows as blocks for detectors; `view` (N, v) goes along as an independent view."""
+        check_int(size, "size")
+        if view is not None:
+            check_tensor(view, "view", ndim=2, finite=False, rows=len(self))
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             block = {

@@ -1,6 +1,6 @@
 """What the user knows about rows beside their content: which are trusted, where they come from, whom they concern."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ def read_trusted(trusted: Any, ids: Sequence[str]) -> Tensor:
     chosen = torch.zeros(len(ids), dtype=torch.bool)
     if trusted is None:
         return chosen
-    values = trusted.tolist() if hasattr(trusted, "tolist") else list(trusted)
+    if not isinstance(trusted, Collection) and not hasattr(trusted, "tolist"):
+        raise refuse("trusted as a collection", "trusted", trusted, "Pass row numbers, content ids, or a bool mask")
+    values = _listed(trusted, "trusted")
     if values and all(isinstance(value, bool) for value in values):
         if len(values) != len(ids):
             cure = "Pass one entry for each sample"
@@ -32,13 +34,24 @@ def read_trusted(trusted: Any, ids: Sequence[str]) -> Tensor:
     return chosen
 
 
+def _listed(values: Any, name: str) -> list[Any]:
+    try:
+        listed = values.tolist() if hasattr(values, "tolist") else list(values)
+    except Exception as error:  # a sparse tensor, a list that computes its entries
+        found = f"{type(error).__name__}: {error}"
+        raise refuse(f"{name} as a collection that can be read", name, found, "Pass a list") from error
+    if not isinstance(listed, list):
+        raise refuse(f"{name} with one entry for each row", name, values, "Pass a list")
+    return listed
+
+
 def read_names(values: Any, n: int, name: str) -> list[str] | None:
     """One name a row, from a tensor, an array or a sequence; None stays None."""
     if values is None:
         return None
     if isinstance(values, str) or not (hasattr(values, "tolist") or isinstance(values, Sequence)):
         raise refuse(f"{name} with one entry for each row", name, type(values).__name__, "Pass a list of names")
-    listed = values.tolist() if hasattr(values, "tolist") else list(values)
+    listed = _listed(values, name)
     if len(listed) != n:
         raise refuse(f"{name} with {n} entries", name, f"{len(listed)} entries", "Pass one entry for each sample")
     return [str(value) for value in listed]
