@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from aidefend._core.checks import refuse
+from aidefend._core.checks import check_callable, refuse
 from aidefend._core.evidence import Evidence, Finding, Severity
 from aidefend.audit.mapping import references
 from aidefend.audit.subject import found
@@ -43,6 +43,9 @@ def audit_artifacts(
         >>> audit_artifacts(path="model.safetensors", inspector=clean)["artifacts.problems"].value
         0
     """
+    check_callable(inspector, "inspector", "Pass aidefend.artifacts.inspect_artifact")
+    if verifier is not None:
+        check_callable(verifier, "verifier", "Pass verifier(path) that raises on failure, such as manifest.verify")
     inspected: Any = inspector(path)
     if not isinstance(inspected, Evidence):
         cure = "Pass inspector(path) -> Evidence"

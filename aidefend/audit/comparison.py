@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal, Protocol
 
+from aidefend._core.checks import check_kind
 from aidefend._core.evidence import Evidence, Finding, Severity
 from aidefend.audit.cleaning import interval, markdown, number
 from aidefend.audit.mapping import better
@@ -94,7 +95,8 @@ def compare(before: Evidence | HasEvidence, after: Evidence | HasEvidence) -> Co
 
 
 def _evidence(source: Evidence | HasEvidence) -> Evidence:
-    return source if isinstance(source, Evidence) else source.evidence
+    found = source if isinstance(source, Evidence) else getattr(source, "evidence", None)
+    return check_kind(found, Evidence, "before and after", "Pass the Evidence or the AuditReport of a run")
 
 
 def _by_key(evidence: Evidence) -> dict[tuple[str, str], Finding]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aidefend._core.checks import check_int, check_not_empty, refuse
+from aidefend._core.checks import check_callable, check_int, check_items, check_not_empty, check_tensor, refuse
 from aidefend._core.evidence import Evidence, Finding, Severity
 from aidefend._core.modules import Model
 from aidefend._core.random import derive_seed
@@ -38,10 +38,16 @@ class DefaultStudent:
     classes: int
     hidden: int = 128
 
+    def __post_init__(self) -> None:
+        for name, low in (("features", 1), ("classes", 2), ("hidden", 1)):
+            check_int(getattr(self, name), name, low)
+
     def __call__(self, seed: int) -> nn.Module:
         """A fresh copy; its weights come from the seed alone."""
+        check_int(seed, "seed", 0)
         stream = torch.Generator().manual_seed(seed)
-        layers = nn.Linear(self.features, self.hidden), nn.Linear(self.hidden, self.classes)
+        sizes = (self.features, self.hidden), (self.hidden, self.classes)
+        layers = [nn.utils.skip_init(nn.Linear, *size) for size in sizes]  # draws nothing from the global stream
         for layer in layers:
             bound = layer.in_features**-0.5
             nn.init.uniform_(layer.weight, -bound, bound, generator=stream)
@@ -91,12 +97,16 @@ def audit_extraction(
         32
     """
     check_model(model)
+    queries = check_items(queries, int, "queries", "Pass whole numbers, such as (100, 400)")
     check_not_empty(len(queries), "queries")
+    if student_fn is not None:
+        check_callable(student_fn, "student_fn", "Pass student_fn(seed) -> module")
     held_out = samples_of(test, "test")
     asked, compared = _split(held_out, pool, seed)
     answers = ask(model if reference is None else check_model(reference, "reference"), compared)
     truth = answers.argmax(dim=1)
-    student = student_fn or DefaultStudent(asked[0].numel(), answers.shape[1])
+    classes = max(answers.shape[1], int(held_out.y.max()) + 1)  # labels alone may show fewer
+    student = student_fn if student_fn is not None else DefaultStudent(asked[0].numel(), classes)
     constant = float(torch.bincount(truth).max()) / len(truth)
     findings: list[Finding] = []
     budgets = sorted({min(check_int(budget, "queries"), len(asked)) for budget in queries})
@@ -142,7 +152,7 @@ def _agreement_finding(identity: str, same: Interval, n: int, setting: dict[str,
 
 def _split(held_out: Samples, pool: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
     if pool is not None:
-        return pool, held_out.x
+        return check_tensor(pool, "pool"), held_out.x
     if len(held_out.x) < 4:
         raise refuse("at least 4 test samples", "test", held_out.x, "Pass more held-out samples, or pool=")
     order = torch.randperm(len(held_out.x), generator=torch.Generator().manual_seed(derive_seed(seed, "pool")))

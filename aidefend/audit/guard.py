@@ -6,7 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aidefend._core.checks import check_int, check_probability, refuse
+from aidefend._core.checks import (
+    check_callable,
+    check_int,
+    check_labels,
+    check_logits,
+    check_probability,
+    check_tensor,
+    refuse,
+)
 from aidefend._core.evidence import Evidence, Finding, Severity
 from aidefend._core.modules import Model, preserve
 from aidefend._core.random import derive_seed
@@ -67,6 +75,9 @@ def audit_guard(
         >>> evidence["guard.false_positive_rate"].value
         0.15
     """
+    check_callable(guard, "guard", "Pass a Guard, or your own with .accepted, .outputs and .attackable()")
+    if attack is not None:
+        check_callable(attack, "attack", "Pass an attack (model, x, y, generator=) -> x_adv on the attackable guard")
     held_out = samples_of(test, "test")
     accepted, _ = _decide(guard, held_out.x, principal)
     findings = [_false_positives(accepted, _promise(guard, alpha, calibration_n))]
@@ -79,7 +90,7 @@ def audit_guard(
     chosen = draw(held_out, samples, seed, "guard")
     bare = guard.model if model is None else model
     whole = guard.attackable()
-    naive_attack = attack or PGD(threat, steps=check_int(steps, "steps"))
+    naive_attack = attack if attack is not None else PGD(threat, steps=check_int(steps, "steps"))
     adaptive = [APGD(threat, steps=steps, loss=joint_margin, is_success=passes_and_fools)]
     adaptive += [attack] if attack is not None else []
     wrong = _fooled(guard, chosen.x, chosen.y, principal)
@@ -111,6 +122,7 @@ def joint_margin(outputs: Tensor, y: Tensor) -> Tensor:
         >>> joint_margin(torch.tensor([[1.0, 4.0, 2.0], [1.0, 4.0, 5.0]]), torch.tensor([0, 0])).tolist()
         [2.0, -1.0]
     """
+    _check_joint(outputs, y)
     classes = outputs[:, :-1]
     others = classes.scatter(1, y[:, None], -torch.inf).amax(dim=1)
     return others - torch.maximum(classes.gather(1, y[:, None])[:, 0], outputs[:, -1])
@@ -128,8 +140,17 @@ def passes_and_fools(outputs: Tensor, y: Tensor) -> Tensor:
         >>> passes_and_fools(torch.tensor([[1.0, 4.0, 2.0], [1.0, 4.0, 5.0]]), torch.tensor([0, 0])).tolist()
         [True, False]
     """
+    _check_joint(outputs, y)
     top = outputs.argmax(dim=1)
     return (top != y) & (top != outputs.shape[1] - 1)
+
+
+def _check_joint(outputs: Tensor, y: Tensor) -> None:
+    """Logits with a column for the refusal, and classes below it."""
+    check_tensor(outputs, "outputs", ndim=2, finite=False)
+    if outputs.shape[1] < 3:
+        raise refuse("outputs of shape (N, K + 1 >= 3)", "outputs", outputs, "Pass guard.attackable()(x)")
+    check_labels(y, len(check_logits(outputs, len(outputs), "outputs")), outputs.shape[1] - 1)
 
 
 def _run(attack: Callable[..., Tensor], model: Model, data: Samples, threat: Threat, seed: int, name: str) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from aidefend._core.checks import check_int, refuse
+from aidefend._core.checks import check_callable, check_int, refuse
 from aidefend._core.evidence import Evidence, Finding, Severity
 from aidefend._core.modules import Model
 from aidefend._core.neighbours import k_nearest
@@ -77,7 +77,9 @@ def audit_inversion(
     check_int(per_class, "per_class")
     private = samples_of(train, "train")
     held_out = None if test is None else without(samples_of(test, "test"), private)
-    attack = attack or ClassInversion(check_int(steps, "steps"), bounds=_bounds(private.x))
+    if attack is not None:
+        check_callable(attack, "attack", "Pass ClassInversion(...)")
+    attack = ClassInversion(check_int(steps, "steps"), bounds=_bounds(private.x)) if attack is None else attack
     made = reconstruct(model, private, attack=attack, per_class=per_class, seed=seed)
     setting = {"attack": str(attack), "method": made.result.method, "seed": seed}
     if made.result.status == "not shown":
@@ -117,7 +119,10 @@ def reconstruct(
         [[0.0], [1.0]]
     """
     train = train if isinstance(train, Samples) else samples_of(train, "train")
-    attack = attack or ClassInversion(bounds=_bounds(train.x))
+    check_int(per_class, "per_class")
+    if attack is not None:
+        check_callable(attack, "attack", "Pass ClassInversion(...)")
+    attack = ClassInversion(bounds=_bounds(train.x)) if attack is None else attack
     classes = train.y.unique().repeat_interleave(per_class).to(train.x.device)
     shape = tuple(train.x.shape[1:])
     result = attack(model, classes, shape=shape, seed=derive_seed(seed, "inversion"))

@@ -75,6 +75,11 @@ def audit_membership(
 
 def _parties(train: Any, test: Any, samples: int | None, seed: int) -> tuple[Samples, Samples, dict[str, Any]]:
     inside, outside = samples_of(train, "train"), samples_of(test, "test")
+    if inside.x.shape[1:] != outside.x.shape[1:]:
+        found = f"train {tuple(inside.x.shape[1:])}, test {tuple(outside.x.shape[1:])}"
+        raise refuse("inputs of one shape in train and test", "shapes", found, "Pass data of the same model")
+    if samples is not None:
+        check_int(samples, "samples")
     apart = without(outside, inside)
     if not len(apart.x):
         cure = "Hold samples back from training and pass them as test="

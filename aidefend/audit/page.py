@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aidefend._core.checks import refuse
+from aidefend._core.checks import check_items, check_kind, refuse
 from aidefend._core.errors import MissingExtra
 from aidefend._core.evidence import Finding, Severity
 from aidefend.audit.cleaning import interval, number, one_line, visible
@@ -29,7 +29,8 @@ class Figure:
         given: object = self.png
         if not isinstance(given, bytes) or not given.startswith(_PNG):
             raise refuse("PNG bytes", "png", type(given).__name__, "Save the figure as PNG into io.BytesIO first")
-        if not self.alt.strip():
+        check_kind(self.caption, str, "caption", "Pass words")
+        if not check_kind(self.alt, str, "alt", "Say what the figure shows").strip():
             raise refuse("a text for readers who cannot see the figure", "alt", self.alt, "Say what it shows")
 
 
@@ -107,6 +108,10 @@ def render_page(
     )
     style = (_TEMPLATES / "page.css").read_text(encoding="utf-8")
     template = environment.from_string((_TEMPLATES / "page.html").read_text(encoding="utf-8"))
+    sections = check_items(sections, Section, "sections", "Pass a list of Section")
+    summary_rows = check_items(summary_rows, (SummaryRow, tuple, list), "summary_rows", "Pass a list of SummaryRow")
+    notes = check_items(notes, str, "notes", "Pass a list of texts")
+    about = {} if metadata is None else check_kind(metadata, Mapping, "metadata", "Pass a dict")
     findings = [finding for section in sections for finding in section.findings]
     page: str = template.render(
         title=visible(title),
@@ -117,7 +122,7 @@ def render_page(
         notes=[visible(note) for note in notes],
         counts=_counts(findings),
         sections=[_section(section, number) for number, section in enumerate(sections, start=1)],
-        metadata=[(visible(name), visible(value)) for name, value in (metadata or {}).items()],
+        metadata=[(visible(name), visible(value)) for name, value in about.items()],
     )
     return page
 

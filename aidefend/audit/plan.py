@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from aidefend._core.checks import check_choice, check_int, refuse
+from aidefend._core.checks import check_choice, check_int, check_items, refuse
 
 Part = Literal[
     "evasion", "poisoning", "membership", "inversion", "extraction", "privacy", "artifacts", "storage", "guard"
@@ -59,7 +59,7 @@ class AuditPlan:
 
     def __post_init__(self) -> None:
         check_choice(self.budget, ("quick", "standard", "thorough"), "budget")
-        for part in self.parts:
+        for part in check_items(self.parts, str, "parts", "Pass names of parts"):
             check_choice(part, PARTS, "parts")
         if len(set(self.parts)) != len(self.parts):
             raise refuse("parts without repetition", "parts", self.parts, "Name each part once")
@@ -70,7 +70,7 @@ class AuditPlan:
         check_int(self.shadows, "shadows", 4)
         if self.shadows % 2:
             raise refuse("an even number of shadow models", "shadows", self.shadows, "Halves come in pairs")
-        for budget in self.queries:
+        for budget in check_items(self.queries, int, "queries", "Pass whole numbers"):
             check_int(budget, "queries")
         if not self.queries:
             raise refuse("at least one query budget", "queries", self.queries, "Pass whole numbers")

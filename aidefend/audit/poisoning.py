@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from aidefend._core.batches import as_dataset
-from aidefend._core.checks import check_int, check_tensor, refuse
+from aidefend._core.checks import check_callable, check_int, check_tensor, refuse
 from aidefend._core.evidence import Evidence, Finding, Severity
 from aidefend._core.modules import Model
 from aidefend._core.random import derive_seed
@@ -65,6 +65,10 @@ def audit_poisoning(
     if trigger is None and train_fn is None:
         cure = "Pass the trigger to look for, or train_fn= to poison a training run"
         raise refuse("trigger or train_fn", "trigger, train_fn", None, cure)
+    if trigger is not None:
+        check_callable(trigger, "trigger", "Pass trigger(x) -> x")
+    if attack is not None and not callable(getattr(attack, "poison", None)):
+        raise refuse("an attack with .poison(dataset, seed)", "attack", attack, "Pass Patch(...) or its like")
     held_out = draw(samples_of(test, "test"), samples, seed, "poisoning")
     findings: list[Finding] = []
     if trigger is not None:

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from aidefend._core.checks import check_choice, refuse
+from aidefend._core.checks import check_choice, check_kind, check_path, refuse
 from aidefend._core.errors import ConfigurationError, MissingExtra
 from aidefend._core.evidence import Evidence, Finding, Severity
 
@@ -92,24 +92,31 @@ class Policy:
     rules: Mapping[str, Rule]
     max_severity: Severity | None = None
 
+    def __post_init__(self) -> None:
+        """A policy that demands nothing would pass everything."""
+        check_kind(self.rules, Mapping, "rules", "Pass {finding id: Rule(...)}")
+        for rule in self.rules.values():
+            check_kind(rule, Rule, "rules", "Pass {finding id: Rule(...)}")
+        check_kind(self.max_severity, (Severity, type(None)), "max_severity", "Pass Severity.MEDIUM or its like")
+        if not self.rules and self.max_severity is None:
+            cure = "Name a finding with min or max, or a max_severity"
+            raise refuse("a policy that demands something", "policy", dict(self.rules), cure)
+
     @classmethod
     def read(cls, source: "Policy | Mapping[str, Any] | str | os.PathLike[str]") -> "Policy":
         """From a TOML file or a dict of the same form; unknown keys, wrong types and empty policies are refused."""
         if isinstance(source, Policy):
             return source
-        table = source if isinstance(source, Mapping) else _read_toml(Path(source))
+        table = source if isinstance(source, Mapping) else _read_toml(check_path(source, "policy"))
         tables = {**table.get("findings", {}), **{key: table[key] for key in table if key not in _TOP_KEYS}}
         default = check_choice(table.get("interval", "conservative"), ("conservative", "value"), "interval")
         rules = {name: _rule(name, item, default) for name, item in _flatten(tables)}
         top = table.get("max_severity")
-        policy = cls(rules, None if top is None else _severity(top, "max_severity"))
-        if not rules and policy.max_severity is None:
-            cure = "Name a finding with min or max, or a max_severity"
-            raise refuse("a policy that demands something", "policy", dict(table), cure)
-        return policy
+        return cls(rules, None if top is None else _severity(top, "max_severity"))
 
     def judge(self, evidence: Evidence) -> PolicyResult:
         """Every demand against every finding. Broken checks never pass, nor does an audit that measured nothing."""
+        check_kind(evidence, Evidence, "evidence", "Pass the evidence of an audit")
         problems = [_broken(finding) for finding in evidence.findings if finding.status == "failed"]
         if not any(finding.status == "measured" for finding in evidence.findings):
             problems.append(Problem("audit", "at least one measured finding", "none", "missing"))

@@ -8,8 +8,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, TensorDataset
 
-from aidefend._core.batches import as_dataset
-from aidefend._core.checks import check_int, check_number, check_probability, refuse
+from aidefend._core.batches import as_dataset, gather_labelled
+from aidefend._core.checks import (
+    check_callable,
+    check_int,
+    check_not_empty,
+    check_number,
+    check_probability,
+    check_tensor,
+    refuse,
+)
 from aidefend._core.errors import AidefendError
 from aidefend._core.evidence import Evidence, Finding, Severity
 from aidefend._core.modules import Model
@@ -60,6 +68,9 @@ def epsilon_lower_bound(
     """
     check_number(delta, "delta", 0.0, 1.0, open_high=True)
     check_probability(confidence, "confidence")
+    threshold = check_number(threshold, "threshold")
+    for name, statistics in (("with_sample", with_sample), ("without_sample", without_sample)):
+        check_not_empty(len(check_tensor(statistics, name, ndim=1)), name)
     hits, alarms = int((with_sample > threshold).sum()), int((without_sample > threshold).sum())
     power = clopper_pearson(hits, len(with_sample), confidence).low
     alarm = clopper_pearson(alarms, len(without_sample), confidence).high
@@ -177,19 +188,23 @@ def _pair(
             cure = "Pass statistic= with neighbour=, or canary= alone"
             raise refuse("a statistic for a neighbour", "statistic, canary", (statistic, canary), cure)
         return as_dataset(neighbour), statistic
+    if statistic is not None:
+        check_callable(statistic, "statistic", "Pass statistic(model) -> float")
+    if canary is not None and (not isinstance(canary, tuple | list) or len(canary) != 2):
+        raise refuse("canary to be one sample (x, y)", "canary", canary, "Pass a tensor and its class")
     x, y = canary if canary is not None else _default_canary(base)
-    x, y = torch.as_tensor(x), torch.as_tensor(y, dtype=torch.int64).reshape(())
+    try:
+        x, y = torch.as_tensor(x), torch.as_tensor(y, dtype=torch.int64).reshape(())
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise refuse("canary to be one sample (x, y)", "canary", canary, "Pass a tensor and its class") from error
     added = TensorDataset(x[None], y[None])
     return ConcatDataset([base, added]), statistic or (lambda model: float(LossThreshold()(model, x[None], y[None])[0]))
 
 
 def _default_canary(base: Dataset[Any]) -> tuple[Tensor, Tensor]:
-    samples = [base[i] for i in range(len(base))]  # type: ignore[arg-type]  # map-style, so it has a length
-    if not samples or len(samples[0]) != 2:
-        raise refuse("labelled samples", "train", f"{len(samples)} samples", "Pass train=(x, y), or neighbour=")
-    labels = torch.stack([torch.as_tensor(label).long().reshape(()) for _, label in samples])
+    x, labels = gather_labelled(base, "train")
     classes = max(2, int(labels.max()) + 1)
-    return torch.as_tensor(samples[0][0]), (labels[0] + 1) % classes
+    return x[0], (labels[0] + 1) % classes
 
 
 def _runs(train_fn: TrainFn, data: Any, score: Statistic, runs: int, seed: int, side: int) -> Tensor:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from aidefend._core.checks import check_items, check_kind
 from aidefend._core.evidence import Evidence, Finding, Severity, Status
 from aidefend._core.storage import plain, pretty_json, write_atomic
 from aidefend.audit.cleaning import interval, markdown, number
@@ -42,6 +43,9 @@ class AuditReport:
 
     evidence: Evidence
 
+    def __post_init__(self) -> None:
+        check_kind(self.evidence, Evidence, "evidence", "Pass what the parts of an audit return")
+
     @property
     def findings(self) -> tuple[Finding, ...]:
         """All findings, in the order of the parts."""
@@ -66,6 +70,7 @@ class AuditReport:
 
     def status(self, part: str) -> Status:
         """Of a whole part: "failed" if any finding is, else "measured" if any is, else "not shown" or "not tested"."""
+        check_kind(part, str, "part", "Name a part such as 'evasion'")
         own = {finding.status for finding in self.findings if finding.id.partition(".")[0] == part}
         order: tuple[Status, ...] = ("failed", "measured", "not shown")
         return next((status for status in order if status in own), "not tested")
@@ -89,7 +94,8 @@ class AuditReport:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "AuditReport":
         """The report back from `to_dict`; a changed content is refused by its digest."""
-        return cls(Evidence.from_dict(data.get("evidence", {})))
+        given = check_kind(data, Mapping, "data", "Pass what AuditReport.to_dict returned")
+        return cls(Evidence.from_dict(given.get("evidence", {})))
 
     def to_json(self, path: PathLike | None = None) -> str:
         """The dict as JSON text; also written to `path`, whole or not at all. So for all `to_*`."""
@@ -126,6 +132,10 @@ class AuditReport:
 
     def sections(self, figures: Mapping[str, Sequence[Figure]] | None = None) -> list[Section]:
         """One section of the page for each part, worst findings first, with the part's figures."""
+        if figures is not None:
+            check_kind(figures, Mapping, "figures", "Pass {part: [Figure(...)]}")
+            for drawn in figures.values():
+                check_items(drawn, Figure, "figures", "Pass {part: [Figure(...)]}")
         parts = dict.fromkeys(finding.id.partition(".")[0] for finding in self.findings)
         return [
             Section(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import aidefend
-from aidefend._core.checks import check_int
+from aidefend._core.checks import check_flag, check_int, check_kind
 from aidefend._core.evidence import Evidence, Finding, Severity
 from aidefend._core.modules import Model
 from aidefend._core.progress import progress
@@ -92,6 +92,10 @@ def audit(
         >>> report.status("membership"), report.status("evasion")
         ('measured', 'not tested')
     """
+    if threat is not None:
+        check_kind(threat, Threat, "threat", 'Pass Threat("linf", eps=...), or None')
+    if show_progress is not None:
+        check_flag(show_progress, "show_progress")
     given = Given(
         model=model,
         train=None if train is None else samples_of(train, "train"),

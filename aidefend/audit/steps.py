@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +55,7 @@ class Given:
     @property
     def place(self) -> Any:
         """The folder of the storage part."""
-        whole = self.path is not None and Path(self.path).is_dir()
+        whole = isinstance(self.path, str | PathLike) and Path(self.path).is_dir()
         return self.path if self.folder is None and whole else self.folder
 
     def seed_of(self, part: str) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from aidefend._core.checks import check_int, check_number, refuse
+from aidefend._core.checks import check_int, check_number, check_path, refuse
 from aidefend._core.evidence import Evidence, Finding, Severity
 from aidefend.audit.secrets import find_secrets
 from aidefend.audit.subject import found
@@ -65,7 +65,7 @@ def audit_storage(
         ...     audit_storage(folder)["storage.secret"].setting["path"]
         'settings.ini'
     """
-    root = Path(folder)
+    root = check_path(folder, "folder")
     check_int(max_files, "max_files")
     check_int(max_read, "max_read")
     check_number(stale_days, "stale_days", 0.0)

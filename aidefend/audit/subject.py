@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from aidefend._core.batches import content_ids, gather_labelled, input_id
-from aidefend._core.checks import check_labels, check_not_empty, refuse
+from aidefend._core.checks import check_int, check_labels, check_not_empty, refuse
 from aidefend._core.errors import IncompatibleModel
 from aidefend._core.evidence import Finding, Severity, Status
 from aidefend._core.modules import Model, training_layers
@@ -38,7 +38,7 @@ def samples_of(data: Any, name: str) -> Samples:
 def draw(data: Samples, count: int | None, seed: int, name: str) -> Samples:
     """At most `count` samples, chosen by the seed, in the order of the data; all of them for None."""
     n = len(data.x)
-    if count is None or count >= n:
+    if count is None or check_int(count, "samples") >= n:
         return data
     stream = torch.Generator().manual_seed(derive_seed(seed, "draw", name))
     return data.rows(torch.randperm(n, generator=stream)[:count].sort().values)

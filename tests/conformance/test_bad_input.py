@@ -1,0 +1,781 @@
+"""Every public call with bad input: one error of ours that names an argument, and a model that is as it was.
+
+The list holds one good call for each public door. The sweep replaces one argument after the other with values of every
+wrong kind. A call may take a value (None where it is a default, 0.5 where a number is asked for). It may not let an
+error out that is no `AidefendError`, draw from a global stream or leave a trace on the model.
+"""
+
+import importlib
+import inspect
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
+
+import aidefend
+from aidefend import (
+    AidefendError,
+    Evidence,
+    Finding,
+    Report,
+    Severity,
+    Threat,
+    artifacts,
+    attacks,
+    audit,
+    collaborate,
+    datasets,
+    explain,
+    monitor,
+    privacy,
+    sanitize,
+    validate,
+)
+
+ROWS, CLASSES = 24, 3
+KEY = b"0123456789abcdef"
+
+
+def stream(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class Net(nn.Module):
+    """BatchNorm and dropout: what a careless call would leave changed."""
+
+    def __init__(self, answer=None, *, raises=False):
+        super().__init__()
+        torch.manual_seed(0)  # the test's own stream: every Net has the same weights
+        self.body = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Dropout(0.5), nn.Flatten())
+        self.head = nn.Linear(32, CLASSES)
+        self.answer, self.raises = answer, raises
+        self.eval()
+
+    def forward(self, x):
+        hidden = self.body(x)
+        if self.raises:
+            raise ZeroDivisionError("the model broke")
+        outputs = self.head(hidden)
+        return outputs if self.answer is None else self.answer(outputs)
+
+
+class Broken:
+    """A data set with a row that cannot be read."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, row):
+        if row == 3:
+            raise OSError("row 3 is damaged")
+        return torch.zeros(1, 6, 6), 0
+
+
+def private_net():
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES))
+
+
+def per_example(outputs, targets):
+    return cross_entropy(outputs, targets, reduction="none")
+
+
+def private_config():
+    return privacy.PrivacyConfig(
+        expected_batch_size=8, steps=2, max_grad_norm=1.0, delta=1e-5, public_size=24, noise_multiplier=1.0
+    )
+
+
+X, X2 = torch.rand(ROWS, 1, 6, 6, generator=stream()), torch.rand(ROWS, 1, 6, 6, generator=stream(1))
+Y = torch.arange(ROWS) % CLASSES
+MANY = torch.rand(300, 1, 6, 6, generator=stream(2))
+HOLED = X.clone()
+HOLED[2, 0, 1, 1] = float("nan")
+THREAT = Threat("linf", 0.1)
+ATTACK = attacks.PGD(THREAT, 1)
+EVIDENCE = Evidence([Finding("a.b", "t", Severity.HIGH, 0.5, 0.4, 0.6, 10)])
+LOGITS = torch.rand(ROWS, CLASSES + 1, generator=stream(3))
+BLOCK = {"ids": tuple(map(str, range(ROWS))), "features": X.flatten(1), "labels": Y, "x": X}
+
+WRONG = {
+    "None": None,
+    "text": "nonsense",
+    "negative": -1,
+    "half": 0.5,
+    "nan": float("nan"),
+    "inf": float("inf"),
+    "huge": 10**30,
+    "object": object(),
+    "empty list": [],
+    "list of None": [None],
+    "dict": {"a": 1},
+    "bytes": b"bytes",
+    "array": np.zeros(3),
+    "array of objects": np.array([object(), None]),
+    "no rows": X[:0],
+    "scalar": torch.tensor(1.0),
+    "holes": HOLED,
+    "one dimension": X[:, 0, 0, 0],
+    "other shape": X[:, :, :5],
+    "bytes of pixels": (X * 255).byte(),
+    "complex": X.to(torch.complex64),
+    "sparse": X.reshape(ROWS, 36).to_sparse(),
+    "outside": X * 3 - 1,
+    "few rows": X[:3],
+    "labels below 0": Y - 5,
+    "labels too high": Y + 100,
+    "ragged rows": [(torch.zeros(2), 0), (torch.zeros(3), 1)],
+    "broken rows": Broken(),
+    "no labels": TensorDataset(X),
+    "wrong labels": (X, Y - 5),
+    "unequal pair": (X, Y[:3]),
+}
+MODELS = {
+    "raises": lambda: Net(raises=True),
+    "raises in train mode": lambda: Net(raises=True).train(),
+    "train mode": lambda: Net().train(),
+    "probabilities": lambda: Net(lambda outputs: outputs.softmax(dim=1)),
+    "text": lambda: Net(lambda outputs: "text"),
+    "one row": lambda: Net(lambda outputs: outputs[:1]),
+    "classes": lambda: Net(lambda outputs: outputs.argmax(dim=1)),
+    "holes": lambda: Net(lambda outputs: outputs * float("nan")),
+    "half precision": lambda: Net().half(),
+    "no argument": lambda: lambda: None,
+}
+
+
+def guard():
+    return validate.Guard.calibrate(Net(), MANY, detectors=[validate.Energy()], alpha=0.05)
+
+
+def file(name, content=b"x"):
+    path = Path(tempfile.mkdtemp()) / name
+    path.write_bytes(content)
+    return path
+
+
+def saved(thing, name="saved"):
+    path = Path(tempfile.mkdtemp()) / name
+    thing.save(path)
+    return path
+
+
+def new_path():
+    return Path(tempfile.mkdtemp()) / "new"
+
+
+def weights():
+    return saved_tensors({"w": torch.ones(3, 3)})
+
+
+def saved_tensors(tensors):
+    from safetensors.torch import save
+
+    return file("w.safetensors", save(tensors))
+
+
+def npz():
+    path = Path(tempfile.mkdtemp()) / "images.npz"
+    parts = {f"{part}_x": np.zeros((4, 28, 28), np.uint8) for part in ("train", "test")}
+    labels = {f"{part}_y": np.arange(4, dtype=np.uint8) for part in ("train", "test")}
+    np.savez(path, **parts, **labels)
+    return path
+
+
+def with_private(use):
+    def run(**arguments):
+        model = private_net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        run = privacy.make_private(model, optimizer, TensorDataset(X, Y), per_example, private_config())
+        try:
+            return use(run, **arguments)
+        finally:
+            run.release()
+
+    return run
+
+
+def made_private(**arguments):
+    privacy.make_private(**arguments).release()
+
+
+def private_arguments():
+    model = private_net()
+    return {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "dataset": TensorDataset(X, Y),
+        "per_example_loss": per_example,
+        "config": private_config(),
+        "ledger": None,
+    }
+
+
+def budget():
+    return monitor.QueryBudget(new_path(), monitor.Bucket(9))
+
+
+def rule():
+    return monitor.Rule("reader", ("predict",), ("model",))
+
+
+def policy():
+    return monitor.AccessPolicy([rule()], {"alice": ["reader"]})
+
+
+def log():
+    return monitor.AuditLog(new_path(), KEY)
+
+
+def report():
+    return Report(("a", "b"), torch.tensor([True, False]))
+
+
+def trained(dataset, seed):
+    return Net()
+
+
+def plan():
+    sizes = {"samples": 8, "comparisons": 16, "shadows": 4, "inversion_steps": 2, "queries": (5,)}
+    return audit.AuditPlan(parts=("membership", "storage"), **sizes)
+
+
+def sample_arguments():
+    return {"model": Net(), "x": X, "y": Y}
+
+
+FITTED = sanitize.SpectralSignature().partial_fit(BLOCK)
+INDICATORS = collaborate.sample_indicators(X[:4], KEY)
+DETECTOR = collaborate.apply_indicators(INDICATORS, KEY)
+STATE = sanitize.screen(TensorDataset(X, Y)).state()
+MARKED = X.clone()
+MARKED[..., -2:, -2:] = 1.0
+
+# name: (call, good arguments). The first part of a name is the public name that the entry stands for.
+CALLS = {
+    "Report": (
+        Report,
+        lambda: {"ids": ("a", "b"), "keep": torch.tensor([True, False]), "scores": {}, "reasons": ((), ("r",))},
+    ),
+    "Report.view": (lambda dataset: report().view(dataset), lambda: {"dataset": TensorDataset(X[:2])}),
+    "Report.and": (lambda other: report() & other, lambda: {"other": report()}),
+    "Report.save": (lambda path: report().save(path), lambda: {"path": new_path()}),
+    "Report.load": (Report.load, lambda: {"path": saved(report())}),
+    "Finding": (Finding, lambda: {"id": "a", "title": "t", "severity": Severity.LOW, "value": 0.5, "n": 3}),
+    "Finding.from_dict": (Finding.from_dict, lambda: {"data": Finding("a", "t").to_dict()}),
+    "Evidence": (Evidence, lambda: {"findings": [Finding("a", "t")], "metadata": {}}),
+    "Evidence.from_dict": (Evidence.from_dict, lambda: {"data": EVIDENCE.to_dict()}),
+    "Evidence.to_json": (EVIDENCE.to_json, lambda: {"path": new_path()}),
+    "attacks.Patch": (
+        lambda **a: attacks.Patch(**a).poison((X, Y)),
+        lambda: {"target": 0, "rate": 0.2, "size": 2, "position": "center", "value": None, "bounds": (0.0, 1.0)},
+    ),
+    "attacks.Patch.poison": (attacks.Patch(0, 0.2, 2).poison, lambda: {"dataset": TensorDataset(X, Y), "seed": 0}),
+    "attacks.Patch.stamp": (attacks.Patch(0, 0.2, 2).stamp, lambda: {"x": X}),
+    "attacks.Blend": (
+        lambda **a: attacks.Blend(**a).poison((X, Y)),
+        lambda: {"target": 0, "rate": 0.2, "alpha": 0.2, "pattern": None, "bounds": (0.0, 1.0)},
+    ),
+    "attacks.LabelFlip": (lambda **a: attacks.LabelFlip(**a).poison((X, Y)), lambda: {"rate": 0.2, "target": None}),
+    "attacks.ClassInversion": (attacks.ClassInversion, lambda: {"steps": 2, "step_size": 0.1, "bounds": (0.0, 1.0)}),
+    "attacks.ClassInversion.run": (
+        attacks.ClassInversion(2),
+        lambda: {"model": Net(), "y": torch.arange(3), "shape": (1, 6, 6), "generator": None, "seed": 0},
+    ),
+    "attacks.Extraction": (
+        lambda **a: attacks.Extraction(**a)(Net(), X),
+        lambda: {"student_fn": lambda seed: Net(), "queries": 10, "query_batch": 4, "epochs": 1},
+    ),
+    "attacks.Extraction.run": (
+        lambda model, x, seed: attacks.Extraction(lambda seed: Net(), 10, epochs=1)(model, x, seed=seed),
+        lambda: {"model": Net(), "x": X, "seed": 0},
+    ),
+    "attacks.ExtractionResult": (
+        lambda model, x: attacks.ExtractionResult(Net(), 3, "").agreement(model, x),
+        lambda: {"model": Net(), "x": X},
+    ),
+    "attacks.LiRA": (attacks.LiRA(4), lambda: {**sample_arguments(), "train_fn": trained, "seed": 0}),
+    "attacks.LossThreshold": (attacks.LossThreshold(), sample_arguments),
+    "sanitize.screen": (
+        sanitize.screen,
+        lambda: {
+            "dataset": TensorDataset(X, Y),
+            "model": Net(),
+            "layer": "head",
+            "detectors": "auto",
+            "trusted": [0],
+            "sources": ["a"] * ROWS,
+            "groups": ["b"] * ROWS,
+            "seed": 0,
+        },
+    ),
+    "sanitize.screen_batch": (
+        sanitize.screen_batch,
+        lambda: {"batch": {"x": X.numpy(), "y": Y.numpy()}, "state": STATE},
+    ),
+    "sanitize.extract_features": (
+        sanitize.extract_features,
+        lambda: {"samples": TensorDataset(X, Y), "model": Net(), "layer": "head", "batch_size": 8},
+    ),
+    "sanitize.Features": (
+        lambda **a: list(sanitize.extract_features(TensorDataset(X, Y), Net()).blocks(**a)),
+        lambda: {"size": 8, "view": None},
+    ),
+    "sanitize.SpectralSignature": (sanitize.SpectralSignature().partial_fit, lambda: {"block": BLOCK}),
+    "sanitize.SpectralSignature.score": (FITTED.score, lambda: {"block": BLOCK}),
+    "sanitize.SpectralSignature.merge": (FITTED.merge, lambda: {"other": FITTED}),
+    "sanitize.SpectralSignature.ids": (lambda ids: FITTED.score({**BLOCK, "ids": ids}), lambda: {"ids": BLOCK["ids"]}),
+    "sanitize.ActivationClustering": (sanitize.ActivationClustering, lambda: {"dimensions": 3, "limit": 9, "seed": 0}),
+    "sanitize.NeighbourDisagreement": (sanitize.NeighbourDisagreement, lambda: {"k": 3, "limit": 9, "seed": 0}),
+    "privacy.PrivacyConfig": (
+        privacy.PrivacyConfig,
+        lambda: {
+            "expected_batch_size": 8,
+            "steps": 2,
+            "max_grad_norm": 1.0,
+            "delta": 1e-5,
+            "public_size": 24,
+            "noise_multiplier": 1.0,
+            "neighboring": "add_remove",
+            "microbatch": None,
+        },
+    ),
+    "privacy.epsilon": (privacy.epsilon, lambda: {"history": [(1.0, 0.1, 2)], "delta": 1e-5}),
+    "privacy.make_private": (made_private, private_arguments),
+    "privacy.check_private_ready": (
+        privacy.check_private_ready,
+        lambda: {"model": private_net(), "per_example_loss": per_example, "batch": (X, Y)},
+    ),
+    "privacy.PrivateTraining.loss": (
+        with_private(lambda run, **a: run.loss(**a)),
+        lambda: {"outputs": torch.rand(3, 3, generator=stream()), "targets": Y[:3]},
+    ),
+    "privacy.PrivateTraining.save": (with_private(lambda run, path: run.save(path)), lambda: {"path": new_path()}),
+    "privacy.PrivateTraining.resume": (
+        with_private(lambda run, path: run.resume(path)),
+        lambda: {"path": with_private(saved)()},
+    ),
+    "privacy.PrivacyStatement": (with_private(lambda run, fpr: run.statement().tpr_bound(fpr)), lambda: {"fpr": 0.1}),
+    "privacy.PrivacyLedger": (
+        privacy.PrivacyLedger,
+        lambda: {"path": new_path(), "target_epsilon": 3.0, "delta": 1e-5, "neighboring": "add_remove"},
+    ),
+    "privacy.PrivacyLedger.open_run": (
+        lambda config: privacy.PrivacyLedger(new_path()).open_run(config),
+        lambda: {"config": private_config()},
+    ),
+    "validate.InputSpec": (
+        validate.InputSpec,
+        lambda: {"shape": (1, 6, 6), "dtype": torch.float32, "low": 0.0, "high": 1.0, "max_rows": 9, "device": None},
+    ),
+    "validate.InputSpec.infer": (validate.InputSpec.infer, lambda: {"x": X, "margin": 0.25}),
+    "validate.InputSpec.from_dict": (
+        validate.InputSpec.from_dict,
+        lambda: {"data": validate.InputSpec((1, 6, 6)).to_dict()},
+    ),
+    "validate.InputSpec.load": (validate.InputSpec.load, lambda: {"path": saved(validate.InputSpec((1, 6, 6)))}),
+    "validate.Guard": (
+        lambda **a: validate.Guard.calibrate(**a).close(),
+        lambda: {
+            "model": Net(),
+            "calibration_loader": MANY,
+            "spec": None,
+            "detectors": [validate.Energy()],
+            "alpha": 0.05,
+            "fit": None,
+            "layer": None,
+            "train_ids": None,
+            "seed": 0,
+            "output": None,
+            "policy": None,
+            "budget": None,
+            "log": None,
+            "metrics": None,
+            "resource": "model",
+        },
+    ),
+    "validate.Guard.call": (lambda **a: guard()(**a), lambda: {"x": X, "principal": None}),
+    "validate.Guard.load": (
+        lambda **a: validate.Guard.load(**a).close(),
+        lambda: {"path": saved(guard()), "model": Net()},
+    ),
+    "validate.Energy": (
+        validate.Energy().score,
+        lambda: {"features": X.flatten(1), "logits": LOGITS},
+    ),
+    "validate.NearestNeighbours": (
+        validate.NearestNeighbours(3).fit(X.flatten(1), LOGITS).score,
+        lambda: {"features": X.flatten(1), "logits": LOGITS},
+    ),
+    "validate.Mahalanobis": (
+        validate.Mahalanobis().fit(X.flatten(1), LOGITS, Y).score,
+        lambda: {"features": X.flatten(1), "logits": LOGITS},
+    ),
+    "validate.RelativeMahalanobis": (
+        validate.RelativeMahalanobis().fit,
+        lambda: {"features": X.flatten(1), "logits": LOGITS, "labels": Y},
+    ),
+    "validate.MaxLogit": (validate.MaxLogit().score, lambda: {"features": X.flatten(1), "logits": LOGITS}),
+    "validate.MaxSoftmax": (validate.MaxSoftmax().score, lambda: {"features": X.flatten(1), "logits": LOGITS}),
+    "validate.LabelOnly": (validate.LabelOnly(), lambda: {"logits": LOGITS}),
+    "validate.TopK": (validate.TopK, lambda: {"k": 1}),
+    "validate.Rounded": (validate.Rounded, lambda: {"digits": 1}),
+    "validate.Tempered": (validate.Tempered, lambda: {"temperature": 2.0}),
+    "artifacts.Limits": (artifacts.Limits, lambda: {"max_file_bytes": 9, "links": "refuse", "finite": True}),
+    "artifacts.safe_load": (
+        artifacts.safe_load,
+        lambda: {"path": weights(), "expect": None, "manifest": None, "limits": None, "key": None},
+    ),
+    "artifacts.inspect_artifact": (
+        artifacts.inspect_artifact,
+        lambda: {"path": weights(), "limits": None, "deny": None},
+    ),
+    "artifacts.convert": (artifacts.convert, lambda: {"path": weights(), "output": None, "entry": None}),
+    "artifacts.Manifest": (artifacts.Manifest.of, lambda: {"path": weights(), "limits": None}),
+    "artifacts.Manifest.sign": (lambda key: artifacts.Manifest.of(weights()).sign(key), lambda: {"key": KEY * 2}),
+    "artifacts.Manifest.load": (
+        artifacts.Manifest.load,
+        lambda: {"path": saved(artifacts.Manifest.of(weights())), "limits": None},
+    ),
+    "monitor.Rule": (
+        monitor.Rule,
+        lambda: {"role": "r", "actions": ("a",), "resources": ("b",), "effect": "allow"},
+    ),
+    "monitor.AccessPolicy": (monitor.AccessPolicy, lambda: {"rules": [rule()], "members": {"alice": ["reader"]}}),
+    "monitor.AccessPolicy.load": (monitor.AccessPolicy.load, lambda: {"path": saved(policy())}),
+    "monitor.AccessPolicy.from_dict": (monitor.AccessPolicy.from_dict, lambda: {"data": policy().to_dict()}),
+    "monitor.Bucket": (monitor.Bucket, lambda: {"capacity": 3.0, "per_second": 1.0}),
+    "monitor.QueryBudget": (
+        lambda **a: monitor.QueryBudget(**a).close(),
+        lambda: {
+            "path": new_path(),
+            "per_principal": monitor.Bucket(9),
+            "total": None,
+            "overrides": None,
+            "clock": lambda: 1.0,
+        },
+    ),
+    "monitor.QueryBudget.reserve": (lambda **a: budget().reserve(**a), lambda: {"principal": "a", "cost": 1}),
+    "monitor.QueryBudget.commit": (
+        lambda reservation: budget().commit(reservation),
+        lambda: {"reservation": monitor.Reservation("a", "b", 1.0)},
+    ),
+    "monitor.QueryBudget.spent": (lambda principal: budget().spent(principal), lambda: {"principal": "a"}),
+    "monitor.AuditLog": (
+        lambda **a: monitor.AuditLog(**a).append({}),
+        lambda: {"path": new_path(), "key": KEY, "clock": lambda: 1.0},
+    ),
+    "monitor.AuditLog.append": (lambda event: log().append(event), lambda: {"event": {"a": 1}}),
+    "monitor.AuditLog.verify": (lambda **a: log().verify(**a), lambda: {"anchor": None, "key": KEY}),
+    "monitor.AuditLog.anchor": (lambda path: log().anchor(path), lambda: {"path": new_path()}),
+    "monitor.Metrics": (monitor.Metrics, lambda: {"namespace": "x", "registry": None}),
+    "monitor.Metrics.observe": (
+        monitor.Metrics().observe,
+        lambda: {"verdict": "accepted", "reason": "none", "rows": 1, "seconds": 0.1, "p_values": [0.5]},
+    ),
+    "monitor.CalibrationMartingale": (
+        monitor.CalibrationMartingale,
+        lambda: {"alpha": 0.01, "calibration_n": 9, "sides": "low"},
+    ),
+    "monitor.CalibrationMartingale.load": (
+        monitor.CalibrationMartingale().load_state_dict,
+        lambda: {"state": monitor.CalibrationMartingale().state_dict()},
+    ),
+    "monitor.DriftMonitor": (monitor.DriftMonitor, lambda: {"reference": MANY, "alpha": 0.01}),
+    "monitor.DriftMonitor.check": (monitor.DriftMonitor(MANY).check, lambda: {"x": X}),
+    "monitor.DriftMonitor.observe": (monitor.DriftMonitor().observe, lambda: {"p_values": torch.ones(2)}),
+    "explain.attribute": (
+        explain.attribute,
+        lambda: {
+            "model": Net(),
+            "x": X,
+            "target": Y,
+            "method": "integrated_gradients",
+            "baseline": 0.0,
+            "steps": 2,
+            "batch_size": 8,
+        },
+    ),
+    "explain.attribute.smoothgrad": (
+        lambda **a: explain.attribute(method="smoothgrad", samples=2, **a),
+        lambda: {"model": Net(), "x": X, "target": 0, "noise": 0.1, "generator": None},
+    ),
+    "explain.influence": (
+        explain.influence,
+        lambda: {"model": Net(), "train": TensorDataset(X, Y), "x": X2, "y": Y, "top": 3, "layer": None},
+    ),
+    "explain.attribution_anomaly": (
+        explain.attribution_anomaly,
+        lambda: {"model": Net(), "x": X, "reference": MANY, "alpha": 0.1, "method": "saliency", "batch_size": 64},
+    ),
+    "explain.sanity_check": (
+        explain.sanity_check,
+        lambda: {"model": Net(), "x": X, "target": Y, "method": "saliency", "limit": 0.5, "seed": 0},
+    ),
+    "collaborate.aggregate": (
+        collaborate.aggregate,
+        lambda: {
+            "updates": [torch.ones(3) * i for i in range(7)],
+            "method": "krum",
+            "byzantine": 1,
+            "max_norm": 9.0,
+            "trusted": None,
+        },
+    ),
+    "collaborate.Indicator": (
+        collaborate.Indicator,
+        lambda: {"kind": "sample", "digest": "a" * 64, "title": "t", "place": None, "shape": (1, 6, 6)},
+    ),
+    "collaborate.artifact_indicator": (collaborate.artifact_indicator, lambda: {"digest": "a" * 64, "title": "t"}),
+    "collaborate.sample_indicators": (
+        collaborate.sample_indicators,
+        lambda: {"x": X, "key": KEY, "bounds": (0.0, 1.0), "title": "t"},
+    ),
+    "collaborate.trigger_indicator": (
+        collaborate.trigger_indicator,
+        lambda: {"suspects": MARKED, "reference": MANY, "key": KEY, "size": 2, "bounds": (0.0, 1.0)},
+    ),
+    "collaborate.apply_indicators": (
+        collaborate.apply_indicators,
+        lambda: {"indicators": INDICATORS, "key": KEY, "bounds": (0.0, 1.0), "reference": MANY},
+    ),
+    "collaborate.IndicatorDetector": (DETECTOR.score, lambda: {"block": BLOCK}),
+    "collaborate.IndicatorDetector.judge": (DETECTOR.judge, lambda: {"data": TensorDataset(X, Y)}),
+    "collaborate.to_stix": (
+        collaborate.to_stix,
+        lambda: {"evidence": EVIDENCE, "indicators": INDICATORS, "tlp": "amber", "producer": "p"},
+    ),
+    "collaborate.from_stix": (collaborate.from_stix, lambda: {"bundle": collaborate.to_stix(EVIDENCE, INDICATORS)}),
+    "collaborate.to_avid": (collaborate.to_avid, lambda: {"evidence": EVIDENCE, "artifact": "m", "date": "2020-01-01"}),
+    "audit.audit": (
+        audit.audit,
+        lambda: {
+            "model": Net(),
+            "train": (X, Y),
+            "test": (X2, Y),
+            "threat": None,
+            "plan": plan(),
+            "folder": None,
+            "path": None,
+            "seed": 0,
+            "show_progress": False,
+        },
+    ),
+    "audit.AuditPlan": (audit.AuditPlan, lambda: {"parts": ("guard",), "samples": 4, "queries": (5,), "shadows": 4}),
+    "audit.audit_artifacts": (
+        audit.audit_artifacts,
+        lambda: {"path": weights(), "inspector": artifacts.inspect_artifact, "verifier": None},
+    ),
+    "audit.audit_extraction": (
+        audit.audit_extraction,
+        lambda: {"model": Net(), "test": (X2, Y), "student_fn": lambda seed: Net(), "queries": (5,), "pool": None},
+    ),
+    "audit.audit_guard": (
+        audit.audit_guard,
+        lambda: {"model": Net(), "test": (X2, Y), "guard": guard(), "threat": None, "samples": 8, "attack": None},
+    ),
+    "audit.audit_inversion": (
+        audit.audit_inversion,
+        lambda: {"model": Net(), "train": (X, Y), "test": (X2, Y), "attack": None, "steps": 2, "samples": 8},
+    ),
+    "audit.audit_membership": (
+        audit.audit_membership,
+        lambda: {"model": Net(), "train": (X, Y), "test": (X2, Y), "samples": 8, "fpr": 0.1, "seed": 0},
+    ),
+    "audit.audit_poisoning": (
+        audit.audit_poisoning,
+        lambda: {
+            "model": Net(),
+            "train": (X, Y),
+            "test": (X2, Y),
+            "trigger": lambda x: x,
+            "target": 0,
+            "train_fn": trained,
+            "attack": attacks.Patch(0, 0.2, 2),
+            "samples": 8,
+        },
+    ),
+    "audit.audit_privacy": (
+        audit.audit_privacy,
+        lambda: {"train": (X, Y), "train_fn": trained, "claimed_epsilon": 1.0, "canary": None, "runs": 4},
+    ),
+    "audit.audit_storage": (audit.audit_storage, lambda: {"folder": file("a.txt").parent, "max_files": 9}),
+    "audit.compare": (audit.compare, lambda: {"before": EVIDENCE, "after": EVIDENCE}),
+    "audit.epsilon_lower_bound": (
+        audit.epsilon_lower_bound,
+        lambda: {"with_sample": torch.ones(9), "without_sample": torch.zeros(9), "threshold": 0.5, "delta": 0.0},
+    ),
+    "audit.reconstruct": (
+        audit.reconstruct,
+        lambda: {"model": Net(), "train": (X, Y), "attack": attacks.ClassInversion(2), "per_class": 1, "seed": 0},
+    ),
+    "audit.joint_margin": (audit.joint_margin, lambda: {"outputs": LOGITS, "y": Y}),
+    "audit.passes_and_fools": (audit.passes_and_fools, lambda: {"outputs": LOGITS, "y": Y}),
+    "audit.render_page": (
+        audit.render_page,
+        lambda: {"title": "t", "summary_rows": [], "sections": [], "metadata": {}, "notes": ["n"]},
+    ),
+    "audit.Policy": (audit.Policy, lambda: {"rules": {"a.b": audit.Rule(min=0.1)}, "max_severity": None}),
+    "audit.Policy.read": (audit.Policy.read, lambda: {"source": {"findings": {"a.b": {"min": 0.1}}}}),
+    "audit.Rule": (audit.Rule, lambda: {"min": 0.1, "max": 0.9, "required": True, "interval": "value"}),
+    "audit.AuditReport": (audit.AuditReport, lambda: {"evidence": EVIDENCE}),
+    "audit.AuditReport.passed": (
+        audit.AuditReport(EVIDENCE).passed,
+        lambda: {"policy": {"findings": {"a.b": {"min": 0.1}}}},
+    ),
+    "audit.AuditReport.to_html": (
+        audit.AuditReport(EVIDENCE).to_html,
+        lambda: {"path": None, "title": "t", "figures": None},
+    ),
+    "audit.AuditReport.from_dict": (
+        audit.AuditReport.from_dict,
+        lambda: {"data": audit.AuditReport(EVIDENCE).to_dict()},
+    ),
+    "audit.Figure": (audit.Figure, lambda: {"png": b"\x89PNG\r\n\x1a\n", "alt": "a", "caption": ""}),
+    "audit.DefaultStudent": (
+        lambda **a: audit.DefaultStudent(**a)(0),
+        lambda: {"features": 4, "classes": 3, "hidden": 2},
+    ),
+    "datasets.read_idx": (
+        datasets.read_idx,
+        lambda: {"path": file("a", b"\0\0\x08\x01\0\0\0\x02ab"), "max_bytes": 100},
+    ),
+    "datasets.read_npz": (datasets.read_npz, lambda: {"path": npz(), "keys": ["train_x"], "max_bytes": 10**6}),
+    "datasets.load": (datasets.load, lambda: {"path": npz(), "max_bytes": 10**6}),
+    "datasets.find": (datasets.find, lambda: {"name": "mnist", "roots": [new_path()]}),
+    "datasets.ImageData": (
+        datasets.ImageData,
+        lambda: {"train_x": X, "train_y": Y, "test_x": X2, "test_y": Y, "classes": ("a", "b", "c"), "source": "s"},
+    ),
+}
+FAILS_WHEN_GOOD = {  # a good argument that still meets a refusal: what is asked for is not there
+    "artifacts.convert",
+    "datasets.find",
+    "monitor.QueryBudget.commit",
+}
+NO_ARGUMENTS_OR_RESULTS = {  # nothing to get wrong, or made by the library and read by users
+    "attacks.AttackResult",
+    "attacks.InversionResult",
+    "attacks.Poisoned",
+    "sanitize.ClusterEvidence",
+    "privacy.LedgerRun",
+    "privacy.PrivateTraining",
+    "privacy.Problem",
+    "validate.AttackableGuard",
+    "validate.GuardDecision",
+    "validate.SpecResult",
+    "monitor.AccessDecision",
+    "monitor.BudgetVerification",
+    "monitor.DriftState",
+    "monitor.FeatureDrift",
+    "monitor.LogVerification",
+    "monitor.Reservation",
+    "explain.Attribution",
+    "explain.Influence",
+    "explain.SanityCheck",
+    "collaborate.Aggregation",
+    "collaborate.Shared",
+    "audit.Change",
+    "audit.Comparison",
+    "audit.EpsilonBound",
+    "audit.PolicyResult",
+    "audit.Problem",
+    "audit.Reconstructions",
+    "audit.Section",
+    "audit.SummaryRow",
+    "datasets.mnist_subset",
+}
+# their own conformance lists
+EVASION = {name for name in attacks.__all__ if getattr(attacks, name).__module__.startswith("aidefend.attacks.evasion")}
+OTHERS = (
+    "aidefend.audit.robustness",
+    "aidefend.audit.masking",
+    "aidefend.audit.evasion",
+    "aidefend._core.threat",
+    "aidefend.audit.drawing",
+)
+
+
+def public_calls():
+    """Every public class and function of every room, but errors and Protocols."""
+    names = set()
+    for room in ("", *(name for name in aidefend.__all__ if inspect.ismodule(getattr(aidefend, name)))):
+        module = importlib.import_module(f"aidefend.{room}".rstrip("."))
+        for name in module.__all__:
+            value = getattr(module, name)
+            skipped = inspect.isclass(value) and (
+                issubclass(value, BaseException | int) or getattr(value, "_is_protocol", False)
+            )
+            if callable(value) and not skipped and not value.__module__.startswith(OTHERS):
+                names.add(f"{room}.{name}".lstrip("."))
+    return names
+
+
+def test_every_public_call_is_in_the_list():
+    listed = {".".join(name.split(".")[: 1 if name[0].isupper() else 2]) for name in CALLS}
+    evasion = {f"attacks.{name}" for name in EVASION}
+    objectives = {name for name in public_calls() if name.startswith("adversarial.")}
+    missing = public_calls() - listed - evasion - objectives - NO_ARGUMENTS_OR_RESULTS
+    assert sorted(missing) == []
+
+
+def trace(model):
+    """Everything about a module that a call may not change."""
+    if not isinstance(model, nn.Module):
+        return None
+    return (
+        {name: value.tolist() for name, value in model.state_dict().items()},
+        [module.training for module in model.modules()],
+        [parameter.requires_grad for parameter in model.parameters()],
+        [parameter.grad for parameter in model.parameters()],
+        [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+    )
+
+
+def leaks(call, make, name, value):
+    """What is wrong with this call: the text of a strange error, a trace, or nothing."""
+    arguments = {**make(), name: value}
+    models = [given for given in arguments.values() if isinstance(given, nn.Module)]
+    before = [trace(model) for model in models]
+    random_state = torch.get_rng_state()
+    try:
+        call(**arguments)
+    except AidefendError as error:
+        if len(str(error)) < 15:
+            return f"no message: {error}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    if str([trace(model) for model in models]) != str(before):
+        return "a trace on the model"
+    return "" if torch.equal(random_state, torch.get_rng_state()) else "a draw from the global stream"
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_bad_arguments_raise_an_error_of_ours_and_leave_no_trace(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # "nonsense" is a good name for a file
+    call, make = CALLS[name]
+    if name in FAILS_WHEN_GOOD:
+        with pytest.raises(AidefendError):
+            call(**make())
+    else:
+        call(**make())
+    found = {}
+    for argument in make():
+        values = {**WRONG, **({key: make_model() for key, make_model in MODELS.items()} if argument == "model" else {})}
+        for kind, value in values.items():
+            if text := leaks(call, make, argument, value):
+                found[argument, kind] = text
+    assert found == {}
+
+
+def test_the_sweep_sees_foreign_errors_and_traces():
+    def careless(model, x):
+        model.train()
+        return torch.relu(x)
+
+    assert leaks(careless, lambda: {"model": Net(), "x": X}, "x", "text").startswith("TypeError")
+    assert leaks(careless, lambda: {"model": Net(), "x": X}, "x", X) == "a trace on the model"
