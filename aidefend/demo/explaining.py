@@ -3,7 +3,8 @@
 import torch
 
 from aidefend._core.evidence import Evidence
-from aidefend._core.stats import wilson
+from aidefend._core.random import make_generator
+from aidefend._core.stats import false_positive_interval, wilson
 from aidefend.audit import SummaryRow
 from aidefend.audit.drawing import images
 from aidefend.demo import figures
@@ -17,17 +18,21 @@ def explaining(world: World, tell: Tell) -> Chapter:
     """Attribute triggered decisions, test whether they rest on unusual places, name the training samples behind one."""
     model, poisoned = world.models["backdoored"], world.facts["poisoned"]
     x, y = world.rows("test")
-    reference, fresh, labels = x[:500], x[500:], y[500:]
+    # by chance: writers follow one another in the file, and the false-alarm rate holds for exchangeable rows only
+    order = torch.randperm(len(x), generator=make_generator(seed=world.seed_of("reference")))
+    known, new = order.tensor_split(2)
+    reference, fresh = x[known], x[new]
     target = int(predictions(model, poisoned.trigger(fresh)).mode().values)
-    rows = (labels != target).nonzero().flatten()
-    stamped = poisoned.trigger(fresh[rows])
+    stamped = poisoned.trigger(fresh[y[new] != target])
     found = {
-        "clean": attribution_anomaly(model, fresh[rows], reference, alpha=ALPHA, seed=world.seed),
+        "clean": attribution_anomaly(model, fresh, reference, alpha=ALPHA, seed=world.seed),
         "triggered": attribution_anomaly(model, stamped, reference, alpha=ALPHA, seed=world.seed),
     }
     shares = {name: wilson(int((~report.keep).sum()), len(report)) for name, report in found.items()}
-    for name, share in shares.items():
-        tell(f"decisions on {name} digits that rest on unusual places: {percent(share.value)}")
+    exact = false_positive_interval(ALPHA, len(reference) // 2, len(fresh), 0.99)
+    expected = f"{percent(exact.low)} to {percent(exact.high)}"
+    tell(f"triggered digits whose decision rests on unusual places: {percent(shares['triggered'].value)}")
+    tell(f"clean digits: {percent(shares['clean'].value)} (99 % of exact tests at {percent(ALPHA)}: {expected})")
     behind = influence(model, poisoned.dataset, stamped[:20], torch.full((20,), target), top=10, normalised=True)
     bad = poisoned.is_poison[behind.helpful]
     share = wilson(int(bad.sum()), bad.numel())
@@ -38,15 +43,20 @@ def explaining(world: World, tell: Tell) -> Chapter:
                 "explain.anomaly.triggered",
                 "Triggered decisions found unusual",
                 shares["triggered"],
-                len(rows),
+                len(stamped),
                 setting={"alpha": ALPHA},
             ),
             measured(
                 "explain.anomaly.clean",
                 "Clean decisions found unusual",
                 shares["clean"],
-                len(rows),
-                setting={"alpha": ALPHA},
+                len(fresh),
+                setting={
+                    "alpha": ALPHA,
+                    "calibration_n": len(reference) // 2,
+                    "expected_low": exact.low,
+                    "expected_high": exact.high,
+                },
             ),
             measured("explain.influence_poison_share", "Poison among the most influential samples", share, bad.numel()),
         ]
@@ -55,8 +65,8 @@ def explaining(world: World, tell: Tell) -> Chapter:
         "explainability",
         "a triggered decision, to be explained",
         "a class and a confidence",
-        f"{percent(shares['triggered'].value)} of triggered decisions flagged "
-        f"({percent(shares['clean'].value)} of clean); {percent(share.value)} of the samples behind them are poison",
+        f"{percent(shares['triggered'].value)} of triggered decisions flagged ({percent(shares['clean'].value)} of "
+        f"clean, exact tests {expected}); {percent(share.value)} of the samples behind them are poison",
         "attributions can be fooled; they are for auditors, not for clients",
     )
     view = attribute(model, stamped[:8], target)
