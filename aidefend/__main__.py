@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 from aidefend import __version__
 from aidefend._core.errors import AidefendError, UnsafeArtifact
 
+_EXIT_CODES = "Exit codes: 0 nothing wrong, 1 something wrong found, 2 malformed call or unusable file, 130 Ctrl-C."
 OK, FOUND, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -35,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="aidefend",
         description="Defenses for AI systems: screen data, inspect and verify model files, audit models, see a demo.",
-        epilog="Exit codes: 0 nothing wrong, 1 something wrong found, 2 malformed call or unusable file, 130 Ctrl-C.",
+        epilog=_EXIT_CODES,
     )
     parser.add_argument("--version", action="version", version=f"aidefend {__version__}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -49,20 +51,25 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_demo(verbs: Any) -> None:
     about = "Attack real digits, defend them with every part of the library, and write the evidence (about 5 minutes)."
-    verb = verbs.add_parser("demo", help="attack and defend real data, and show the evidence", description=about)
+    verb = verbs.add_parser(
+        "demo", help="attack and defend real data, and show the evidence", description=about, epilog=_EXIT_CODES
+    )
     data = "mnist or fashion-mnist (searched in the usual places), an .npz file, or a folder of IDX files"
     verb.add_argument("--data", metavar="NAME|PATH", help=f"{data}; default: the embedded digits")
     verb.add_argument(
         "--out", metavar="DIR", default="aidefend-demo", help="folder for the report (default: %(default)s)"
     )
     verb.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the run (default: %(default)s)")
+    _add_json(verb)
     verb.set_defaults(command=_demo)
 
 
 def _add_audit(verbs: Any) -> None:
     about = "Audit the files of a model: every file's verdict, and the folder's permissions, secrets and leftovers."
     more = "Auditing a model's behaviour needs your code: call aidefend.audit.audit(model, ...) from Python."
-    verb = verbs.add_parser("audit", help="audit a folder of model files", description=about, epilog=more)
+    verb = verbs.add_parser(
+        "audit", help="audit a folder of model files", description=about, epilog=f"{more} {_EXIT_CODES}"
+    )
     verb.add_argument("path", metavar="PATH", help="file or folder to audit")
     verb.add_argument("--policy", metavar="FILE", help="TOML policy that decides the exit code")
     verb.add_argument("--html", metavar="FILE", help="also write a page for readers")
@@ -74,7 +81,7 @@ def _add_audit(verbs: Any) -> None:
 
 def _add_screen(verbs: Any) -> None:
     about = "Screen training data for structured poison, without a model and without hints. The data is not changed."
-    verb = verbs.add_parser("screen", help="look for poison in training data", description=about)
+    verb = verbs.add_parser("screen", help="look for poison in training data", description=about, epilog=_EXIT_CODES)
     verb.add_argument("path", metavar="PATH", help=".npz file with train_x and train_y, or a folder of IDX files")
     verb.add_argument("--out", metavar="FILE", help="also save the report of every row (safetensors)")
     verb.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the run (default: %(default)s)")
@@ -84,7 +91,7 @@ def _add_screen(verbs: Any) -> None:
 
 def _add_inspect(verbs: Any) -> None:
     about = "Say of every file whether it could be loaded safely, and why not. Nothing is loaded or executed."
-    verb = verbs.add_parser("inspect", help="give a verdict on model files", description=about)
+    verb = verbs.add_parser("inspect", help="give a verdict on model files", description=about, epilog=_EXIT_CODES)
     verb.add_argument("path", metavar="PATH", help="file or folder")
     _add_json(verb)
     verb.set_defaults(command=_inspect)
@@ -92,7 +99,7 @@ def _add_inspect(verbs: Any) -> None:
 
 def _add_verify(verbs: Any) -> None:
     about = "Compare files with a manifest. A signed manifest needs the trusted key."
-    verb = verbs.add_parser("verify", help="check files against a manifest", description=about)
+    verb = verbs.add_parser("verify", help="check files against a manifest", description=about, epilog=_EXIT_CODES)
     verb.add_argument("path", metavar="PATH", help="file or folder that the manifest covers")
     verb.add_argument("--manifest", metavar="FILE", required=True, help="the manifest")
     verb.add_argument(
@@ -109,15 +116,23 @@ def _add_json(verb: argparse.ArgumentParser) -> None:
 def _demo(options: argparse.Namespace) -> int:
     from aidefend.demo import run
 
-    return run(options.data, options.out, options.seed)
+    if not options.json:
+        return run(options.data, options.out, options.seed)
+    with contextlib.redirect_stdout(sys.stderr):
+        code = run(options.data, options.out, options.seed)
+    if code == OK:
+        print(Path(options.out, "report.json").read_text("utf-8"), end="")
+    return code
 
 
 def _audit(options: argparse.Namespace) -> int:
     from aidefend import Severity
+    from aidefend._core.checks import check_path
     from aidefend.artifacts import inspect_artifact
-    from aidefend.audit import AuditReport, audit_artifacts, audit_storage
+    from aidefend.audit import AuditReport, Policy, audit_artifacts, audit_storage
 
-    path = Path(options.path)
+    path = check_path(options.path)
+    policy = Policy.read(options.policy) if options.policy else None
     evidence = audit_artifacts(path=path, inspector=inspect_artifact)
     if path.is_dir():
         evidence += audit_storage(path)
@@ -126,8 +141,11 @@ def _audit(options: argparse.Namespace) -> int:
         if getattr(options, name):
             getattr(report, f"to_{name}")(getattr(options, name))
     print(evidence.to_json() if options.json else evidence.to_markdown(), end="")
-    if options.policy:
-        return int(report.passed(options.policy).exit_code)
+    if policy is not None:
+        result = report.passed(policy)
+        for problem in result.problems:
+            print(problem, file=sys.stderr)
+        return int(result.exit_code)
     return FOUND if evidence.worst >= Severity.MEDIUM else OK
 
 
@@ -183,7 +201,11 @@ def _key(path: str | None) -> Any:
         from aidefend._core.errors import MissingExtra
 
         raise MissingExtra("cryptography", "sign") from error
-    return load_pem_public_key(content)
+    try:
+        return load_pem_public_key(content)
+    except Exception as error:  # ValueError, UnsupportedAlgorithm: whatever a damaged file meets
+        message = f"Expected a PEM file with a public key, got key={path!r}. Could not read it ({error})."
+        raise AidefendError(message) from error
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """The command line: readable help, JSON on demand, exit codes that scripts can rely on."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -99,3 +103,61 @@ def test_screen(tmp_path, capsys):
     assert "rows kept" in capsys.readouterr().out
     assert (tmp_path / "report").exists()
     assert main(["screen", str(tmp_path / "missing.npz")]) == USAGE
+
+
+def test_a_damaged_key_is_a_malformed_call_and_no_finding(tmp_path, model, capsys):
+    Manifest.of(model).sign(KEY).save(tmp_path / "manifest.json")
+    (tmp_path / "key.pem").write_text("-----BEGIN PUBLIC KEY-----\nnonsense\n")
+    call = ["verify", str(model), "--manifest", str(tmp_path / "manifest.json"), "--key", str(tmp_path / "key.pem")]
+    assert main(call) == USAGE
+    assert "Expected a PEM file with a public key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["inspect", ""], ["audit", ""], ["screen", ""], ["demo", "--out", ""]])
+def test_an_empty_path_is_not_the_current_folder(verb, capsys):
+    assert main(verb) == USAGE
+    assert "Expected" in capsys.readouterr().err
+
+
+def test_a_policy_is_read_before_the_audit_and_its_problems_are_named(tmp_path, model, capsys):
+    (tmp_path / "broken.toml").write_text("nonsense = [")
+    assert main(["audit", str(model), "--policy", str(tmp_path / "broken.toml")]) == USAGE
+    assert capsys.readouterr().out == ""
+    (tmp_path / "strict.toml").write_text('[findings."artifacts.problems"]\nmin = 5\n')
+    assert main(["audit", str(model), "--policy", str(tmp_path / "strict.toml"), "--json"]) == FOUND
+    said = capsys.readouterr()
+    assert "artifacts.problems: expected >= 5" in said.err and json.loads(said.out)["findings"]
+
+
+@pytest.mark.parametrize("place", ["a file", "under a file"])
+def test_the_demo_refuses_a_folder_that_cannot_be_made_at_once(tmp_path, place, capsys):
+    (tmp_path / "file").write_text("x")
+    out = tmp_path / "file" if place == "a file" else tmp_path / "file" / "deep" / "er"
+    assert main(["demo", "--out", str(out)]) == USAGE
+    said = capsys.readouterr()
+    assert "folder that can be made" in said.err and said.out == ""
+
+
+def test_the_demo_prints_json_alone(tmp_path, monkeypatch, capsys):
+    def short(data, out, seed):
+        sys.stdout.write("a line for readers")
+        (tmp_path / "report.json").write_text(json.dumps({"seed": seed}))
+        return OK
+
+    monkeypatch.setattr("aidefend.demo.run", short)
+    assert main(["demo", "--json", "--seed", "3", "--out", str(tmp_path)]) == OK
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"seed": 3} and "a line for readers" in said.err
+
+
+@pytest.mark.parametrize("seconds", [0.5, 6.0])
+def test_ctrl_c_leaves_a_message_and_no_file(tmp_path, seconds):
+    call = [sys.executable, "-m", "aidefend", "demo", "--out", str(tmp_path / "out")]
+    running = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    time.sleep(seconds)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    # Python dies of the signal itself where it arrives inside an exec() of an import; shells show both as 130
+    assert running.returncode in (130, -signal.SIGINT)
+    assert "Interrupted." in said and "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """Runs the chapters, prints what happens, and writes the report: all of it or nothing."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 
 from aidefend import __version__
-from aidefend._core.checks import check_int
+from aidefend._core.checks import check_int, check_path, refuse
 from aidefend._core.errors import AidefendError
 from aidefend._core.evidence import Evidence
 from aidefend._core.storage import write_atomic
@@ -50,7 +51,8 @@ def run(data: str | None = None, out: str = "aidefend-demo", seed: int = 0) -> i
     Raises: AidefendError: data not found or malformed, folder cannot be made.
     """
     check_int(seed, "seed", 0)
-    folder = Path(out)
+    folder = check_path(out, "out")
+    _check_folder(folder)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the networks are tiny: more threads mostly wait for one another
     try:
@@ -60,6 +62,14 @@ def run(data: str | None = None, out: str = "aidefend-demo", seed: int = 0) -> i
         return INTERRUPTED
     finally:
         torch.set_num_threads(threads)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse at once what could not be written minutes later; nothing is made yet."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        rule = "out to be a folder that can be made or written"
+        raise refuse(rule, "out", str(folder), f"{there} is none: pass another --out", AidefendError)
 
 
 def _run(data: str | None, folder: Path, seed: int) -> int:
