@@ -46,8 +46,8 @@ importtime: ## import aidefend must load neither torch nor a subpackage
 	@$(HERE) $(VENV) -m pytest -q tests/test_import_cost.py
 
 bench: ## run a benchmark beside its peers: make bench NAME=demo_figures ARGS=--quick
-	@$(HERE) if [ -z $(call quoted,$(NAME)) ]; then \
-	    echo 'Expected the name of a benchmark, got NAME="". Use make bench NAME=... with one of:'; \
+	@$(HERE) name=$(call quoted,$(NAME)); if ! grep -qs __main__ "benchmarks/$$name.py"; then \
+	    echo "Expected the name of a benchmark, got NAME=\"$$name\". Use make bench NAME=... with one of:"; \
 	    grep -l __main__ benchmarks/*.py | sed 's/^benchmarks.\(.*\).py$$/  \1/'; exit 2; fi
 	@$(HERE) $(ENVIRONMENT) bench
 	@$(HERE) exec $(VENV) -m benchmarks.$(NAME) $(ARGS)

@@ -156,3 +156,14 @@ def test_make_works_from_elsewhere_and_says_what_is_missing(clone, tmp_path):
     assert "make demo" in listed.stdout
     refused = subprocess.run([*command, "test"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "got PYTHON=/no/such/python, which does not run" in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["", "nope", "no pe'x", "../tests/worlds"])
+def test_an_unknown_benchmark_is_named_before_anything_is_installed(clone, repository, name):
+    (clone / "benchmarks").mkdir()
+    (clone / "benchmarks" / "speed.py").write_text('if __name__ == "__main__": ...\n')
+    command = ["make", "bench", f"NAME={name}"]
+    run = subprocess.run(command, cwd=clone, env=environment(clone), capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert f'got NAME="{name}"' in run.stdout and "  speed\n" in run.stdout
+    assert notes(clone) == []
