@@ -65,6 +65,8 @@ def audit_poisoning(
     if trigger is None and train_fn is None:
         cure = "Pass the trigger to look for, or train_fn= to poison a training run"
         raise refuse("trigger or train_fn", "trigger, train_fn", None, cure)
+    if target is not None:
+        check_int(target, "target", 0)
     if trigger is not None:
         check_callable(trigger, "trigger", "Pass trigger(x) -> x")
     if attack is not None and not callable(getattr(attack, "poison", None)):

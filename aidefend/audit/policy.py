@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from aidefend._core.checks import check_choice, check_kind, check_path, refuse
+from aidefend._core.checks import check_choice, check_flag, check_kind, check_number, check_path, refuse
 from aidefend._core.errors import ConfigurationError, MissingExtra
 from aidefend._core.evidence import Evidence, Finding, Severity
 
@@ -28,6 +28,15 @@ class Rule:
     required: bool = True
     max_severity: Severity | None = None
     interval: Ends = "conservative"
+
+    def __post_init__(self) -> None:
+        """A bound that is no number (NaN above all) would hold for everything."""
+        for name in ("min", "max"):
+            if getattr(self, name) is not None:
+                check_number(getattr(self, name), name)
+        check_flag(self.required, "required")
+        check_kind(self.max_severity, (Severity, type(None)), "max_severity", "Pass Severity.MEDIUM or its like")
+        check_choice(self.interval, ("conservative", "value"), "interval")
 
 
 @dataclasses.dataclass(frozen=True)

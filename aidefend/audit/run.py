@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import aidefend
-from aidefend._core.checks import check_flag, check_int, check_kind
+from aidefend._core.checks import check_callable, check_flag, check_int, check_kind
 from aidefend._core.evidence import Evidence, Finding, Severity
 from aidefend._core.modules import Model
 from aidefend._core.progress import progress
@@ -94,6 +94,12 @@ def audit(
     """
     if threat is not None:
         check_kind(threat, Threat, "threat", 'Pass Threat("linf", eps=...), or None')
+    check_callable(model, "model", "Pass a module or a function of x")
+    work = {"train_fn": train_fn, "evaluator": evaluator, "student_fn": student_fn, "trigger": trigger, "guard": guard}
+    work |= {"inspector": inspector, "verifier": verifier, "statistic": statistic, "inversion": inversion}
+    for name, given_one in work.items():
+        if given_one is not None:
+            check_callable(given_one, name, "Pass a function, see the arguments of audit")
     if show_progress is not None:
         check_flag(show_progress, "show_progress")
     given = Given(

@@ -46,7 +46,11 @@ def ask(model: Model, x: Tensor, batch_size: int = 512, classes: int = 2) -> Ten
     `classes` is the least K where the model answers with labels alone.
     """
     with preserve(model), torch.no_grad():
-        return joined([read(model, part, classes).cpu() for part in x.split(batch_size)])
+        answers = [_answer(model, part) for part in x.split(batch_size)]
+    if len(x) and all(_unanswered(answer) for answer in answers):
+        cure = "Repair the model, or pass rows that its guard accepts: nothing can be measured on refusals alone"
+        raise AidefendError(expected("an answer other than NaN to at least one row", "model", "NaN", cure))
+    return joined([_as_log_probabilities(answer, len(answer), classes).cpu() for answer in answers])
 
 
 def joined(parts: Sequence[Tensor], classes: int = 0) -> Tensor:
@@ -61,6 +65,11 @@ def read(model: Model, x: Tensor, classes: int = 2) -> Tensor:
 
     Labels alone (N,), integers, count as certain; a negative label (a refused row) supports no class.
     """
+    return _as_log_probabilities(_answer(model, x), len(x), classes)
+
+
+def _answer(model: Model, x: Tensor) -> Tensor:
+    """Labels (N,) or outputs (N, K)."""
     try:
         outputs: Any = model(x)
     except (AidefendError, MemoryError, torch.OutOfMemoryError):
@@ -69,11 +78,22 @@ def read(model: Model, x: Tensor, classes: int = 2) -> Tensor:
         found = f"{type(error).__name__}: {error}"
         message = expected(f"the model to accept x of shape {tuple(x.shape)}", "model", found, "Call it with such an x")
         raise AidefendError(message) from error
-    if isinstance(outputs, Tensor) and outputs.shape == (len(x),) and not outputs.is_floating_point():
-        width = max(classes, int(outputs.max()) + 1 if len(outputs) else 0)
-        certain = functional.one_hot(outputs.long().clamp(min=0), width) * (outputs >= 0)[:, None]
-        return certain.double().clamp(min=_SMALLEST).log()
-    return log_probabilities(check_logits(outputs, len(x)))
+    labels_alone = isinstance(outputs, Tensor) and outputs.shape == (len(x),) and not outputs.is_floating_point()
+    answer: Tensor = outputs if labels_alone else check_logits(outputs, len(x))
+    return answer
+
+
+def _unanswered(answer: Tensor) -> bool:
+    """Whether every row is refused or broken."""
+    return answer.ndim == 2 and bool(answer.isnan().any(dim=1).all())
+
+
+def _as_log_probabilities(answer: Tensor, n: int, classes: int) -> Tensor:
+    if answer.ndim == 2:
+        return log_probabilities(answer)
+    width = max(classes, int(answer.max()) + 1 if n else 0)
+    certain = functional.one_hot(answer.long().clamp(min=0), width) * (answer >= 0)[:, None]
+    return certain.double().clamp(min=_SMALLEST).log()
 
 
 def _looks_cut_off(outputs: Tensor) -> bool:
