@@ -103,6 +103,9 @@ def extract_features(samples: Any, model: Model, layer: Layer | None = None, bat
     batch = samples if isinstance(samples, Batch) else read_samples(samples)
     labels = check_labels(batch.y, len(batch.ids), name="labels")
     usable = finite_rows(batch.x)
+    if layer is not None and not isinstance(layer, str | Tensor) and not callable(layer):
+        cure = "Name a module, or pass one, a function of x, or the features themselves"
+        raise refuse("layer to be a name, a module, a function or a tensor", "layer", layer, cure)
     features, logits = _through(model, batch.x[usable], layer, batch_size)
     if isinstance(layer, Tensor):
         features = check_tensor(layer, "layer", ndim=2, floating=True, finite=False, rows=len(labels))[usable]

@@ -141,3 +141,9 @@ def test_malformed_calls_name_argument_and_cure(call, match):
 def test_a_model_without_a_linear_names_the_cure():
     with pytest.raises(IncompatibleModel, match="layer="):
         extract_features(data(), nn.ReLU())
+
+
+@pytest.mark.parametrize("layer", [-1, 0.5, object(), ["head"], {}])
+def test_a_layer_that_is_none_is_refused_and_never_falls_back_to_the_logits(layer):
+    with pytest.raises(ConfigurationError, match="layer to be a name, a module, a function or a tensor"):
+        extract_features((torch.rand(6, 4), torch.arange(6) % 2), nn.Linear(4, 2), layer=layer)
