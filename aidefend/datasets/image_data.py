@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from aidefend._core.checks import check_items, check_labels, check_not_empty, check_tensor, refuse
+from aidefend._core.checks import (
+    check_flag,
+    check_items,
+    check_kind,
+    check_labels,
+    check_not_empty,
+    check_tensor,
+    refuse,
+)
 
 PARTS = ("train_x", "train_y", "test_x", "test_y")
 _MAX_CLASSES = 65_536
@@ -51,6 +59,8 @@ class ImageData:
 
     def __post_init__(self) -> None:
         """Check every part once; the views need no checks of their own."""
+        check_flag(self.verified, "verified")
+        check_kind(self.source, str, "source", "Say where the images come from")
         check_items(self.classes, str, "classes", "Pass the name of each class")
         for part in ("train", "test"):
             self._check_part(f"{part}_x", f"{part}_y")

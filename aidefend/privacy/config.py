@@ -103,6 +103,7 @@ class PrivacyConfig:
 
     def history(self, steps: int) -> list[tuple[float, float, int]]:
         """The first `steps` steps as `epsilon` takes them."""
+        check_int(steps, "steps", 0)
         return [(0.0 if self.insecure else self.noise, self.rate, steps)]
 
     def spent(self, steps: int) -> Spent:
