@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from aidefend import ConfigurationError
 from aidefend._core.batches import (
     ContentIds,
     as_dataset,
@@ -152,3 +153,51 @@ def test_map_style_views():
 def test_in_batches():
     assert torch.equal(in_batches(lambda part: part * 2, X, 2), X * 2)
     assert in_batches(lambda part: part * 2, X[:0], 2).shape == (0, 3)
+
+
+def test_ids_do_not_depend_on_workers():
+    x, y = torch.randint(0, 3, (20, 2)).float(), torch.arange(20) % 2
+    loader = DataLoader(TensorDataset(x, y), batch_size=3, num_workers=2, generator=torch.Generator())
+    assert sorted(row for batch in iterate(loader) for row in batch.ids) == sorted(content_ids(x, y))
+
+
+class _Damaged(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, row):
+        if row == 2:
+            raise OSError("row 2 is damaged")
+        return torch.zeros(3), 0
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (_Damaged(), "data='OSError: row 2 is damaged'"),
+        ([(torch.zeros(2), 0), (torch.zeros(3), 1)], "have one shape"),
+        ([(torch.zeros(2, 2), torch.zeros(2)), (torch.zeros(2, 3), torch.zeros(2))], "have one shape"),
+        (torch.eye(3).to_sparse(), "dense tensors"),
+        (torch.eye(3, device="meta"), "dense tensors"),
+        (torch.tensor(1.0), "data"),
+        ([{"x": [[1, 2], [3]], "y": [0, 1]}], "numbers that fit a tensor"),
+    ],
+)
+def test_data_that_cannot_be_read_is_named_and_its_cause_kept(data, match):
+    with pytest.raises(ConfigurationError, match=match):
+        gather(data)
+    with pytest.raises(OSError, match="row 2"):
+        raise _cause(_Damaged())
+
+
+def _cause(data):
+    try:
+        gather(data)
+    except ConfigurationError as error:
+        return error.__cause__
+
+
+def test_what_the_consumer_raises_passes_through_unchanged():
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        for _ in iterate(torch.zeros(4, 2)):
+            raise ZeroDivisionError("mine")

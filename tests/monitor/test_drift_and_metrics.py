@@ -149,3 +149,26 @@ def test_a_missing_library_names_the_extra(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingExtra, match=r"aidefend\[metrics\]"):
         Metrics()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"log_capital": [[[float("nan")] * 3] * 24]},
+        {"log_capital": "nothing"},
+        {"log_capital": [[0.0]]},
+        {"capital": float("nan")},
+        {"capital": "much"},
+        {"count": -1},
+        {"alarm_at": "never"},
+        {"more": 1},
+    ],
+)
+def test_a_state_that_cannot_be_is_refused_and_changes_nothing(change):
+    """A capital of NaN would never reach the alarm."""
+    watch = CalibrationMartingale()
+    watch.observe(torch.full((3,), 0.5))
+    before = watch.state_dict()
+    with pytest.raises(ConfigurationError, match="Expected"):
+        watch.load_state_dict({**before, **change})
+    assert watch.state_dict() == before

@@ -229,3 +229,25 @@ def test_kill_at_any_moment_loses_no_acknowledged_unit(tmp_path):
         assert acknowledged > 0 and acknowledged <= spent <= acknowledged + 50
         assert 1e9 - budget.remaining("a") - spent <= 50
         assert budget.verify().ok
+
+
+@pytest.mark.parametrize("nothing", [0, "", [], {}, False, 5])
+def test_a_total_that_is_no_bucket_is_refused_and_never_read_as_no_limit(tmp_path, nothing):
+    for place in ({"total": nothing}, {"overrides": {"a": nothing}}, {"per_principal": nothing}):
+        with pytest.raises(ConfigurationError, match="Bucket"):
+            QueryBudget(tmp_path / "b", **{"per_principal": Bucket(1), **place})
+
+
+@pytest.mark.parametrize("path", ["", None, 3, b"bytes", "a\0b"])
+def test_a_path_that_names_no_file_is_refused(path):
+    """SQLite takes an empty name as a data base that nobody else sees: each process would have a budget of its own."""
+    with pytest.raises(ConfigurationError, match="path"):
+        QueryBudget(path, Bucket(1))
+
+
+def test_memory_is_a_file_name_like_any_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for left in (1.0, 0.0):
+        with QueryBudget(":memory:", Bucket(2)) as budget:
+            budget.commit(budget.reserve("a", 1))
+            assert budget.remaining("a") == left

@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 
+from aidefend import ConfigurationError
 from aidefend.validate import Energy, Guard, NearestNeighbours
 from tests.validate.small_world import Recorder, model, rows, strange
 
@@ -163,3 +164,10 @@ def test_predict_hands_on_the_principal():
     guard, recorder, _ = counted()
     guard.predict(TEST, principal="team-a")
     assert recorder.request[0] == "team-a"
+
+
+@pytest.mark.parametrize("name", ["policy", "budget", "log", "metrics"])
+@pytest.mark.parametrize("stranger", ["nonsense", 0, object()])
+def test_a_collaborator_without_the_methods_is_refused_when_the_guard_is_made(name, stranger):
+    with pytest.raises(ConfigurationError, match=rf"{name} with \.\w+\(\)"):
+        Guard.calibrate(model(), rows(200, 0), detectors=[Energy()], alpha=0.05, **{name: stranger})
