@@ -52,7 +52,7 @@ def crafting(model: Model, attack_mode: AttackMode) -> Iterator[Model]:
 
     A clean forward pass of an objective that waits for its backward pass stays usable.
     """
-    inner: Model = model.module if isinstance(model, _WRAPPERS) else model
+    inner = unwrapped(model)
     with preserve(inner):
         if attack_mode == "eval":
             evaluate(inner)
@@ -67,6 +67,35 @@ def craft(attack: Attack, model: Model, x: Tensor, y: Tensor, generator: torch.G
         raise refuse(f"attack(model, x, y) of shape {tuple(x.shape)}", "attack", x_adv, cure)
     crafted: Tensor = x_adv.detach()
     return crafted
+
+
+def craft_for(
+    criterion: PerExampleLoss,
+    attack: Attack,
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    attack_mode: AttackMode,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """x_adv of an attack for training with this criterion, without a trace on the model."""
+    with crafting(model, attack_mode) as inner:
+        return craft(_climbing(attack, criterion, y), inner, x, y, generator)
+
+
+def _climbing(attack: Attack, criterion: PerExampleLoss, y: Tensor) -> Attack:
+    """The attack on the criterion, if it was left on its default loss and the two are not the same anyway."""
+    by_default = getattr(attack, "loss", None) == "cross_entropy" and not getattr(attack, "targeted", False)
+    if not by_default or (criterion is cross_entropy and not y.is_floating_point()) or not hasattr(attack, "with_loss"):
+        return attack
+    climbing: Attack = attack.with_loss(criterion)
+    return climbing
+
+
+def unwrapped(model: Model) -> Model:
+    """The module inside a data-parallel wrapper."""
+    inner: Model = model.module if isinstance(model, _WRAPPERS) else model
+    return inner
 
 
 def outputs_of(model: Model, x: Tensor) -> Any:

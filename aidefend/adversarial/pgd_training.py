@@ -13,8 +13,7 @@ from aidefend.adversarial.crafting import (
     check_batch,
     check_fields,
     check_losses,
-    craft,
-    crafting,
+    craft_for,
     cross_entropy,
     outputs_of,
 )
@@ -27,8 +26,8 @@ class PGDTraining:
     Guarantee: none about robustness: measure it with `audit.evaluate_robustness` and another attack than this one.
         Crafting leaves no trace on the model; only the training forward pass touches BatchNorm statistics.
     Args:
-        attack: Any callable (model, x, y) -> x_adv. It climbs its own loss: for another criterion than cross-entropy
-            state the same one there, PGD(threat, loss=criterion).
+        attack: Any callable (model, x, y) -> x_adv. One of ours that is left on its default loss climbs the criterion;
+            any other loss stated there, and a foreign attack's own, stays.
         criterion: (outputs, y) -> (N,), the training loss of each sample.
         attack_mode: "eval": craft with BatchNorm and dropout in eval mode, flags restored module by module; "given":
             craft in the mode of the model, statistics restored.
@@ -65,6 +64,12 @@ class PGDTraining:
             generator: Randomness of the attack; None lets the attack choose its own.
         """
         check_batch(x, y)
-        with crafting(model, self.attack_mode) as inner:
-            x_adv = craft(self.attack, inner, x, y, generator)
+        return self.losses(model, x, self.craft(model, x, y, generator=generator), y)
+
+    def craft(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """The attack alone: x_adv, detached."""
+        return craft_for(self.criterion, self.attack, model, x, y, self.attack_mode, generator)
+
+    def losses(self, model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+        """The loss of each sample at points that are known: the training forward pass."""
         return check_losses(self.criterion(outputs_of(model, x_adv), y), len(x))

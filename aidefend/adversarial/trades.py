@@ -4,9 +4,8 @@ import dataclasses
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from aidefend._core.checks import check_logits, check_number, refuse
+from aidefend._core.checks import check_flag, check_number
 from aidefend._core.modules import Model, training_layers
 from aidefend.adversarial.crafting import (
     Attack,
@@ -15,19 +14,15 @@ from aidefend.adversarial.crafting import (
     check_batch,
     check_fields,
     check_losses,
-    craft,
-    crafting,
     cross_entropy,
-    outputs_of,
-    wide,
 )
-
-
-def kl_divergence(outputs: Tensor, clean_log_probabilities: Tensor) -> Tensor:
-    """KL(clean || outputs) of each sample: logits (N, K) against log-probabilities (N, K) -> (N,)."""
-    log_probabilities = functional.log_softmax(wide(outputs), dim=1)
-    divergence = functional.kl_div(log_probabilities, clean_log_probabilities, reduction="none", log_target=True)
-    return divergence.sum(dim=1)
+from aidefend.adversarial.divergence import (
+    check_steerable,
+    craft_divergence,
+    kl_divergence,
+    log_softmax,
+    logits_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +38,13 @@ class TRADES:
         criterion: (outputs, y) -> (N,), the loss at x.
         attack_mode: "eval": craft with BatchNorm and dropout in eval mode, flags restored module by module; "given":
             craft in the mode of the model, statistics restored.
+        reuse_clean: Give the attack the clean answer of the training pass also where it was made in another mode than
+            the attack's own, which saves one forward pass.
     Raises: ConfigurationError: an argument is malformed. AidefendError: the model raised.
     Cost: k attack steps (2F each) and two training forward and backward passes; the clean answer of the first serves
         the attack too. One forward pass more where BatchNorm or dropout is in train mode while the attack runs in eval
-        mode: there the clean answer differs between the two, and the attack needs the one of its own mode.
+        mode: there the clean answer differs between the two, and the attack gets the one of its own mode unless
+        reuse_clean.
     Source: Zhang et al. 2019, eq. 5. Differs: the attack starts where the given one starts (the authors: x plus
         Gaussian noise of size 0.001).
     Example:
@@ -63,15 +61,12 @@ class TRADES:
     _: dataclasses.KW_ONLY
     criterion: PerExampleLoss = cross_entropy
     attack_mode: AttackMode = "eval"
+    reuse_clean: bool = False
 
     def __post_init__(self) -> None:
-        if not hasattr(self.attack, "with_loss"):
-            cure = "Use PGD or APGD, or give your attack a method with_loss(loss) that returns it on another loss"
-            raise refuse("an attack with .with_loss(loss)", "attack", self.attack, cure)
-        if getattr(self.attack, "targeted", False):
-            raise refuse("an untargeted attack", "attack", self.attack, "TRADES has no target class: targeted=False")
-        check_fields(self.attack.with_loss(kl_divergence), self.criterion, self.attack_mode)
+        check_fields(check_steerable(self.attack, "TRADES"), self.criterion, self.attack_mode)
         check_number(self.beta, "beta", 0.0)
+        check_flag(self.reuse_clean, "reuse_clean")
 
     def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """The mean of `per_example`: a scalar to call backward on."""
@@ -80,24 +75,20 @@ class TRADES:
     def per_example(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """The loss of each sample, (N,); arguments as for `PGDTraining`, y as the criterion takes it."""
         check_batch(x, y)
-        if self.attack_mode == "eval" and training_layers(model):
-            x_adv = self._craft(model, x, None, generator)
-            clean = _logits(model, x)
-        else:
-            clean = _logits(model, x)
-            x_adv = self._craft(model, x, clean.detach(), generator)
-        natural = check_losses(self.criterion(clean, y), len(x))
-        divergence = kl_divergence(_logits(model, x_adv), functional.log_softmax(wide(clean), dim=1))
-        return natural + self.beta * divergence
+        if self.attack_mode == "eval" and not self.reuse_clean and training_layers(model):
+            return self.losses(model, x, self.craft(model, x, y, generator=generator), y)
+        clean = logits_of(model, x)
+        x_adv = craft_divergence(self.attack, model, x, clean.detach(), self.attack_mode, generator)
+        return self._losses(model, clean, x_adv, y)
 
-    def _craft(self, model: Model, x: Tensor, answer: Tensor | None, generator: torch.Generator | None) -> Tensor:
-        """The point where the answer differs most from the clean one, which is computed here where it is not known."""
-        attack = self.attack.with_loss(kl_divergence)  # type: ignore[attr-defined]  # checked at construction
-        with crafting(model, self.attack_mode) as inner:
-            with torch.no_grad():
-                target = functional.log_softmax(wide(_logits(inner, x) if answer is None else answer), dim=1)
-            return craft(attack, inner, x, target, generator)
+    def craft(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """The attack alone: x_adv, detached; one clean forward pass more than inside `per_example`."""
+        return craft_divergence(self.attack, model, x, None, self.attack_mode, generator)
 
+    def losses(self, model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+        """The loss of each sample at points that are known: the two training forward passes."""
+        return self._losses(model, logits_of(model, x), x_adv, y)
 
-def _logits(model: Model, x: Tensor) -> Tensor:
-    return check_logits(outputs_of(model, x), len(x))
+    def _losses(self, model: Model, clean: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+        natural = check_losses(self.criterion(clean, y), len(x_adv))
+        return natural + self.beta * kl_divergence(logits_of(model, x_adv), log_softmax(clean))

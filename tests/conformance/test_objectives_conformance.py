@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from aidefend import AidefendError, Threat
-from aidefend.adversarial import TRADES, PGDTraining
+from aidefend.adversarial import AWP, MART, NFGSM, TRADES, FastTraining, PGDTraining
 from aidefend.attacks.evasion import APGD, PGD
 
 THREAT = Threat("linf", 0.05)
@@ -17,7 +17,15 @@ OBJECTIVES = {
     "trades": lambda: TRADES(PGD(THREAT, 3, 0.02)),
     "trades-apgd-l2": lambda: TRADES(APGD(Threat("l2", 0.1), 3), beta=2.0),
     "trades-given": lambda: TRADES(PGD(THREAT, 3, 0.02), attack_mode="given"),
+    "trades-reuse-clean": lambda: TRADES(PGD(THREAT, 3, 0.02), reuse_clean=True),
+    "fast-training": lambda: FastTraining(PGD(THREAT)),
+    "fast-training-l2": lambda: FastTraining(PGD(Threat("l2", 0.1)), attack_mode="given"),
+    "n-fgsm": lambda: NFGSM(PGD(THREAT)),
+    "mart": lambda: MART(PGD(THREAT, 3, 0.02), weight=2.0),
+    "awp-pgd": lambda: AWP(PGDTraining(PGD(THREAT, 3, 0.02))),
+    "awp-trades": lambda: AWP(TRADES(PGD(THREAT, 3, 0.02))),
 }
+TWO_TRAINING_PASSES = ("trades", "mart", "awp-trades")
 every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
 
@@ -67,7 +75,7 @@ def test_only_the_training_passes_touch_the_model(name, make):
     assert [parameter.requires_grad for parameter in model.parameters()][:2] == [True, False]
     assert torch.equal(torch.get_rng_state(), global_stream) and not x.requires_grad
     if make is with_batch_norm:
-        assert model[1].num_batches_tracked == (2 if name.startswith("trades") else 1)
+        assert model[1].num_batches_tracked == (2 if name.startswith(TWO_TRAINING_PASSES) else 1)
         assert model[3].num_batches_tracked == 0
     loss.backward()
     assert model[0].weight.grad is not None and model[0].bias.grad is None

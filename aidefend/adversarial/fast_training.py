@@ -1,0 +1,77 @@
+"""Fast adversarial training: one gradient step from a random start inside the threat."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from aidefend._core.checks import check_number
+from aidefend._core.modules import Model
+from aidefend._core.random import make_generator
+from aidefend.adversarial.crafting import (
+    Attack,
+    AttackMode,
+    PerExampleLoss,
+    check_batch,
+    check_fields,
+    check_losses,
+    cross_entropy,
+    outputs_of,
+)
+from aidefend.adversarial.single_step import check_recipe, craft_single
+
+
+@dataclasses.dataclass(frozen=True)
+class FastTraining:
+    """FGSM-RS: the criterion after a random start in the threat, one step, and a projection back.
+
+    Guarantee: none about robustness, and a known failure: with large eps or many epochs the model learns to fool the
+        single step (catastrophic overfitting). Watch it with `OverfittingGuard`; `NFGSM` and `GradAlign` resist.
+    Args:
+        attack: PGD(threat), or another attack with the fields threat, steps, step_size and random_start: it is set to
+            one step from the random start. Its threat is the radius trained for, its loss is climbed.
+        criterion: (outputs, y) -> (N,), the training loss of each sample.
+        step: Length of the step in radii, > 0: by sample and by feature where eps is.
+        attack_mode: "eval": craft with BatchNorm and dropout in eval mode; "given": in the mode of the model.
+    Raises: ConfigurationError: an argument is malformed. AidefendError: the model raised.
+    Cost: 5 / 3 plain steps (2F for the step, 3F for training).
+    Source: Wong, Rice, Kolter 2020 (alpha = 1.25 eps). Differs: the start is uniform inside the bounds of the data too.
+    Example:
+        >>> from aidefend import Threat
+        >>> from aidefend.attacks import PGD
+        >>> objective = FastTraining(PGD(Threat("linf", 0.1)))
+        >>> objective.per_example(torch.nn.Linear(4, 3), torch.rand(5, 4), torch.tensor([0, 1, 2, 0, 1])).shape
+        torch.Size([5])
+    """
+
+    attack: Attack
+    criterion: PerExampleLoss = cross_entropy
+    _: dataclasses.KW_ONLY
+    step: float = 1.25
+    attack_mode: AttackMode = "eval"
+
+    def __post_init__(self) -> None:
+        check_fields(self.attack, self.criterion, self.attack_mode)
+        check_recipe(self.attack)
+        check_number(self.step, "step", 0.0, open_low=True)
+
+    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """The mean of `per_example`: a scalar to call backward on."""
+        return self.per_example(model, x, y, generator=generator).mean()
+
+    def per_example(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """The loss of each sample, (N,); arguments as for `PGDTraining`."""
+        check_batch(x, y)
+        return self.losses(model, x, self.craft(model, x, y, generator=generator), y)
+
+    def craft(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """The start and the step: x_adv inside the threat, detached."""
+        threat, stream = self.attack.threat, make_generator(generator)  # type: ignore[attr-defined]  # a recipe
+        criterion, mode = self.criterion, self.attack_mode
+        point = craft_single(self.attack, criterion, model, x, y, threat, self.step, mode, stream)
+        x_adv: Tensor = threat.project(point, x)
+        return x_adv
+
+    def losses(self, model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+        """The loss of each sample at points that are known: the training forward pass."""
+        return check_losses(self.criterion(outputs_of(model, x_adv), y), len(x))
