@@ -98,7 +98,7 @@ def check_path(path: Any, name: str = "path") -> Path:
     """The name of a file or folder; it need not exist."""
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(text, str) or not text or "\0" in text:
-        raise refuse(f"{name} to be the name of a file or folder", name, path, "Pass a str or a pathlib.Path")
+        raise refuse(f"{name} to be a file name", name, path, "Pass a str or a Path, not an open file or bytes")
     return Path(text)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from aidefend._core.checks import check_path, refuse
+from aidefend._core.checks import refuse
 from aidefend.artifacts.files import read_file, unsafe
 from aidefend.artifacts.formats import SAFETENSORS, ZIP, check_extension, describe_unreadable, refuse_format, sniff
 from aidefend.artifacts.limits import Limits
@@ -110,7 +110,8 @@ def check_top(plan: Any) -> None:
 
 def check_arguments(path: Any, limits: Any) -> Limits:
     """The path and the limits of a public call."""
-    check_path(path)
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise refuse("path to be a file name", "path", path, "Pass a str or a Path, not an open file or bytes")
     if limits is not None and not isinstance(limits, Limits):
         raise refuse("limits to be Limits(...)", "limits", limits, "Pass artifacts.Limits(...)")
     return limits or Limits()

@@ -266,7 +266,7 @@ def test_any_changed_number_breaks_the_checksum(tmp_path, packing):
 def test_bad_arguments_are_named(tmp_path):
     np.savez(tmp_path / "a.npz", x=np.ones(2))
     for wrong in ("x", [1], [b"x"]):
-        with pytest.raises(ConfigurationError, match="Expected keys to be a .*got keys="):
+        with pytest.raises(ConfigurationError, match=r"Expected keys to be a .*got keys="):
             read_npz(tmp_path / "a.npz", wrong)
     with pytest.raises(ConfigurationError, match="regular file"):
         read_npz(tmp_path / "none.npz")
