@@ -9,8 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aidefend.attacks.evasion import APGD as APGD
+    from aidefend.attacks.evasion import BPDA as BPDA
+    from aidefend.attacks.evasion import DDN as DDN
+    from aidefend.attacks.evasion import EOT as EOT
+    from aidefend.attacks.evasion import FMN as FMN
+    from aidefend.attacks.evasion import NES as NES
     from aidefend.attacks.evasion import PGD as PGD
+    from aidefend.attacks.evasion import AdversarialPatch as AdversarialPatch
     from aidefend.attacks.evasion import AttackResult as AttackResult
+    from aidefend.attacks.evasion import CarliniWagner as CarliniWagner
+    from aidefend.attacks.evasion import HopSkipJump as HopSkipJump
+    from aidefend.attacks.evasion import Square as Square
+    from aidefend.attacks.evasion import Transfer as Transfer
+    from aidefend.attacks.evasion import UniversalPerturbation as UniversalPerturbation
     from aidefend.attacks.extraction import Extraction as Extraction
     from aidefend.attacks.extraction import ExtractionResult as ExtractionResult
     from aidefend.attacks.inversion import ClassInversion as ClassInversion
@@ -24,18 +35,29 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "APGD": "evasion",
+    "AdversarialPatch": "evasion",
     "AttackResult": "evasion",
+    "BPDA": "evasion",
     "Blend": "poisoning",
+    "CarliniWagner": "evasion",
     "ClassInversion": "inversion",
+    "DDN": "evasion",
+    "EOT": "evasion",
     "Extraction": "extraction",
     "ExtractionResult": "extraction",
+    "FMN": "evasion",
+    "HopSkipJump": "evasion",
     "InversionResult": "inversion",
     "LabelFlip": "poisoning",
     "LiRA": "membership",
     "LossThreshold": "membership",
+    "NES": "evasion",
     "PGD": "evasion",
     "Patch": "poisoning",
     "Poisoned": "poisoning",
+    "Square": "evasion",
+    "Transfer": "evasion",
+    "UniversalPerturbation": "evasion",
 }
 
 __all__ = sorted(_HOMES)

@@ -12,7 +12,7 @@ from aidefend._core.checks import check_choice, check_number, refuse
 from aidefend._core.modules import Model, preserve, training_layers
 from aidefend._core.stats import wilson
 from aidefend._core.threat import Threat
-from aidefend.attacks.evasion import APGD, PGD
+from aidefend.attacks.evasion import APGD, FMN, PGD, Square
 from aidefend.audit import masking
 from aidefend.audit.cascade import Cascade
 from aidefend.audit.effort import EFFORTS, Budget, Effort
@@ -20,6 +20,7 @@ from aidefend.audit.robustness_bench import Bench, MakeAttack
 from aidefend.audit.robustness_result import CurvePoint, MaskingCheck, NormQuantile, Robustness
 
 _DOUBLINGS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def evaluate_robustness(
@@ -46,17 +47,18 @@ def evaluate_robustness(
     Args:
         model: Callable from x to logits (N, K), K >= 2.
         data: (x, y) tensors, a Dataset, a DataLoader or an iterable of batches; read once, kept in memory.
-        threat: What the adversary may do. An eps by sample follows the order of the data.
+        threat: What the adversary may do, linf or l2. An eps by sample follows the order of the data.
         budget: "quick": FGSM, PGD-10, APGD-20 (cross-entropy), APGD-30 (margin), 100 queries of Square. "standard":
-            FGSM, PGD-20, APGD-50, APGD-100, targeted APGD-50 against the nine likeliest classes, FMN-100 (l0:
-            SigmaZero), 1,000 queries of Square. "thorough": twice the steps and more, 5 restarts, 5,000 queries, and
-            HopSkipJump with 5,000 on at most 1,000 rows. Square fits linf and l2; where it breaks more than 0.2 points
-            that no gradient attack broke, it goes on with five times the queries (quick: ten).
+            FGSM, PGD-20, APGD-50, APGD-100, targeted APGD-50 against the nine likeliest classes, FMN-100, 1,000 queries
+            of Square. "thorough": FGSM, PGD-50, APGD-100, APGD-100 with 5 restarts each, targeted APGD-100, FMN-300,
+            5,000 queries of Square. Where Square breaks more than 0.2 points that no gradient attack broke, it goes on
+            with five times the queries (quick: ten times, thorough: twice).
         seed: Each row's random numbers come from this and the row's content: neither order nor batch size matters
             (up to the rounding of the model's own arithmetic).
         batch_size: Rows a pass.
-        curve: Radii >= 0 for accuracy over eps, on at most 200 (thorough: 1000) rows; needs one eps for all rows. By
-            default eps times 1/4, 1/2, 1, 2, 4, 8 up to the range of the data.
+        curve: Radii >= 0 for accuracy over eps by the strongest stage, on at most 200 (thorough: 1000) rows; needs one
+            eps for all rows. By default eps times 1/4, 1/2, 1, 2, 4, 8 up to the range of the data, from the smallest
+            perturbations that FMN and the stages found on 100 (quick: 50, thorough: 1,000) rows.
         resume: A folder in which finished parts are kept: call again with the same arguments after an interruption and
             only the rest is computed. Emptied at the end. Whoever can write to it can forge the result.
     Returns: Robustness.
@@ -87,59 +89,87 @@ def evaluate_robustness(
 
 def _evaluate(cascade: Cascade, budget: Budget, radii: tuple[float, ...], repeatable: MaskingCheck) -> Robustness:
     effort = EFFORTS[budget]
-    by_query = _run_stages(cascade, effort)
-    checks = _run_checks(cascade, effort, repeatable, by_query)
-    smallest: tuple[NormQuantile, ...] = ()
-    points = _accuracy_over_eps(cascade, effort, radii or _usual_radii(cascade.bench))
-    checks["flat_curve"] = masking.check_flat_curve(points)
-    return cascade.result(checks, points, smallest, budget)
+    by_gradient, by_query = _run_stages(cascade, effort)
+    checks = _run_checks(cascade, effort, repeatable, by_gradient)
+    checks["black_box_beats_white_box"] = masking.check_black_box(by_query, len(cascade.robust))
+    distances = _smallest_perturbations(cascade, effort)
+    usual = _usual_curve(cascade.bench, distances)
+    checks["flat_curve"] = masking.check_flat_curve(usual)
+    points = _accuracy_over_eps(cascade, effort, radii) if radii else usual
+    return cascade.result(checks, points, _quantiles(distances), budget)
 
 
 def _check_rows(bench: Bench, effort: Effort) -> Tensor:
     return bench.subset(bench.correct.nonzero()[:, 0], effort.check_rows)
 
 
-def _run_stages(cascade: Cascade, effort: Effort) -> int | None:
-    """All stages, cheap first. Returns how many rows broke to queries alone, after every gradient; None = not tried."""
-    restarts, norm = effort.restarts, cascade.bench.threat.norm
+def _run_stages(cascade: Cascade, effort: Effort) -> tuple[Tensor, int]:
+    """All stages, cheap first: rows that gradients broke, (N,) bool, and how many more broke to queries alone."""
+    restarts = effort.restarts
     cascade.attack("FGSM", lambda threat: PGD(threat, steps=1, random_start=False))
     cascade.attack(f"PGD-{effort.pgd_steps}", lambda threat: PGD(threat, effort.pgd_steps, restarts=restarts))
-    if norm != "l0":
-        name = f"APGD-CE-{effort.apgd_steps}"
-        cascade.attack(name, lambda threat: APGD(threat, effort.apgd_steps, restarts=restarts))
-    name, make = _strongest(cascade.bench.threat, effort, effort.margin_steps)
-    cascade.attack(name, make)
-    return None
+    name = f"APGD-CE-{effort.apgd_steps}"
+    cascade.attack(name, lambda threat: APGD(threat, effort.apgd_steps, restarts=restarts))
+    cascade.attack(*_strongest(effort, effort.margin_steps))
+    if effort.targeted_steps:
+        cascade.attack(f"APGD-T-{effort.targeted_steps}", _targeted(effort.targeted_steps))
+        cascade.attack(*_minimum_norm(effort.norm_steps))
+    by_gradient = cascade.correct & ~cascade.robust
+    by_query = int(cascade.attack(*_square(effort.queries)).sum())
+    if masking.black_box_leads(by_query, len(cascade.robust)):
+        by_query += int(cascade.attack(*_square(effort.more_queries)).sum())
+    return by_gradient, by_query
 
 
-def _strongest(threat: Threat, effort: Effort, steps: int) -> tuple[str, MakeAttack]:
-    """The best single attack for a norm."""
-    make = lambda allowed: APGD(allowed, steps, restarts=effort.restarts, loss="margin")  # noqa: E731
-    return f"APGD-margin-{steps}", make
+def _square(queries: int) -> tuple[str, MakeAttack]:
+    return f"Square-{queries}", lambda threat: Square(threat, queries)
+
+
+def _strongest(effort: Effort, steps: int) -> tuple[str, MakeAttack]:
+    """The best single attack."""
+    restarts = effort.restarts
+    return f"APGD-margin-{steps}", lambda threat: APGD(threat, steps, restarts=restarts, loss="margin")
+
+
+def _targeted(steps: int) -> MakeAttack:
+    return lambda threat: APGD(threat, steps, loss="dlr", targets=9)
+
+
+def _minimum_norm(steps: int) -> tuple[str, MakeAttack]:
+    return f"FMN-{steps}", lambda allowed: FMN(allowed, steps)
 
 
 def _run_checks(
-    cascade: Cascade, effort: Effort, repeatable: MaskingCheck, by_query: int | None
+    cascade: Cascade, effort: Effort, repeatable: MaskingCheck, by_gradient: Tensor
 ) -> dict[str, MaskingCheck]:
     """All checks; what they break on the way counts as broken."""
     bench, rows = cascade.bench, _check_rows(cascade.bench, effort)
-    by_single = _single_step(cascade, effort.check_rows)
-    by_gradient = ~cascade.robust[rows]
-    points, by_noise = bench.noise("noise", rows, effort.noise_draws)
-    cascade.found("noise (check)", rows, points, by_noise, effort.noise_draws * len(rows))
-    checks = [
+    always = [
         masking.check_modes(bench),
         masking.check_logits_kind(bench),
         repeatable,
         masking.check_batch_mates(bench, rows, repeatable),
         *masking.check_gradients(bench, rows),
-        masking.check_noise(by_noise, by_gradient),
-        masking.check_black_box(by_query, len(bench.x)),
+    ]
+    if len(cascade.standing):
+        strength = _check_strength(cascade, effort, rows, by_gradient)
+    else:
+        strength = masking.nothing_stands()
+    return {check.name: check for check in [*always, *strength]}
+
+
+def _check_strength(cascade: Cascade, effort: Effort, rows: Tensor, by_gradient: Tensor) -> list[MaskingCheck]:
+    """Signs that the attacks were too weak for the rows that stand."""
+    bench = cascade.bench
+    by_single = _single_step(cascade, effort.check_rows)
+    points, by_noise = bench.noise("noise", rows, effort.noise_draws)
+    cascade.found("noise (check)", rows, points, by_noise, effort.noise_draws * len(rows))
+    return [
+        masking.check_noise(by_noise, by_gradient[rows]),
         masking.check_single_step(bench, by_single, effort.pgd_steps),
         _more_steps(cascade, effort),
         masking.check_large_eps(bench, rows, effort.apgd_steps),
     ]
-    return {check.name: check for check in checks}
 
 
 def _single_step(cascade: Cascade, count: int) -> Tensor:
@@ -156,20 +186,46 @@ def _more_steps(cascade: Cascade, effort: Effort) -> MaskingCheck:
     count, n = int(cascade.robust.sum()), len(cascade.robust)
     before = wilson(count, n)
     rows = cascade.bench.subset(cascade.standing, effort.check_rows)
-    name, make = _strongest(cascade.bench.threat, effort, 2 * effort.margin_steps)
+    name, make = _strongest(effort, 2 * effort.margin_steps)
     broken = cascade.attack(f"{name} (check)", make, rows)
     return masking.check_steps(before.value, before.low, len(rows), int(broken.sum()))
 
 
-def _usual_radii(bench: Bench) -> tuple[float, ...]:
-    """Around eps. None in train mode: its layers may refuse the last row that stands."""
+def _smallest_perturbations(cascade: Cascade, effort: Effort) -> Tensor | None:
+    """The smallest distance known to fool the model, on a part of the rows: 0 for wrong ones, inf where none was found.
+
+    None in train mode, whose layers may refuse the last row that stands, and where the data has no finite range.
+    """
+    bench = cascade.bench
     radius = masking.whole_radius(bench)
-    if radius is None or isinstance(bench.threat.eps, Tensor) or bench.threat.eps == 0 or training_layers(bench.model):
+    if radius is None or training_layers(bench.model):
+        return None
+    rows = bench.subset(torch.arange(len(bench.x), device=bench.x.device), effort.norm_rows)
+    name, make = _minimum_norm(effort.norm_steps)
+    result = bench.attack(f"{name} (smallest)", make, rows, bench.threat.with_eps(radius), goal="min_norm")
+    distance = bench.threat.distance(result.x_adv, bench.x[rows])
+    inside = bench.threat.rows(bench.x, rows).contains(result.x_adv, bench.x[rows])
+    cascade.found(f"{name} (smallest)", rows, result.x_adv, result.success & inside, int(result.forwards.sum()))
+    known = torch.where(cascade.robust[rows], torch.inf, bench.threat.distance(cascade.x_adv[rows], bench.x[rows]))
+    return torch.minimum(torch.where(result.success, distance, torch.inf), known).sort().values
+
+
+def _quantiles(distances: Tensor | None) -> tuple[NormQuantile, ...]:
+    if distances is None:
         return ()
-    eps = float(bench.threat.eps)
-    if bench.threat.norm == "l0":
-        return tuple(sorted({max(1.0, float(round(eps * share))) for share in _DOUBLINGS if eps * share <= radius}))
-    return tuple(eps * share for share in _DOUBLINGS if eps * share <= radius)
+    n = len(distances)
+    return tuple(NormQuantile(share, float(distances[min(n - 1, int(share * n))]), n) for share in _QUANTILES)
+
+
+def _usual_curve(bench: Bench, distances: Tensor | None) -> tuple[CurvePoint, ...]:
+    """Accuracy around eps: the share of rows that no known perturbation of that size fools."""
+    radius = masking.whole_radius(bench)
+    if distances is None or radius is None or isinstance(bench.threat.eps, Tensor) or bench.threat.eps == 0:
+        return ()
+    eps, n = float(bench.threat.eps), len(distances)
+    radii = [eps * share for share in _DOUBLINGS if eps * share <= radius or share <= 1]
+    stands = [int((distances > size * (1 + 1e-6)).sum()) for size in radii]
+    return tuple(CurvePoint(size, *wilson(count, n), n) for size, count in zip(radii, stands, strict=True))
 
 
 def _accuracy_over_eps(cascade: Cascade, effort: Effort, radii: tuple[float, ...]) -> tuple[CurvePoint, ...]:
@@ -177,8 +233,6 @@ def _accuracy_over_eps(cascade: Cascade, effort: Effort, radii: tuple[float, ...
 
     Rows that stand at the threat's own eps stand below it too.
     """
-    if not radii:
-        return ()
     bench, eps = cascade.bench, float(cascade.bench.threat.eps)
     rows = bench.subset(torch.arange(len(bench.x), device=bench.x.device), max(200, effort.check_rows))
     stands, points = cascade.correct[rows].clone(), []
@@ -187,7 +241,7 @@ def _accuracy_over_eps(cascade: Cascade, effort: Effort, radii: tuple[float, ...
             known = cascade.robust[rows] if radius <= eps else torch.zeros_like(stands)
             stands = stands & cascade.robust[rows] if radius >= eps else stands
             open_rows = (stands & ~known).nonzero()[:, 0]
-            _, make = _strongest(bench.threat, effort, effort.apgd_steps)
+            _, make = _strongest(effort, effort.apgd_steps)
             result = bench.attack(f"curve {radius:g}", make, rows[open_rows], bench.threat.with_eps(radius))
             stands[open_rows[result.success]] = False
         points.append(CurvePoint(radius, *wilson(int(stands.sum()), len(rows)), len(rows)))

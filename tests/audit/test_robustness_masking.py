@@ -59,10 +59,12 @@ def test_the_honest_model_is_trusted():
     assert 0 < result.robust_accuracy < 0.3
 
 
-def test_rounded_inputs_give_zero_gradients():
+def test_rounded_inputs_give_zero_gradients_and_queries_find_the_truth():
     result = judge(Wrapped(before=lambda x: (x * 512).round() / 512))
-    assert "zero_gradients" in failed(result)
-    assert result.robust_accuracy > judge(WORLD.model).robust_accuracy + 0.05
+    assert {"zero_gradients", "black_box_beats_white_box"} <= failed(result)
+    by_gradient = next(stage for stage in result.stages if stage.name.startswith("APGD-margin")).accuracy
+    truth = judge(WORLD.model).robust_accuracy
+    assert by_gradient > truth + 0.05 >= result.robust_accuracy
     assert not result.trustworthy
     first, evidence = result.summary().splitlines()[0], result.to_evidence()
     assert first.startswith("NOT TRUSTWORTHY: ")
@@ -158,7 +160,6 @@ def test_flat_curve_rule():
 
 
 def test_black_box_rule():
-    assert check_black_box(None, 1000).outcome == "not shown"
     assert [check_black_box(broken, 1000).outcome for broken in (0, 1, 2, 3)] == ["pass", "pass", "pass", "fail"]
     assert [check_black_box(broken, 50).outcome for broken in (1, 2)] == ["pass", "fail"]
 

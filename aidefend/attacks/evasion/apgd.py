@@ -5,14 +5,17 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from aidefend._core.checks import check_choice, check_int, refuse
 from aidefend._core.modules import Model
+from aidefend._core.random import make_generator
 from aidefend._core.threat import Threat
 from aidefend.attacks.evasion.access import Scored
 from aidefend.attacks.evasion.checks import check_fields
-from aidefend.attacks.evasion.goals import Goal, perturb, run
+from aidefend.attacks.evasion.goals import GOALS, Goal, check_rows, perturb, run
 from aidefend.attacks.evasion.losses import IsSuccess, Loss
 from aidefend.attacks.evasion.result import AttackResult
 from aidefend.attacks.evasion.search import Search
+from aidefend.attacks.evasion.targets import left_class, run_targets, towards
 
 _MOMENTUM = 0.75
 _ENOUGH_PROGRESS = 0.75
@@ -31,8 +34,11 @@ class APGD:
         loss: As for `PGD`; "margin" and "dlr" do not saturate.
         targeted: y holds the class to reach, and the loss is descended ("dlr": the negative of the untargeted ratio).
         is_success: As for `PGD`.
+        targets: APGD-T: the attack runs towards each of this many likeliest wrong classes, by the targeted ratio of
+            logits (`loss` is not used); at most K - 1. For class labels only.
     Raises: ConfigurationError: a field is malformed.
-    Cost: For each restart `steps` forward and backward passes to the input, and one forward pass for the last point.
+    Cost: For each restart `steps` forward and backward passes to the input, and one forward pass for the last point;
+        with `targets` as much for each, and the clean pass where it is not given.
     Source: Croce, Hein 2020, Algorithm 1. Differs: the random start is uniform in cube or ball, the last iterate is
         scored, and a sample whose gradient is zero or not finite takes a random step.
     Example:
@@ -52,13 +58,22 @@ class APGD:
     loss: Loss = "cross_entropy"
     targeted: bool = False
     is_success: IsSuccess | None = None
+    targets: int | None = None
 
     def __post_init__(self) -> None:
         flags = {"random_start": self.random_start, "targeted": self.targeted}
         check_fields(self.threat, self.steps, self.restarts, self.loss, self.is_success, **flags)
+        if self.targets is None:
+            return
+        check_int(self.targets, "targets")
+        if self.targeted or self.is_success is not None:
+            cure = "Leave out targets= where the target or the meaning of success is yours"
+            raise refuse("targets=None beside targeted= and is_success=", "targets", self.targets, cure)
 
     def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """The worst point of the path for each sample; arguments as for `PGD`."""
+        if self.targets is not None:
+            return self.run(model, x, y, generator=generator).x_adv
         return perturb(self, model, x, y, generator)
 
     def run(
@@ -73,7 +88,22 @@ class APGD:
         row_seeds: Tensor | None = None,
     ) -> AttackResult:
         """Attack with a goal and count the passes; arguments as for `PGD.run`."""
-        return run(self, model, x, y, goal=goal, generator=generator, logits=logits, row_seeds=row_seeds)
+        if self.targets is None:
+            return run(self, model, x, y, goal=goal, generator=generator, logits=logits, row_seeds=row_seeds)
+        check_choice(goal, GOALS, "goal")
+        check_rows(self, x, y)
+        one = dataclasses.replace(self, loss=towards, is_success=left_class, targets=None)
+        stream = make_generator(generator) if row_seeds is None else None
+
+        def run_one(rows: Tensor, x: Tensor, pairs: Tensor, logits: Tensor | None) -> AttackResult:
+            attack = dataclasses.replace(one, threat=self.threat.rows(whole, rows))
+            seeds = None if row_seeds is None else row_seeds[rows.to(row_seeds.device)]
+            return run(attack, model, x, pairs, goal=goal, generator=stream, logits=logits, row_seeds=seeds)
+
+        whole = x
+        return run_targets(
+            run_one, model, x.detach(), y, count=self.targets, goal=goal, logits=logits, distance=self.threat.distance
+        )
 
     def with_loss(self, loss: Loss) -> "APGD":
         """The same attack on another loss."""

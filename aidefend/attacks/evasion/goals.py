@@ -60,7 +60,7 @@ Attack = TypeVar("Attack", bound=Climber)
 
 def perturb(attack: Climber, model: Model, x: Tensor, y: Tensor, generator: torch.Generator | None) -> Tensor:
     """Goal max_loss without the score of the result; with restarts every end point is scored."""
-    _check_rows(attack, x, y)
+    check_rows(attack, x, y)
     if len(x) == 0:
         return x.detach().clone()
     with _search(attack, model, x, y, make_stream(len(x), generator, None), judge=False) as search:
@@ -83,7 +83,7 @@ def run(
 ) -> AttackResult:
     """One goal, with counts."""
     check_choice(goal, GOALS, "goal")
-    _check_rows(attack, x, y)
+    check_rows(attack, x, y)
     _check_judged(attack, y)
     if logits is not None:
         check_tensor(logits, "logits", rows=len(x), finite=False)
@@ -95,6 +95,19 @@ def run(
             search.begin(logits)
         _climb_all(attack, search)
         return search.result()
+
+
+@contextmanager
+def open_search(
+    attack: Climber, model: Model, x: Tensor, y: Tensor, stream: Stream, logits: Tensor | None
+) -> Iterator[Search]:
+    """Arguments checked, then the state of a run that keeps every row to its end."""
+    check_rows(attack, x, y)
+    _check_judged(attack, y)
+    if logits is not None:
+        check_tensor(logits, "logits", rows=len(x), finite=False)
+    with _search(attack, model, x.detach(), y, stream) as search:
+        yield search
 
 
 def _climb_all(attack: Climber, search: Search) -> None:
@@ -172,7 +185,8 @@ def _as_given(x_adv: Tensor, x: Tensor) -> Tensor:
     return x_adv.clone() if x_adv.data_ptr() == x.data_ptr() else x_adv
 
 
-def _check_rows(attack: Climber, x: Any, y: Any) -> None:
+def check_rows(attack: Climber, x: Any, y: Any) -> None:
+    """Refuse malformed x and y."""
     attack.threat.check(x)
     check_tensor(y, "y")
     check_same_rows(("x", "y"), len(x), len(y))

@@ -38,10 +38,18 @@ class Search:
         self._detour = self._stream.normal(self.x)
         return self._stream.start(self.threat, self.x) if random else self.x.clone()
 
-    def gradient(self, point: Tensor) -> tuple[Scored, Tensor]:
-        """Score the active rows at `point` and give the gradient there."""
+    def uniform(self, blocks: int, count: int) -> Tensor:
+        """U(0, 1) numbers of the active rows: (n, blocks, count)."""
+        numbers = self._stream.normal(self.x.new_empty(len(self.x), blocks, count))
+        shares: Tensor = torch.special.ndtr(numbers.double()).clamp(max=1 - 1e-7)
+        return shares.to(self.x.dtype)
+
+    def gradient(self, point: Tensor, allowed: Tensor | None = None) -> tuple[Scored, Tensor]:
+        """Score the active rows at `point` and give the gradient there; a success counts only where `allowed`."""
         scored, grad = self._access.gradient(point, self.y)
         self._count(1, 1)
+        if allowed is not None:
+            scored = Scored(scored.climb, scored.hit & allowed)
         self._record_if_stopping(point, scored)
         return scored, grad
 
@@ -61,15 +69,20 @@ class Search:
         self._climb = torch.where(better, climb, self._climb)
         self._hit = torch.where(better, scored.hit, self._hit)
 
-    def begin(self, logits: Tensor | None) -> None:
+    def begin(self, logits: Tensor | None) -> Scored:
         """Take x itself as the first candidate: from its logits if they are known, else by one forward pass."""
         if logits is None:
-            self.score(self.x)
-        else:
-            self.offer(self.x, self._access.scored(logits, self.y))
+            return self.score(self.x)
+        scored = self._access.scored(logits, self.y)
+        self._record_if_stopping(self.x, scored)
+        return scored
 
     def direction(self, grad: Tensor) -> Tensor:
         """The steepest step of length one in the norm. Rows without a usable gradient get a random direction."""
+        return self.steepest(grad, self.threat.norm)
+
+    def steepest(self, grad: Tensor, norm: str) -> Tensor:
+        """`direction` in a norm of choice."""
         if self.threat.mask is not None:
             grad = torch.where(self.threat.mask.to(grad.device), grad, 0)
         self._turn += 1
@@ -79,7 +92,7 @@ class Search:
         if grad.device.type != "cpu" or not bool(usable.all()):
             detour = self._detour.flatten(1).roll(self._turn, dims=1).reshape(grad.shape)
             grad = torch.where(_as_rows(usable, grad), grad, detour)
-        return grad.sign() if self.threat.norm == "linf" else _unit(grad)
+        return grad.sign() if norm == "linf" else _unit(grad)
 
     def compact(self, done: int) -> Tensor | None:
         """Drop broken rows after `done` steps; the kept rows (to index any state with), or None where nothing moved.
