@@ -141,7 +141,7 @@ class Guard(nn.Module):
             >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
             >>> rows = torch.rand(400, 4, generator=torch.Generator().manual_seed(0))
             >>> guard = Guard.calibrate(model, rows, detectors=[Energy(), NearestNeighbours(k=5)], alpha=0.05)
-            >>> decision = guard(torch.stack([rows[0], rows[1] + 9, rows[2] * float("nan")]))
+            >>> decision = guard(torch.stack([rows.mean(dim=0), rows[1] + 9, rows[2] * float("nan")]))
             >>> decision.accepted.tolist(), decision.reasons[1:]
             ([True, False, False], (('input: out of range',), ('input: not finite',)))
         """
