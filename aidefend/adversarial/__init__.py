@@ -1,10 +1,37 @@
 """Adversarial training: objectives for your own loop, which take an attack as an argument and hold no model."""
 
 from aidefend.adversarial.awp import AWP as AWP
+from aidefend.adversarial.eps_warmup import EpsWarmup as EpsWarmup
+from aidefend.adversarial.eps_warmup import with_eps_share as with_eps_share
 from aidefend.adversarial.fast_training import FastTraining as FastTraining
+from aidefend.adversarial.free_training import FreeTraining as FreeTraining
+from aidefend.adversarial.grad_align import GradAlign as GradAlign
+from aidefend.adversarial.hat import HAT as HAT
+from aidefend.adversarial.logit_pairing import LogitPairing as LogitPairing
 from aidefend.adversarial.mart import MART as MART
 from aidefend.adversarial.nfgsm import NFGSM as NFGSM
+from aidefend.adversarial.overfitting_guard import OverfittingGuard as OverfittingGuard
+from aidefend.adversarial.overfitting_guard import OverfittingVerdict as OverfittingVerdict
 from aidefend.adversarial.pgd_training import PGDTraining as PGDTraining
 from aidefend.adversarial.trades import TRADES as TRADES
+from aidefend.adversarial.weight_averaging import EMA as EMA
+from aidefend.adversarial.weight_averaging import SWA as SWA
 
-__all__ = ["AWP", "MART", "NFGSM", "TRADES", "FastTraining", "PGDTraining"]
+__all__ = [
+    "AWP",
+    "EMA",
+    "HAT",
+    "MART",
+    "NFGSM",
+    "SWA",
+    "TRADES",
+    "EpsWarmup",
+    "FastTraining",
+    "FreeTraining",
+    "GradAlign",
+    "LogitPairing",
+    "OverfittingGuard",
+    "OverfittingVerdict",
+    "PGDTraining",
+    "with_eps_share",
+]
