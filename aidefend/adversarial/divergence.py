@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from aidefend._core.checks import check_logits, refuse
-from aidefend._core.modules import Model, freeze
+from aidefend._core.modules import Model
 from aidefend.adversarial.crafting import Attack, AttackMode, craft, crafting, outputs_of, wide
 
 
@@ -49,9 +49,6 @@ def craft_divergence(
     """The point where the answer differs most from the clean one, which is computed here where it is not known."""
     steered = attack.with_loss(kl_divergence)  # type: ignore[attr-defined]  # checked at construction
     with crafting(model, attack_mode) as inner:
-        # Frozen: autocast keeps the narrow copy of a weight that asks for a gradient, and one made under no_grad would
-        # serve the training pass too, which then reached no weight.
-        freeze(inner)
         with torch.no_grad():
             target = log_softmax(logits_of(inner, x) if answer is None else answer)
         return craft(steered, inner, x, target, generator)

@@ -174,3 +174,12 @@ def test_a_traced_model_trains_as_the_plain_one(name):
     torch.testing.assert_close(loss, objective(model, x, y, generator=stream()))
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["trades", "hat"])
+def test_autocast_with_a_clean_answer_of_its_own(name):
+    """Where BatchNorm trains, the attack's clean answer is a pass without a gradient before the training pass."""
+    (x, y), model = rows(), nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        OBJECTIVES[name](model, x, y).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
