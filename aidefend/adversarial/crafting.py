@@ -98,6 +98,13 @@ def unwrapped(model: Model) -> Model:
     return inner
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """The module inside data-parallel and compiled wrappers, under whose own names its state is known."""
+    inner: Any = unwrapped(model)
+    module: nn.Module = getattr(inner, "_orig_mod", inner)
+    return module
+
+
 def outputs_of(model: Model, x: Tensor) -> Any:
     """The training forward pass; an error of the model is named."""
     try:

@@ -15,7 +15,7 @@ from aidefend._core.errors import AidefendError
 from aidefend._core.modules import Model, device_of
 from aidefend._core.random import derive_seed, make_generator
 from aidefend._core.storage import write_atomic
-from aidefend.adversarial.crafting import Attack, craft, crafting, unwrapped
+from aidefend.adversarial.crafting import Attack, bare, craft, crafting
 from aidefend.adversarial.divergence import logits_of
 
 Status = Literal["healthy", "catastrophic overfitting", "robust overfitting"]
@@ -128,7 +128,7 @@ class OverfittingGuard:
         if self._best is None:
             raise refuse("at least one look", "looks", 0, "Call look(model, step) during training", AidefendError)
         verdict, weights, state = self._best
-        _plain(model).load_state_dict(weights)
+        bare(model).load_state_dict(weights)
         if optimizer is not None:
             if state is None:
                 cure = "Pass it to look(model, step, optimizer) too"
@@ -183,7 +183,7 @@ class OverfittingGuard:
         return correct / len(data[0])
 
     def _keep(self, verdict: OverfittingVerdict, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        weights = {name: copy.deepcopy(_copied(value)) for name, value in _plain(model).state_dict().items()}
+        weights = {name: copy.deepcopy(_copied(value)) for name, value in bare(model).state_dict().items()}
         state = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
         if self._path is not None:
             tensors = {name: value.cpu().contiguous() for name, value in weights.items() if isinstance(value, Tensor)}
@@ -193,13 +193,6 @@ class OverfittingGuard:
 
 def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    """The module inside data-parallel and compiled wrappers."""
-    inner: Any = unwrapped(model)
-    plain: nn.Module = getattr(inner, "_orig_mod", inner)
-    return plain
 
 
 def _check_apart(train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor]) -> None:

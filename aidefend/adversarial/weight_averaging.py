@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from aidefend._core.checks import check_int, check_kind, check_number, refuse
-from aidefend.adversarial.crafting import unwrapped
+from aidefend.adversarial.crafting import bare
 
 _NARROW = (torch.float16, torch.bfloat16)
 
@@ -17,13 +17,13 @@ class _Average:
     """A copy of the model whose parameters are averages; buffers are copied from the model at each update."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = copy.deepcopy(_plain(model)).eval().requires_grad_(False)
+        self.model = copy.deepcopy(bare(check_kind(model, nn.Module, "model"))).eval().requires_grad_(False)
         self.updates = 0
         self._wide = {n: p.detach().float() for n, p in self.model.named_parameters() if p.dtype in _NARROW}
 
     def _take(self, model: nn.Module, share: float) -> None:
         """Move the averages towards the live weights by `share`, and copy the buffers."""
-        live = _plain(model)
+        live = bare(check_kind(model, nn.Module, "model"))
         _check_same_layout(self.model, live)
         with torch.no_grad():
             now = dict(live.named_parameters())
@@ -40,7 +40,7 @@ class _Average:
 
     def copy_to(self, model: nn.Module) -> None:
         """Write the averages and the buffers into a model: its tensors keep their own memory."""
-        live = _plain(model)
+        live = bare(check_kind(model, nn.Module, "model"))
         _check_same_layout(self.model, live)
         with torch.no_grad():
             live.load_state_dict(self.model.state_dict())
@@ -127,14 +127,6 @@ class SWA(_Average):
     def update(self, model: nn.Module) -> None:
         """Count the weights as they are now in."""
         self._take(model, 1.0 / (self.updates + 1))
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    """The module inside data-parallel and compiled wrappers, whose names and memory differ."""
-    inner: Any = unwrapped(check_kind(model, nn.Module, "model"))
-    inner = getattr(inner, "_orig_mod", inner)
-    plain: nn.Module = inner
-    return plain
 
 
 def _check_same_layout(average: nn.Module, live: nn.Module) -> None:
