@@ -132,7 +132,7 @@ class FMN:
         if search.threat.mask is not None:
             grad = torch.where(search.threat.mask.to(grad.device), grad, 0)
         slope = length(grad, DUAL[search.threat.norm]).clamp(min=torch.finfo(size.dtype).tiny)
-        whole = search.threat.norm == "l0"
+        whole = ORDERS[search.threat.norm] == 0
         gap = ((-scored.climb.to(size)).clamp(min=0) / slope).nan_to_num(
             nan=torch.inf
         )  # to the boundary, were the model linear

@@ -213,4 +213,3 @@ def _pulled(rows: Roaming, point: Tensor, found: Tensor) -> Tensor:
         best = torch.where(as_rows(hit, best), trial, best)
         low, high = torch.where(hit, low, middle), torch.where(hit, middle, high)
     return best
-
