@@ -25,7 +25,8 @@ def parse(xml):
     return fromstring(xml)  # noqa: S314 - written by the library under test, a moment ago
 
 
-SCHEMA = json.loads(Path(__file__).with_name("sarif_2_1_0_part.json").read_text())
+PART = json.loads(Path(__file__).with_name("sarif_2_1_0_part.json").read_text())  # ours: stricter where we write
+WHOLE = json.loads(Path(__file__).with_name("sarif-2.1.0-rtm.5.json").read_text())  # as published, unchanged
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
 )
@@ -176,9 +177,28 @@ def test_a_missing_template_library_names_the_extra(monkeypatch):
         REPORT.to_html()
 
 
+def validate_sarif(log):
+    jsonschema.Draft4Validator(WHOLE).validate(log)
+    jsonschema.Draft7Validator(PART).validate(log)
+
+
+def test_the_published_schema_refuses_what_it_should():
+    log = json.loads(REPORT.to_sarif())
+    for change in (
+        lambda run: run.pop("tool"),
+        lambda run: run["results"][0].pop("message"),
+        lambda run: run["results"][0].update(level="high"),
+        lambda run: run["tool"]["driver"].pop("name"),
+    ):
+        broken = json.loads(json.dumps(log))
+        change(broken["runs"][0])
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.Draft4Validator(WHOLE).validate(broken)
+
+
 def check_sarif(report):
     log = json.loads(report.to_sarif())
-    jsonschema.Draft7Validator(SCHEMA).validate(log)
+    validate_sarif(log)
     run = log["runs"][0]
     rules = run["tool"]["driver"]["rules"]
     assert len(run["results"]) == len(report.findings), "nothing is dropped"
@@ -224,7 +244,7 @@ def test_planted_a_malformed_log_is_refused_by_the_schema():
         log = json.loads(REPORT.to_sarif())
         change(log["runs"][0])
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.Draft7Validator(SCHEMA).validate(log)
+            validate_sarif(log)
 
 
 def test_fingerprints_stay_when_only_the_number_changes():
