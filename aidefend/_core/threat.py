@@ -86,6 +86,7 @@ class Threat:
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """The nearest allowed point to x_adv, for each sample. Shapes (N, ...), x inside the bounds."""
+        _check_pair(x_adv, x)
         low, high = self.limits(x)
         step = self._step(x_adv, x)
         if self.norm == "linf":
@@ -96,6 +97,7 @@ class Threat:
 
     def random_start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A random allowed point for each sample: uniform in the linf cube within the bounds, or in the l2 ball."""
+        check_tensor(x, "x", floating=True, finite=False)
         stream = make_generator(generator)
         low, high = self.limits(x)
         if self.norm == "linf":
@@ -109,6 +111,7 @@ class Threat:
 
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Length of the perturbation of each sample in this norm: (N,) float64."""
+        _check_pair(x_adv, x)
         step = (x_adv.double() - x.double()).flatten(1)
         if step.shape[1] == 0:
             return torch.zeros(len(step), dtype=step.dtype, device=step.device)
@@ -117,6 +120,7 @@ class Threat:
 
     def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Which samples lie inside the threat: (N,) bool, up to the rounding of x's own dtype."""
+        _check_pair(x_adv, x)
         slack = 4 * torch.finfo(x.dtype).eps
         low, high = (bound.double() for bound in self.limits(x))
         eps, point, origin = self.radius(x).double(), x_adv.double(), x.double()
@@ -159,15 +163,41 @@ class Threat:
 def _check_eps(eps: float | Tensor) -> None:
     if isinstance(eps, bool) or not isinstance(eps, int | float | Tensor):
         raise refuse("eps to be a number or a tensor", "eps", eps, "Pass a radius in the units of x", ThreatModelError)
+    _check_dense(eps, "eps")
     value = torch.as_tensor(eps, dtype=torch.float64)
     if not bool(torch.isfinite(value).all()) or bool((value < 0).any()):
         raise refuse("eps >= 0 and finite", "eps", eps, "Pass a radius in the units of x", ThreatModelError)
 
 
+def _check_dense(value: float | Tensor, name: str) -> None:
+    if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_meta or value.is_complex()):
+        raise refuse(f"{name} as a dense real tensor", name, value, "Convert it with .to_dense()", ThreatModelError)
+
+
+def _is_plain(value: Tensor) -> bool:
+    return value.is_floating_point() and value.ndim > 0 and value.layout == torch.strided and not value.is_meta
+
+
+def _check_pair(x_adv: Tensor, x: Tensor) -> None:
+    """Two floating tensors of one shape; cheap, because every step of an attack comes through here."""
+    for name, value in (("x_adv", x_adv), ("x", x)):
+        if not isinstance(value, Tensor) or not _is_plain(value):
+            check_tensor(value, name, floating=True, finite=False)
+    if x_adv.shape != x.shape:
+        rule = f"x_adv of the shape of x, {tuple(x.shape)}"
+        raise refuse(rule, "x_adv", x_adv, "Pass points for the same rows", ThreatModelError)
+
+
 def _check_bounds(bounds: tuple[float | Tensor, float | Tensor]) -> None:
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
         raise refuse("bounds to be (low, high)", "bounds", bounds, "Pass the range of x", ThreatModelError)
+    for bound in bounds:
+        if isinstance(bound, bool) or not isinstance(bound, int | float | Tensor):
+            raise refuse("bounds as numbers or tensors", "bounds", bounds, "Pass the range of x", ThreatModelError)
+        _check_dense(bound, "bounds")
     low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in bounds)
+    if not (_fits(low.shape, high.shape) or _fits(high.shape, low.shape)):
+        raise refuse("bounds that fit one another", "bounds", bounds, "Give both the shape of x[0]", ThreatModelError)
     if bool(torch.isnan(low).any()) or bool(torch.isnan(high).any()) or not bool((low < high).all()):
         raise refuse("bounds with low < high", "bounds", bounds, "Pass the range of x", ThreatModelError)
 

@@ -117,8 +117,17 @@ def outputs_of(model: Model, x: Tensor) -> Any:
         raise AidefendError(expected(rule, "model", found, "Call model(x) to see the cause")) from error
 
 
-def check_losses(losses: Any, n: int) -> Tensor:
-    """One loss for each sample: a mean would hide the samples from private training."""
+def losses_of(criterion: PerExampleLoss, outputs: Any, y: Tensor, n: int) -> Tensor:
+    """One loss for each sample: a mean would hide the samples from private training. Its errors are named."""
+    try:
+        losses: Any = criterion(outputs, y)
+    except (AidefendError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        found = f"{tuple(y.shape)} {y.dtype}: {type(error).__name__}: {error}"
+        raise refuse(
+            "labels that the criterion takes", "y", found, "Match y to the outputs and the criterion"
+        ) from error
     if not isinstance(losses, Tensor) or losses.shape != (n,):
         raise refuse(f"criterion(outputs, y) of shape ({n},)", "criterion", losses, 'Use reduction="none"')
     return losses

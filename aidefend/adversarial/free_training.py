@@ -10,7 +10,7 @@ from torch import Tensor
 from aidefend._core.checks import check_callable, check_choice, check_int, check_kind, check_number
 from aidefend._core.modules import Model
 from aidefend._core.threat import Threat
-from aidefend.adversarial.crafting import PerExampleLoss, check_batch, check_losses, cross_entropy, outputs_of
+from aidefend.adversarial.crafting import PerExampleLoss, check_batch, cross_entropy, losses_of, outputs_of
 
 Item = TypeVar("Item")
 
@@ -64,7 +64,7 @@ class FreeTraining:
         point = self.threat.project(x.detach() + self._rows(x), x.detach()).detach()
         if torch.is_grad_enabled():
             point.requires_grad_().register_hook(lambda gradient: self._move(point, x.detach(), gradient))
-        return check_losses(self.criterion(outputs_of(model, point), y), len(x))
+        return losses_of(self.criterion, outputs_of(model, point), y, len(x))
 
     def replayed(self, batches: Iterable[Item]) -> Iterator[Item]:
         """Each batch `replays` times in a row."""

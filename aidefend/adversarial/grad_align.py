@@ -15,9 +15,9 @@ from aidefend.adversarial.crafting import (
     PerExampleLoss,
     check_batch,
     check_fields,
-    check_losses,
     crafting,
     cross_entropy,
+    losses_of,
     outputs_of,
 )
 
@@ -89,7 +89,7 @@ class GradAlign:
     def _gradient(self, model: Model, point: Tensor, y: Tensor) -> Tensor:
         """The input gradient as rows of numbers with their own graph; scaled by its peak, so that none underflows."""
         variable = point.detach().clone().requires_grad_()
-        losses = check_losses(self.criterion(outputs_of(model, variable), y), len(point))
+        losses = losses_of(self.criterion, outputs_of(model, variable), y, len(point))
         if not losses.requires_grad:
             return torch.zeros_like(point).flatten(1)
         (gradient,) = torch.autograd.grad(losses.sum(), variable, create_graph=True, allow_unused=True)

@@ -13,8 +13,8 @@ from aidefend.adversarial.crafting import (
     PerExampleLoss,
     check_batch,
     check_fields,
-    check_losses,
     cross_entropy,
+    losses_of,
     outputs_of,
 )
 from aidefend.adversarial.divergence import check_steerable, craft_divergence, kl_divergence, log_softmax, logits_of
@@ -84,10 +84,10 @@ class HAT:
 
     def _losses(self, model: Model, clean: Tensor, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         label = self._label(x_adv)
-        natural = check_losses(self.criterion(clean, y), len(x))
+        natural = losses_of(self.criterion, clean, y, len(x))
         divergence = kl_divergence(logits_of(model, x_adv), log_softmax(clean))
         beyond = x + self.reach * (x_adv - x)
-        helped = check_losses(self.criterion(logits_of(model, beyond), label), len(x))
+        helped = losses_of(self.criterion, logits_of(model, beyond), label, len(x))
         return natural + self.beta * divergence + self.gamma * helped
 
     def _label(self, x_adv: Tensor) -> Tensor:

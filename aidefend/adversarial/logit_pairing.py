@@ -14,9 +14,9 @@ from aidefend.adversarial.crafting import (
     PerExampleLoss,
     check_batch,
     check_fields,
-    check_losses,
     craft_for,
     cross_entropy,
+    losses_of,
     outputs_of,
     wide,
 )
@@ -71,7 +71,7 @@ class LogitPairing:
     def losses(self, model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """The loss of each sample at points that are known: the two training forward passes."""
         clean, worst = outputs_of(model, x), outputs_of(model, x_adv)
-        natural, adversarial = (check_losses(self.criterion(outputs, y), len(x)) for outputs in (clean, worst))
+        natural, adversarial = (losses_of(self.criterion, outputs, y, len(x)) for outputs in (clean, worst))
         distance = (_rows(clean, len(x)) - _rows(worst, len(x))).square().mean(dim=1)
         return self.clean_share * natural + (1 - self.clean_share) * adversarial + self.weight * distance
 

@@ -14,8 +14,8 @@ from aidefend.adversarial.crafting import (
     PerExampleLoss,
     check_batch,
     check_fields,
-    check_losses,
     cross_entropy,
+    losses_of,
     outputs_of,
 )
 from aidefend.adversarial.single_step import check_recipe, craft_single
@@ -76,4 +76,4 @@ class NFGSM:
 
     def losses(self, model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """The loss of each sample at points that are known: the training forward pass."""
-        return check_losses(self.criterion(outputs_of(model, x_adv), y), len(x))
+        return losses_of(self.criterion, outputs_of(model, x_adv), y, len(x))

@@ -12,9 +12,9 @@ from aidefend.adversarial.crafting import (
     PerExampleLoss,
     check_batch,
     check_fields,
-    check_losses,
     craft_for,
     cross_entropy,
+    losses_of,
     outputs_of,
 )
 
@@ -72,4 +72,4 @@ class PGDTraining:
 
     def losses(self, model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """The loss of each sample at points that are known: the training forward pass."""
-        return check_losses(self.criterion(outputs_of(model, x_adv), y), len(x))
+        return losses_of(self.criterion, outputs_of(model, x_adv), y, len(x))

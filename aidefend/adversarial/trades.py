@@ -13,8 +13,8 @@ from aidefend.adversarial.crafting import (
     PerExampleLoss,
     check_batch,
     check_fields,
-    check_losses,
     cross_entropy,
+    losses_of,
 )
 from aidefend.adversarial.divergence import (
     check_steerable,
@@ -90,5 +90,5 @@ class TRADES:
         return self._losses(model, logits_of(model, x), x_adv, y)
 
     def _losses(self, model: Model, clean: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-        natural = check_losses(self.criterion(clean, y), len(x_adv))
+        natural = losses_of(self.criterion, clean, y, len(x_adv))
         return natural + self.beta * kl_divergence(logits_of(model, x_adv), log_softmax(clean))

@@ -1,7 +1,7 @@
 """Worst-case accuracy of any model under a cascade of attacks, with checks that the attacks were not fooled."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +249,7 @@ def _accuracy_over_eps(cascade: Cascade, effort: Effort, radii: tuple[float, ...
 
 
 def _check_curve(curve: Any, threat: Threat) -> tuple[float, ...]:
-    if isinstance(curve, str | int | float):
+    if isinstance(curve, str | bytes | Mapping | Tensor) or not isinstance(curve, Iterable):
         raise refuse("a sequence of radii", "curve", curve, "Pass for example curve=(0.1, 0.2)")
     radii = tuple(check_number(radius, "curve", 0.0) for radius in curve)
     if radii and not isinstance(getattr(threat, "eps", None), int | float):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from aidefend import AidefendError, ConfigurationError, Threat
-from aidefend.adversarial import TRADES
+from aidefend.adversarial import TRADES, PGDTraining
 from aidefend.adversarial.trades import kl_divergence
 from aidefend.attacks.evasion import APGD, PGD
 
@@ -162,3 +162,15 @@ def test_bad_fields():
         TRADES(APGD(THREAT, targeted=True))
     with pytest.raises(AidefendError, match="logits"):
         TRADES(attack)(nn.Linear(5, 1), *rows())
+
+
+@pytest.mark.parametrize(
+    "y",
+    [torch.full((5,), 0.5), torch.arange(5) + 7, torch.zeros(5, 2, dtype=torch.int64), torch.arange(5) - 3],
+    ids=["floats", "too large", "two a row", "negative"],
+)
+def test_labels_that_do_not_fit_are_named(y):
+    model, x = nn.Linear(4, 3), torch.rand(5, 4)
+    for objective in (TRADES(PGD(Threat("linf", 0.1), 2)), PGDTraining(lambda model, x, y: x)):
+        with pytest.raises(AidefendError, match="y="):
+            objective(model, x, y)
