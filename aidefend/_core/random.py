@@ -10,6 +10,7 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from aidefend._core.checks import check_int, check_kind
+from aidefend._core.projection import project_l0
 
 
 def make_generator(generator: torch.Generator | None = None, seed: int | None = None) -> torch.Generator:
@@ -46,6 +47,27 @@ def normal(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> 
     """N(0, 1) with the dtype and device of `like`, drawn on the generator's own device."""
     wide = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
     return torch.randn(shape, generator=generator, dtype=wide, device=generator.device).to(like)
+
+
+def ball_step(x: Tensor, change: Tensor, order: float, generator: torch.Generator) -> Tensor:
+    """Steps in the shape of x, uniform in the unit ball of l1 (order 1) or l2 over the features of `change`."""
+    features = change.flatten(1).sum(dim=1).clamp(min=1).reshape(-1, *[1] * (x.ndim - 1))
+    direction = torch.where(change, normal(tuple(x.shape), generator, x), 0)
+    share = uniform((len(x), *[1] * (x.ndim - 1)), generator, x) ** (1 / features)
+    if order == 1:  # exponential sizes with random signs, divided by their sum, are uniform on the surface
+        sizes = -torch.log1p(-uniform(tuple(x.shape), generator, x))
+        direction = torch.where(change, direction.sign() * sizes, 0)
+    length = torch.linalg.vector_norm(direction.flatten(1), ord=order, dim=1).clamp(min=torch.finfo(x.dtype).tiny)
+    step: Tensor = direction / length.reshape(share.shape) * share
+    return step.to(x)
+
+
+def few_step(x: Tensor, low: Tensor, high: Tensor, change: Tensor, count: Tensor, generator: torch.Generator) -> Tensor:
+    """Steps to uniform values within the bounds (normal ones where these are infinite) in `count` features of a row."""
+    step = low + (high - low) * uniform(tuple(x.shape), generator, x) - x
+    step = torch.where(step.isfinite(), step, normal(tuple(x.shape), generator, x))
+    rank = torch.where(change, 1 + uniform(tuple(x.shape), generator, x), 0)
+    return step * project_l0(rank.flatten(1), count).reshape(x.shape)
 
 
 def secure_uniform(count: int) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":

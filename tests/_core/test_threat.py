@@ -1,6 +1,7 @@
 """The threat model: projection is feasible, idempotent and nearest; starts are inside; bad radii are refused."""
 
 import pickle
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from scipy.optimize import minimize
 from aidefend import Threat, ThreatModelError
 
 shapes = st.sampled_from([(5,), (3, 4), (2, 3, 4)])
-norms = st.sampled_from(["linf", "l2"])
+norms = st.sampled_from(["linf", "l2", "l1", "l0"])
 seeds = st.integers(0, 10_000)
 
 
@@ -22,7 +23,7 @@ def pair(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) 
     return x, (x.float() + torch.randn(x.shape, generator=stream)).to(dtype)
 
 
-@given(shapes, norms, seeds, st.floats(0, 2), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+@given(shapes, norms, seeds, st.floats(0, 5), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
 def test_projection_is_feasible_and_idempotent(shape, norm, seed, eps, dtype):
     threat = Threat(norm, eps)
     x, target = pair(shape, seed, dtype)
@@ -51,6 +52,102 @@ def test_l2_projection_is_the_nearest_point(seed):
         )
         assert ((ours[row].numpy() - goal) ** 2).sum() <= best.fun + 1e-6
         assert np.abs(ours[row].numpy() - best.x).max() < 1e-3
+
+
+def nearest_by_scipy(x, target, constraint):
+    """The nearest point for a differentiable constraint on (up, down), the positive and negative parts of the step."""
+    d = len(x)
+
+    def split(z):
+        return z[:d] - z[d:]
+
+    best = minimize(
+        lambda z: ((x + split(z) - target) ** 2).sum() + 1e-9 * z.sum(),
+        np.full(2 * d, 1e-3),
+        bounds=[(0, 1 - v) for v in x] + [(0, v) for v in x],
+        constraints=[{"type": "ineq", "fun": constraint}],
+        method="SLSQP",
+        options={"ftol": 1e-15, "maxiter": 1000},
+    )
+    return x + split(best.x)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("eps", [0.1, 0.7])
+def test_l1_projection_is_the_nearest_point(seed, eps):
+    x, target = pair((5,), seed, torch.float64)
+    ours = Threat("l1", eps).project(target, x)
+    for row in range(len(x)):
+        best = nearest_by_scipy(x[row].numpy(), target[row].numpy(), lambda z: eps - z.sum())
+        assert np.abs(ours[row].numpy() - best).max() < 1e-4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_l1_projection_of_many_features_meets_the_conditions_of_the_optimum(seed):
+    """One fall for every feature that is neither at zero nor at its bound; more than it at none, less at none."""
+    x, target = pair((500,), seed, torch.float64)
+    step = Threat("l1", 3.0).project(target, x) - x
+    assert torch.allclose(step.abs().sum(dim=1), torch.tensor(3.0, dtype=torch.float64))
+    size = (target - x).abs()
+    room = torch.where(target > x, 1 - x, x)
+    inner = (step != 0) & (step.abs() < room - 1e-9)
+    for row in range(4):
+        falls = (size - step.abs())[row][inner[row]]
+        assert float(falls.max() - falls.min()) < 1e-9
+        assert (size[row][step[row] == 0] <= falls.max() + 1e-9).all()
+        stopped = (step[row] != 0) & ~inner[row]
+        assert ((size - step.abs())[row][stopped] >= falls.min() - 1e-9).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_l0_projection_is_the_nearest_point(seed):
+    x, target = pair((7,), seed, torch.float64)
+    ours = Threat("l0", 3.9).project(target, x)
+    for row in range(len(x)):
+        clipped = target[row].clamp(0, 1)
+        trials = (
+            x[row].clone().index_put((torch.tensor(kept),), clipped[list(kept)]) for kept in combinations(range(7), 3)
+        )
+        best = min(float(((trial - target[row]) ** 2).sum()) for trial in trials)
+        assert abs(float(((ours[row] - target[row]) ** 2).sum()) - best) < 1e-12
+        assert int((ours[row] != x[row]).sum()) <= 3
+
+
+def test_scale_measures_in_the_original_units():
+    """Normalised data with Threat.normalised does what plain data does with the plain threat."""
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.1])
+    plain_x = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    target = plain_x + torch.randn(plain_x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    shift, spread = mean.double().reshape(3, 1, 1), std.double().reshape(3, 1, 1)
+    for norm, eps in (("linf", 0.1), ("l2", 0.8), ("l1", 2.0), ("l0", 5)):
+        plain, normalised = Threat(norm, eps), Threat.normalised(norm, eps, mean, std)
+        x, point = (plain_x - shift) / spread, (target - shift) / spread
+        ours = normalised.project(point, x)
+        there = plain.project(target, plain_x)
+        assert torch.allclose(ours * spread + shift, there, atol=1e-6), norm
+        assert torch.allclose(normalised.distance(ours, x), plain.distance(there, plain_x), atol=1e-5)
+        assert normalised.contains(ours, x).all()
+        assert normalised.contains(normalised.random_start(x), x).all()
+        assert not normalised.contains(x + 1.02 * (ours - x), x).any() or norm == "l0"
+
+
+def test_random_start_fills_the_l1_ball():
+    """In the plane, the l1 ball of half the radius holds a quarter of the area; no corner is preferred."""
+    x = torch.full((20_000, 2), 0.5)
+    threat = Threat("l1", 0.2)
+    start = threat.random_start(x, torch.Generator().manual_seed(0)) - x
+    assert abs(float((start.abs().sum(dim=1) < 0.1).float().mean()) - 0.25) < 0.016
+    assert abs(float((start[:, 0].abs() < start[:, 1].abs()).float().mean()) - 0.5) < 0.018
+    assert start.mean(dim=0).abs().max() < 0.003
+
+
+def test_random_start_of_l0_changes_that_many_features_anywhere():
+    x = torch.full((4000, 10), 0.5)
+    start = Threat("l0", 3).random_start(x, torch.Generator().manual_seed(0))
+    assert ((start != x).sum(dim=1) == 3).all()
+    assert ((start != x).float().mean(dim=0) - 0.3).abs().max() < 0.04
+    free = Threat("l0", 3, (-torch.inf, torch.inf)).random_start(x)
+    assert free.isfinite().all() and ((free != x).sum(dim=1) == 3).all()
 
 
 def test_linf_projection_is_the_clamp():
@@ -101,10 +198,11 @@ def test_contains_catches_every_kind_of_violation():
 def test_mask_freezes_features():
     x, target = pair((6,), 3)
     mask = torch.tensor([True, False] * 3)
-    for norm in ("linf", "l2"):
-        threat = Threat(norm, 0.3, mask=mask)
-        assert torch.equal(threat.project(target, x)[:, ~mask], x[:, ~mask])
-        assert torch.equal(threat.random_start(x)[:, ~mask], x[:, ~mask])
+    for norm, eps in (("linf", 0.3), ("l2", 0.3), ("l1", 0.3), ("l0", 2)):
+        threat = Threat(norm, eps, mask=mask)
+        for point in (threat.project(target, x), threat.random_start(x)):
+            assert torch.equal(point[:, ~mask], x[:, ~mask])
+            assert (point != x).flatten(1).any(dim=1).all()
 
 
 def test_radius_by_sample_by_feature_and_by_channel():
@@ -125,7 +223,7 @@ def test_radius_by_sample_by_feature_and_by_channel():
 
 def test_empty_batch():
     x = torch.zeros(0, 1, 4, 4)
-    for norm in ("linf", "l2"):
+    for norm in ("linf", "l2", "l1", "l0"):
         assert Threat(norm).project(x, x).shape == x.shape
         assert Threat(norm).random_start(x).shape == x.shape
         assert Threat(norm).distance(x, x).shape == (0,)

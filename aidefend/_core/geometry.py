@@ -1,0 +1,106 @@
+"""The geometry of a threat: the nearest allowed point, with prices, whole numbers and one-hot groups."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from aidefend._core.discrete import affordable, best_moves, one_hot, outside, rounded
+from aidefend._core.projection import gain_of, project_l0, project_l1, project_l2
+
+if TYPE_CHECKING:
+    from aidefend._core.threat import Threat
+
+ORDERS = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
+
+
+def nearest(threat: Threat, x_adv: Tensor, x: Tensor, eps: Tensor, change: Tensor | None) -> Tensor:
+    """The nearest allowed point where only the features of `change` change, as if there were no groups."""
+    low, high = threat.limits(x)
+    step = x_adv - x if change is None else (x_adv - x) * change.to(x.device)
+    if threat.norm == "linf":
+        reach = eps if threat.scale is None else eps / threat.scale.to(x)
+        point = torch.minimum(torch.maximum(x + step, x - reach), x + reach)
+    else:
+        point = x + _shortened(threat, step, x, eps)
+    point = torch.minimum(torch.maximum(point, low), high)
+    if threat.integer is None:
+        return point
+    return rounded(point, threat.integer.to(x.device), x, lambda whole: _allows(threat, whole, x, eps))
+
+
+def _shortened(threat: Threat, step: Tensor, x: Tensor, eps: Tensor) -> Tensor:
+    """The nearest step in the ball of l2, l1 or l0 and in the box."""
+    step, down, up = _priced(threat, step, x)
+    if threat.norm == "l2":
+        step = project_l2(step, down, up, eps)
+    elif threat.norm == "l1":
+        step = project_l1(step, down, up, eps)
+    else:
+        step, gain = gain_of(step, down, up)
+        step = step * project_l0(gain.flatten(1), by_row(eps, x)).reshape(x.shape)
+    return step if threat.scale is None else step / threat.scale.to(x)
+
+
+def _priced(threat: Threat, step: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The step and the room below and above x, in the units of the norm."""
+    low, high = threat.limits(x)
+    parts = step, (x - low).clamp(min=0), (high - x).clamp(min=0)
+    if threat.scale is None:
+        return parts
+    scale = threat.scale.to(x)
+    return parts[0] * scale, parts[1] * scale, parts[2] * scale
+
+
+def _allows(threat: Threat, point: Tensor, x: Tensor, eps: Tensor) -> Tensor:
+    """Where a rounded point is within bounds and radius: bool, by feature for linf, by sample else."""
+    low, high = threat.limits(x)
+    slack = 1 + 4 * torch.finfo(x.dtype).eps
+    inside = (point >= low) & (point <= high)
+    if threat.norm == "linf":
+        reach = eps if threat.scale is None else eps / threat.scale.to(x)
+        return inside & ((point - x).abs() <= reach * slack)
+    whole = inside.flatten(1).all(dim=1)
+    if threat.norm != "l0":  # rounding does not change more features
+        whole &= threat.distance(point, x) <= by_row(eps, x)[:, 0].double() * slack
+    return whole.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def move_groups(threat: Threat, x_adv: Tensor, x: Tensor, groups: tuple[tuple[int, ...], ...]) -> Tensor:
+    """Categories first, then the other features with what is left of the radius."""
+    origin, limit = x.flatten(1), threat.radius(x)
+    price = torch.ones_like(x) if threat.scale is None else threat.scale.to(x).expand_as(x)
+    change = threat.changeable(x).expand_as(x)
+    free = outside(groups, origin).reshape(x.shape[1:])
+    if threat.norm == "linf":
+        within = (change & (price <= limit * (1 + 4 * torch.finfo(x.dtype).eps))).flatten(1)
+        moves = best_moves(x_adv.flatten(1), origin, groups, within, price.flatten(1), threat.norm)
+        taken, left = moves.gain > 0, limit
+    else:
+        moves = best_moves(x_adv.flatten(1), origin, groups, change.flatten(1), price.flatten(1), threat.norm)
+        _, gain = gain_of(*_priced(threat, (x_adv - x) * (change & free), x))
+        taken, left = affordable(moves, gain.flatten(1), by_row(limit, x), threat.norm)
+        left = left.reshape(-1, *[1] * (x.ndim - 1))
+    moved = one_hot(origin, moves, taken, groups).reshape(x.shape)
+    return torch.where(free, nearest(threat, x_adv, x, left, change & free), moved)
+
+
+def near(threat: Threat, x_adv: Tensor, x: Tensor, rounding: Tensor, slack: float) -> Tensor:
+    """Whether the length is at most eps, for the norms that sum over features."""
+    eps = threat.radius(x).double().reshape(-1)
+    length = threat.distance(x_adv, x)
+    if threat.norm == "l0":
+        return length <= eps.floor()
+    if threat.scale is not None:
+        rounding = rounding * threat.scale.to(rounding)
+    rounded_off = torch.linalg.vector_norm(rounding.flatten(1), ord=ORDERS[threat.norm], dim=1)
+    found: Tensor = length <= eps * (1 + slack) + rounded_off
+    return found
+
+
+def by_row(eps: Tensor, x: Tensor) -> Tensor:
+    """One radius a sample: (N, 1)."""
+    return eps.expand(len(x), *[1] * (x.ndim - 1)).reshape(-1, 1)
