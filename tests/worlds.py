@@ -18,8 +18,7 @@ class LinearWorld:
 
     def worst_margin(self, norm: str, eps: float | Tensor) -> Tensor:
         """Largest margin within eps, where no bound is in the way: margin + eps * dual norm of the slope."""
-        flat = self.slope.flatten(1)
-        return self.clean_margin + eps * (flat.abs().sum(dim=1) if norm == "linf" else flat.norm(dim=1))
+        return self.clean_margin + eps * self._dual(norm)
 
     def worst_margin_in_box(self, eps: float, low: float, high: float) -> Tensor:
         """Largest margin in the linf cube cut by the bounds: every feature moves on its own."""
@@ -28,9 +27,23 @@ class LinearWorld:
 
     def flipping_eps(self, norm: str) -> Tensor:
         """Smallest radius with margin 0; 0 for rows that are wrong already."""
-        flat = self.slope.flatten(1)
-        dual = flat.abs().sum(dim=1) if norm == "linf" else flat.norm(dim=1)
-        return (-self.clean_margin / dual).clamp(min=0)
+        return (-self.clean_margin / self._dual(norm)).clamp(min=0)
+
+    def worst_margin_of_few(self, norm: str, eps: float, low: float, high: float) -> Tensor:
+        """Largest margin in the l1 or l0 ball cut by the bounds: the best features to their bounds, one by one."""
+        room = torch.where(self.slope > 0, high - self.x, self.x - low).flatten(1)
+        slope = self.slope.abs().flatten(1)
+        if norm == "l0":
+            return self.clean_margin + (slope * room).sort(dim=1, descending=True).values[:, : int(eps)].sum(dim=1)
+        order = slope.argsort(dim=1, descending=True)
+        spent = room.gather(1, order).cumsum(dim=1)
+        moved = (eps - torch.nn.functional.pad(spent, (1, 0))[:, :-1]).clamp(min=0).minimum(room.gather(1, order))
+        return self.clean_margin + (moved * slope.gather(1, order)).sum(dim=1)
+
+    def _dual(self, norm: str) -> Tensor:
+        """Length of the slope in the dual norm."""
+        order = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}[norm]
+        return torch.linalg.vector_norm(self.slope.flatten(1), ord=order, dim=1)
 
 
 def linear_world(

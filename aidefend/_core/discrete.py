@@ -20,11 +20,31 @@ class Moves(NamedTuple):
     choice: Tensor
 
 
-def rounded(point: Tensor, integer: Tensor, x: Tensor, allowed: Callable[[Tensor], Tensor]) -> Tensor:
-    """Features of `integer` at whole numbers: the nearest where `allowed`, else the next one towards x."""
-    nearest = torch.where(integer, point.round(), point)
-    inward = torch.where(integer, x + (point - x).trunc(), point)
-    return torch.where(allowed(nearest), nearest, inward)
+def rounded(
+    point: Tensor, x: Tensor, allowed: Callable[[Tensor], Tensor], price: Tensor, left: Tensor, order: float
+) -> Tensor:
+    """Values (N, m) at whole numbers: the nearest ones, or the next ones towards x where the radius does not suffice.
+
+    Args:
+        point: (N, m), whole numbers at x.
+        x: (N, m).
+        allowed: Whether a value is allowed by itself: (N, m) bool.
+        price: (N, m), length of a change by one.
+        left: (N, 1), the radius that other features leave, to the power `order`.
+        order: 1 or 2: lengths add up, and the largest fractions are served first. 0, inf: they do not.
+    """
+    inward = x + (point - x).trunc()
+    outward = inward + (point - x).sign()
+    share = (point - inward).abs()
+    wanted = (share > 0.5) & allowed(outward)
+    if order in (1.0, 2.0):
+        near, far = ((price * (part - x)).abs() ** order for part in (inward, outward))
+        places = torch.where(wanted, share, 0).argsort(dim=1, descending=True, stable=True)
+        total = torch.where(wanted, far - near, 0).gather(1, places).cumsum(dim=1)
+        slack = 1 + 8 * torch.finfo(x.dtype).eps
+        served = total + near.sum(dim=1, keepdim=True) <= left * slack
+        wanted = wanted & torch.zeros_like(wanted).scatter(1, places, served)
+    return torch.where(wanted, outward, inward)
 
 
 def best_moves(target: Tensor, x: Tensor, groups: Groups, change: Tensor, price: Tensor, norm: str) -> Moves:

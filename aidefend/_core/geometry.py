@@ -29,7 +29,7 @@ def nearest(threat: Threat, x_adv: Tensor, x: Tensor, eps: Tensor, change: Tenso
     point = torch.minimum(torch.maximum(point, low), high)
     if threat.integer is None:
         return point
-    return rounded(point, threat.integer.to(x.device), x, lambda whole: _allows(threat, whole, x, eps))
+    return _whole(threat, point, x, eps, threat.integer.to(x.device).expand_as(x))
 
 
 def _shortened(threat: Threat, step: Tensor, x: Tensor, eps: Tensor) -> Tensor:
@@ -55,18 +55,26 @@ def _priced(threat: Threat, step: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Te
     return parts[0] * scale, parts[1] * scale, parts[2] * scale
 
 
-def _allows(threat: Threat, point: Tensor, x: Tensor, eps: Tensor) -> Tensor:
-    """Where a rounded point is within bounds and radius: bool, by feature for linf, by sample else."""
-    low, high = threat.limits(x)
-    slack = 1 + 4 * torch.finfo(x.dtype).eps
-    inside = (point >= low) & (point <= high)
-    if threat.norm == "linf":
-        reach = eps if threat.scale is None else eps / threat.scale.to(x)
-        return inside & ((point - x).abs() <= reach * slack)
-    whole = inside.flatten(1).all(dim=1)
-    if threat.norm != "l0":  # rounding does not change more features
-        whole &= threat.distance(point, x) <= by_row(eps, x)[:, 0].double() * slack
-    return whole.reshape(-1, *[1] * (x.ndim - 1))
+def _whole(threat: Threat, point: Tensor, x: Tensor, eps: Tensor, integer: Tensor) -> Tensor:
+    """The point with its integer features at whole numbers."""
+    places = integer[0].flatten().nonzero()[:, 0]
+    price = torch.ones_like(x) if threat.scale is None else threat.scale.to(x).expand_as(x)
+    order = ORDERS.get(threat.norm, 0.0)
+    low, high = (part.expand_as(x).flatten(1)[:, places] for part in threat.limits(x))
+    reach = (eps / price).expand_as(x).flatten(1)[:, places] * (1 + 4 * torch.finfo(x.dtype).eps)
+    left = by_row(eps, x) if threat.norm != "linf" else eps.new_zeros(len(x), 1)
+    if order in (1.0, 2.0):
+        others = torch.where(integer, 0, price * (point - x)).flatten(1).abs() ** order
+        left = left**order - others.sum(dim=1, keepdim=True)
+    origin, target = x.flatten(1)[:, places], point.flatten(1).clone()
+
+    def allowed(value: Tensor) -> Tensor:
+        near = (value - origin).abs() <= reach if threat.norm == "linf" else value == value
+        return (value >= low) & (value <= high) & near
+
+    found = rounded(target[:, places], origin, allowed, price.flatten(1)[:, places], left, order)
+    target[:, places] = found
+    return target.reshape(x.shape)
 
 
 def move_groups(threat: Threat, x_adv: Tensor, x: Tensor, groups: tuple[tuple[int, ...], ...]) -> Tensor:
@@ -85,7 +93,16 @@ def move_groups(threat: Threat, x_adv: Tensor, x: Tensor, groups: tuple[tuple[in
         taken, left = affordable(moves, gain.flatten(1), by_row(limit, x), threat.norm)
         left = left.reshape(-1, *[1] * (x.ndim - 1))
     moved = one_hot(origin, moves, taken, groups).reshape(x.shape)
-    return torch.where(free, nearest(threat, x_adv, x, left, change & free), moved)
+    found = torch.where(free, nearest(threat, x_adv, x, left, change & free), moved)
+    if threat.norm in ("linf", "l0"):
+        return found
+    still = torch.where(free, nearest(threat, x_adv, x, limit, change & free), x)
+    return torch.where(_gap(still - x_adv, price) < _gap(found - x_adv, price), still, found)
+
+
+def _gap(step: Tensor, price: Tensor) -> Tensor:
+    """Squared length of each row, shaped to broadcast against it."""
+    return (step * price).flatten(1).square().sum(dim=1).reshape(-1, *[1] * (step.ndim - 1))
 
 
 def near(threat: Threat, x_adv: Tensor, x: Tensor, rounding: Tensor, slack: float) -> Tensor:

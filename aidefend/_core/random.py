@@ -55,7 +55,8 @@ def ball_step(x: Tensor, change: Tensor, order: float, generator: torch.Generato
     direction = torch.where(change, normal(tuple(x.shape), generator, x), 0)
     share = uniform((len(x), *[1] * (x.ndim - 1)), generator, x) ** (1 / features)
     if order == 1:  # exponential sizes with random signs, divided by their sum, are uniform on the surface
-        sizes = -torch.log1p(-uniform(tuple(x.shape), generator, x))
+        share_below_one = uniform(tuple(x.shape), generator, x).clamp(max=1 - torch.finfo(x.dtype).eps / 2)
+        sizes = -torch.log1p(-share_below_one)
         direction = torch.where(change, direction.sign() * sizes, 0)
     length = torch.linalg.vector_norm(direction.flatten(1), ord=order, dim=1).clamp(min=torch.finfo(x.dtype).tiny)
     step: Tensor = direction / length.reshape(share.shape) * share

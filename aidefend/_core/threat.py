@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aidefend._core import threat_checks as checks
 from aidefend._core.checks import check_choice, check_inside, check_tensor, refuse
-from aidefend._core.discrete import changed, drawn
+from aidefend._core.discrete import changed, drawn, outside
 from aidefend._core.errors import ThreatModelError
 from aidefend._core.geometry import ORDERS, by_row, move_groups, near, nearest
 from aidefend._core.random import ball_step, few_step, make_generator, uniform
@@ -96,14 +96,12 @@ class Threat:
         low, high = ((bound - centre) / spread for bound in bounds)
         return cls(norm, eps, (low.float(), high.float()), scale=spread.float(), **options)
 
-    @property
-    def discrete(self) -> bool:
-        """Whether some features take whole numbers or are one-hot."""
-        return self.integer is not None or self.groups is not None
-
-    def relaxed(self) -> "Threat":
-        """The same threat with every feature continuous."""
-        return dataclasses.replace(self, integer=None, groups=None) if self.discrete else self
+    def discrete(self, x: Tensor) -> Tensor | None:
+        """Which features take whole numbers or are one-hot, broadcasts against x; None where there are none."""
+        if self.groups is None:
+            return None if self.integer is None else self.integer.to(x.device)
+        members = ~outside(self.groups, x.flatten(1)).reshape(x.shape[1:])
+        return members if self.integer is None else members | self.integer.to(x.device)
 
     def check(self, x: Tensor, name: str = "x") -> Tensor:
         """Refuse an x that is not floating point, not finite, outside the bounds, or of a shape eps does not fit."""

@@ -84,11 +84,8 @@ def as_channels(values: Sequence[float] | Tensor, name: str) -> Tensor:
 def check_fit(value: Tensor | None, x: Tensor, name: str) -> None:
     """A field that broadcasts to one sample."""
     if value is not None and not fits(value.shape, x.shape[1:]):
-        rule, subject = (
-            f"a {name} that fits one sample {tuple(x.shape[1:])}",
-            "it" if name == "groups" else f"the {name}",
-        )
-        raise refuse(rule, name, value, f"Match {subject} to x", ThreatModelError)
+        rule = f"a {name} that fits one sample {tuple(x.shape[1:])}"
+        raise refuse(rule, name, value, f"Match the {name} to x", ThreatModelError)
 
 
 def check_whole(x: Tensor, integer: Tensor | None, name: str) -> None:

@@ -87,7 +87,7 @@ class FreeTraining:
         with torch.no_grad():
             usable = gradient.flatten(1).isfinite().all(dim=1).reshape(-1, *[1] * (x.ndim - 1))
             direction = torch.where(usable, self._steepest(torch.where(usable, gradient, 0)), 0)
-            moved = self.threat.project(point + self.step * self.threat.radius(x) * direction, x) - x
+            moved = self.threat.project(point + self.step * self.threat.reach(x) * direction, x) - x
             if self.perturbation is not None and self.perturbation.shape[1:] == x.shape[1:]:
                 self.perturbation = torch.cat([moved, self.perturbation[len(x) :]])
 

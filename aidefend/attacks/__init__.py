@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from aidefend.attacks.evasion import AttackResult as AttackResult
     from aidefend.attacks.evasion import CarliniWagner as CarliniWagner
     from aidefend.attacks.evasion import HopSkipJump as HopSkipJump
+    from aidefend.attacks.evasion import SigmaZero as SigmaZero
     from aidefend.attacks.evasion import Square as Square
     from aidefend.attacks.evasion import Transfer as Transfer
     from aidefend.attacks.evasion import UniversalPerturbation as UniversalPerturbation
@@ -55,6 +56,7 @@ _HOMES = {
     "PGD": "evasion",
     "Patch": "poisoning",
     "Poisoned": "poisoning",
+    "SigmaZero": "evasion",
     "Square": "evasion",
     "Transfer": "evasion",
     "UniversalPerturbation": "evasion",

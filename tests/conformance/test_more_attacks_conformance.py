@@ -15,6 +15,7 @@ from aidefend.attacks.evasion import (
     AdversarialPatch,
     CarliniWagner,
     HopSkipJump,
+    SigmaZero,
     Transfer,
     UniversalPerturbation,
 )
@@ -43,12 +44,13 @@ ATTACKS = {
     "patch": lambda eps: AdversarialPatch(Threat("linf", eps), (2, 2), 4),
     "patch-random": lambda eps: AdversarialPatch(Threat("linf", eps), (2, 2), 3, place="random", places=2, restarts=2),
     "patch-shared": lambda eps: AdversarialPatch(Threat("linf", eps), (2, 2), 3, shared=True),
+    "sigma-zero": lambda eps: SigmaZero(Threat("l0", min(1, eps) * 30), 5),
     "transfer": lambda eps: Transfer(Surrogate(), PGD(Threat("linf", eps), 3)),
     "universal-l2": lambda eps: UniversalPerturbation(Threat("l2", eps), 3, 8),
     "universal-linf": lambda eps: UniversalPerturbation(Threat("linf", eps), 3, 8),
     "universal-targeted": lambda eps: UniversalPerturbation(Threat("linf", eps), 3, 8, targeted=True),
 }
-DETERMINISTIC = {"carlini-wagner"}
+DETERMINISTIC = {"carlini-wagner", "sigma-zero"}
 APART = {  # the model alone is judged: two passes, and labels that its surrogate knows
     ("test_a_model_that_raises_is_named_and_left_as_it_was", "transfer"),
     ("test_bad_arguments", "transfer"),

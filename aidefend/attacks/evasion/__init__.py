@@ -14,6 +14,7 @@ from aidefend.attacks.evasion.losses import margin as margin
 from aidefend.attacks.evasion.nes import NES as NES
 from aidefend.attacks.evasion.pgd import PGD as PGD
 from aidefend.attacks.evasion.result import AttackResult as AttackResult
+from aidefend.attacks.evasion.sigma_zero import SigmaZero as SigmaZero
 from aidefend.attacks.evasion.square import Square as Square
 from aidefend.attacks.evasion.transfer import Transfer as Transfer
 from aidefend.attacks.evasion.universal import UniversalPerturbation as UniversalPerturbation
@@ -30,6 +31,7 @@ __all__ = [
     "AttackResult",
     "CarliniWagner",
     "HopSkipJump",
+    "SigmaZero",
     "Square",
     "Transfer",
     "UniversalPerturbation",

@@ -165,7 +165,7 @@ class AdversarialPatch:
         """Radii by feature have no place in a patch that moves: the largest one is used."""
         if self.step_size is not None:
             return self.step_size
-        radius = search.threat.radius(search.x).expand_as(search.x).flatten(1)
+        radius = search.threat.reach(search.x).expand_as(search.x).flatten(1)
         return radius.amax(dim=1)[:, None, None] * (2.5 / self.steps)
 
 

@@ -10,6 +10,7 @@ from aidefend._core.modules import Model
 from aidefend._core.random import make_generator
 from aidefend._core.threat import Threat
 from aidefend.attacks.evasion.access import Scored
+from aidefend.attacks.evasion.apgd_l1 import climb_l1
 from aidefend.attacks.evasion.checks import check_fields
 from aidefend.attacks.evasion.goals import GOALS, Goal, check_rows, perturb, run
 from aidefend.attacks.evasion.losses import IsSuccess, Loss
@@ -27,7 +28,8 @@ class APGD:
 
     Guarantee: as for `PGD`.
     Args:
-        threat: The set of allowed points, norm linf or l2.
+        threat: The set of allowed points, as for `PGD`. l1 has steps of its own: equal ones in the steepest features,
+            whose number follows what the best point needs, in balls of three, two and one times eps.
         steps: Steps, >= 1.
         restarts: Random starts, >= 1; the worst point of each sample is kept.
         random_start: Start at a random point of the threat, else at x.
@@ -39,8 +41,9 @@ class APGD:
     Raises: ConfigurationError: a field is malformed.
     Cost: For each restart `steps` forward and backward passes to the input, and one forward pass for the last point;
         with `targets` as much for each, and the clean pass where it is not given.
-    Source: Croce, Hein 2020, Algorithm 1. Differs: the random start is uniform in cube or ball, the last iterate is
-        scored, and a sample whose gradient is zero or not finite takes a random step.
+    Source: Croce, Hein 2020, Algorithm 1; Croce, Hein 2021 (l1). Differs: l0 in the same way, without momentum; the
+        random start is uniform in cube or ball, the last iterate is scored, and a sample whose gradient is zero or not
+        finite takes a random step.
     Example:
         >>> from aidefend import Threat
         >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -111,6 +114,8 @@ class APGD:
 
     def climb(self, search: Search) -> tuple[Tensor, Scored | None]:
         """One start, `steps` steps; the best point of the path with its score."""
+        if self.threat.norm == "l1":
+            return climb_l1(search, self.steps, self.random_start)
         path = _Path.begin(search, self.random_start)
         checkpoints = _checkpoints(self.steps)
         for done in range(1, self.steps + 1):
@@ -154,11 +159,10 @@ class _Path:
 
     def step(self, search: Search, *, last: bool) -> None:
         """One step with momentum, scored; the last one needs no gradient."""
-        threat, x = search.threat, search.x
-        ahead = threat.project(self.point + self.size * threat.radius(x) * search.direction(self.grad), x)
-        if not self.first:
+        ahead = search.advance(self.point + self.size * search.unit() * search.direction(self.grad, self.point))
+        if not self.first and search.threat.norm != "l0":  # a mean of two sparse steps is not sparse
             blend = _MOMENTUM * (ahead - self.point) + (1 - _MOMENTUM) * (self.point - self.previous)
-            ahead = threat.project(self.point + blend, x)
+            ahead = search.advance(self.point + blend)
         self.previous, self.point, self.first = self.point, ahead, False
         if last:
             scored, grad = search.score(ahead), self.grad

@@ -97,15 +97,16 @@ class DDN:
         size = torch.full((len(point),), self.first_norm, dtype=point.dtype, device=point.device)
         for done in range(self.steps):
             scored, grad = search.gradient(point)
-            found.offer(point, scored, length(point - search.x, 2.0))
+            found.offer(search.snap(point), scored, search.threat.distance(search.snap(point), search.x))
             if done + 1 == self.steps:
                 return
             step = point - search.x + cosine(done, self.steps, 1.0, 0.01) * search.steepest(grad, "l2")
             factor = torch.where(scored.hit, 1 - self.rate, 1 + self.rate).to(size)
             limit = search.threat.radius(search.x).reshape(-1).to(size)
+            scale = 1.0 if search.threat.scale is None else search.threat.scale.to(step)
             size = torch.minimum(size * factor, limit)
-            scaled = step * as_rows(size / length(step, 2.0).clamp(min=torch.finfo(step.dtype).tiny), step)
-            point = search.threat.project(search.x + scaled, search.x)
+            whole = length(step * scale, 2.0).clamp(min=torch.finfo(step.dtype).tiny)
+            point = search.advance(search.x + step * as_rows(size / whole, step))
             keep = search.compact(done + 1)
             if keep is not None:
                 point, size = point[keep], size[keep]

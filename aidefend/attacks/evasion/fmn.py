@@ -32,7 +32,7 @@ class FMN:
 
     Guarantee: the result lies inside the threat, whose eps is the largest perturbation that is tried.
     Args:
-        threat: The set of allowed points; for goal "min_norm" give an eps as large as you care for.
+        threat: The set of allowed points, in any norm; for goal "min_norm" give an eps as large as you care for.
         steps: Steps, >= 1.
         step_size: Euclidean length of the first step, in the units of x; it falls to a hundredth along a cosine.
         shrink_rate: Share by which the ball shrinks or grows at first, in (0, 1); it falls to `final_rate`.
@@ -107,15 +107,16 @@ class FMN:
         radius = torch.full((len(point),), torch.inf, dtype=point.dtype, device=point.device)
         for done in range(self.steps):
             scored, grad = search.gradient(point)
-            size = length(point - search.x, ORDERS[search.threat.norm])
-            found.offer(point, scored, size)
+            snapped = search.snap(point)
+            size = search.threat.distance(snapped, search.x).to(point)
+            found.offer(snapped, scored, size)
             if done + 1 == self.steps:
                 return
             rate = cosine(done, self.steps, self.shrink_rate, self.final_rate)
             radius = self._radius(search, found, scored, grad, size, radius, rate)
             step = cosine(done, self.steps, self.step_size, self.step_size / 100)
             ahead = point + step * search.steepest(grad, "l2")
-            point = search.threat.with_eps(as_rows(radius, point)).project(ahead, search.x)
+            point = search.advance(ahead, as_rows(radius, point))
             keep = search.compact(done + 1)
             if keep is not None:
                 point, radius = point[keep], radius[keep]
@@ -131,6 +132,8 @@ class FMN:
         ever = best.isfinite()
         if search.threat.mask is not None:
             grad = torch.where(search.threat.mask.to(grad.device), grad, 0)
+        if search.threat.scale is not None:
+            grad = grad / search.threat.scale.to(grad)
         slope = length(grad, DUAL[search.threat.norm]).clamp(min=torch.finfo(size.dtype).tiny)
         whole = ORDERS[search.threat.norm] == 0
         gap = ((-scored.climb.to(size)).clamp(min=0) / slope).nan_to_num(

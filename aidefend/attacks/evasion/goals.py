@@ -65,7 +65,7 @@ def perturb(attack: Climber, model: Model, x: Tensor, y: Tensor, generator: torc
         return x.detach().clone()
     with _search(attack, model, x, y, make_stream(len(x), generator, None), judge=False) as search:
         if attack.restarts == 1:
-            return _as_given(attack.climb(search)[0], x)
+            return _as_given(search.snap(attack.climb(search)[0]), x)
         _climb_all(attack, search)
         return _as_given(search.result().x_adv, x)
 

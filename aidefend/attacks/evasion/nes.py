@@ -99,8 +99,8 @@ class NES:
         point = search.start(self.random_start)
         for done in range(1, self.steps + 1):
             slope = self._estimate(search, point)
-            size = search.threat.radius(search.x) * (2.5 / self.steps) if self.step_size is None else self.step_size
-            point = search.threat.project(point + size * search.direction(slope), search.x)
+            size = search.unit() * (2.5 / self.steps) if self.step_size is None else self.step_size
+            point = search.threat.project(point + size * search.direction(slope, point), search.x)
             keep = search.compact(done)
             if keep is not None:
                 point = point[keep]

@@ -23,10 +23,13 @@ class PGD:
     Guarantee: x_adv is inside the threat and holds no NaN; the model, its gradients, buffers, modes and all random
         streams are as before, also after an exception. None about strength: it gives a lower bound of the worst loss.
     Args:
-        threat: The set of allowed points, norm linf or l2.
+        threat: The set of allowed points, in any norm. Whole numbers and one-hot groups: small steps add up, and every
+            point that the model sees, like the result, is an allowed one.
         steps: Gradient steps, >= 1.
-        step_size: Length of a step in the units of x, > 0; None means 2.5 * eps / steps, by sample and feature. In l2
-            a point on the sphere turns by this length only, so that few small steps end before the optimum: use APGD.
+        step_size: Length of a step in the units of the norm, > 0; None means 2.5 * eps / steps, by sample and feature.
+            In l2 and l1 few small steps from a random start end before the optimum: use
+            APGD. An l1 step goes equally into the steepest hundredth of the features. l0: the step of the steepest
+            feature in ranges of the bounds, before the projection cuts it; None means 50.
         restarts: Random starts, >= 1; the worst end point of each sample is kept.
         random_start: Start at a random point of the threat (uniform in cube or ball), else at x.
         loss: What to climb: a name, or a function (outputs, y) -> (N,) of yours; then y may be anything with N rows.
@@ -36,8 +39,9 @@ class PGD:
     Cost: `attack(model, x, y)`: exactly `steps` forward and backward passes to the input (2F each, no weight
         gradients); with restarts r > 1, r * (steps + 1) forward and r * steps backward. `run(goal="max_loss")`: one
         forward more a restart. `first_success`: at most that and the clean pass. `min_norm`: at most 11 times that.
-    Source: Madry et al. 2018; Goodfellow et al. 2015 (one step). Differs: the last iterate is scored where a score is
-        needed, and a sample whose gradient is zero or not finite takes a random step.
+    Source: Madry et al. 2018; Goodfellow et al. 2015 (one step); Tramer, Boneh 2019 (l1); Croce, Hein 2019 (l0).
+        Differs: the last iterate is scored where a score is needed, and a sample whose gradient is zero or not finite
+        takes a random step.
     Example:
         >>> from aidefend import Threat
         >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -111,7 +115,7 @@ class PGD:
         point = search.start(self.random_start)
         for done in range(1, self.steps + 1):
             _, grad = search.gradient(point)
-            point = search.threat.project(point + self._size(search) * search.direction(grad), search.x)
+            point = search.advance(point + self._size(search) * search.direction(grad, point))
             keep = search.compact(done)
             if keep is not None:
                 point = point[keep]
@@ -122,4 +126,4 @@ class PGD:
     def _size(self, search: Search) -> float | Tensor:
         if self.step_size is not None:
             return self.step_size
-        return search.threat.radius(search.x) * (2.5 / self.steps)
+        return search.unit() * (1.0 if self.threat.norm == "l0" else 2.5 / self.steps)

@@ -117,7 +117,7 @@ class Roaming:
     def _note(self, point: Tensor, scored: Scored) -> None:
         climb = scored.climb.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         length = self.threat.distance(point, self.x)
-        room = self.threat.radius(self.x).expand_as(self.x).flatten(1).sum(dim=1) > 0
+        room = self.threat.reach(self.x).expand_as(self.x).flatten(1).sum(dim=1) > 0
         allowed = self.threat.contains(point, self.x) & (room | (length == 0))  # no rounding where eps is 0
         self.outer.offer(point, Scored(climb, scored.hit), length)
         inside = Scored(torch.where(allowed, climb, -torch.inf), scored.hit & allowed)
@@ -160,7 +160,7 @@ def run_roaming(
 
 def changeable(threat: Threat, x: Tensor) -> Tensor:
     """Which features the adversary may change, broadcastable to x."""
-    return torch.ones_like(x, dtype=torch.bool) if threat.mask is None else threat.mask.to(x.device)
+    return threat.changeable(x)
 
 
 def inside_bounds(point: Tensor, x: Tensor, threat: Threat) -> Tensor:

@@ -5,10 +5,16 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from aidefend._core.discrete import outside
+from aidefend._core.projection import project_l0
 from aidefend._core.threat import Threat
 from aidefend.attacks.evasion.access import Access, Scored
 from aidefend.attacks.evasion.result import AttackResult
 from aidefend.attacks.evasion.streams import Stream
+
+_SHARE = 0.01
+_LONG = 50.0
+_CARRY = 4.0
 
 
 class Search:
@@ -44,17 +50,36 @@ class Search:
         shares: Tensor = torch.special.ndtr(numbers.double()).clamp(max=1 - 1e-7)
         return shares.to(self.x.dtype)
 
+    def advance(self, ahead: Tensor, radius: Tensor | None = None) -> Tensor:
+        """The next iterate of a gradient attack: `ahead` projected, to another radius if that is given.
+
+        A step of less than a half of a whole number or category would be rounded away for ever: such features keep
+        what the projection took off, up to a limit, so that steps add up. `snap` gives the allowed point.
+        """
+        threat = self.threat if radius is None else self.threat.with_eps(radius)
+        point, discrete = threat.project(ahead, self.x), threat.discrete(self.x)
+        if discrete is None:
+            return point
+        return point + torch.where(discrete, (ahead - point).clamp(-_CARRY, _CARRY), 0)
+
+    def snap(self, point: Tensor) -> Tensor:
+        """The allowed point that an iterate of `advance` stands for; gradients there are taken as the iterate's own."""
+        return point if self.threat.discrete(self.x) is None else self.threat.project(point, self.x)
+
     def gradient(self, point: Tensor, allowed: Tensor | None = None) -> tuple[Scored, Tensor]:
         """Score the active rows at `point` and give the gradient there; a success counts only where `allowed`."""
+        point = self.snap(point)
         scored, grad = self._access.gradient(point, self.y)
         self._count(1, 1)
-        if allowed is not None:
-            scored = Scored(scored.climb, scored.hit & allowed)
-        self._record_if_stopping(point, scored)
-        return scored, grad
+        if allowed is None:
+            self._record_if_stopping(point, scored)
+            return scored, grad
+        self._record_if_stopping(point, Scored(scored.climb.masked_fill(~allowed, -torch.inf), scored.hit & allowed))
+        return Scored(scored.climb, scored.hit & allowed), grad
 
     def score(self, point: Tensor) -> Scored:
         """Score the active rows at `point`, one forward pass."""
+        point = self.snap(point)
         scored = self._access.score(point, self.y)
         self._count(1, 0)
         self._record_if_stopping(point, scored)
@@ -62,6 +87,7 @@ class Search:
 
     def offer(self, point: Tensor, scored: Scored) -> None:
         """Keep `point` for the active rows where it beats what is kept: success first, then the larger loss."""
+        point = self.snap(point)
         climb = scored.climb.to(self._climb).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         larger = climb > self._climb
         better = ~self._hit & (scored.hit | larger) if self._stop else larger
@@ -77,12 +103,35 @@ class Search:
         self._record_if_stopping(self.x, scored)
         return scored
 
-    def direction(self, grad: Tensor) -> Tensor:
-        """The steepest step of length one in the norm. Rows without a usable gradient get a random direction."""
-        return self.steepest(grad, self.threat.norm)
+    def direction(self, grad: Tensor, point: Tensor, share: float | Tensor = _SHARE) -> Tensor:
+        """The steepest step of length one in the norm. Rows without a usable gradient get a random direction.
 
-    def steepest(self, grad: Tensor, norm: str) -> Tensor:
+        l1: equal steps in this share of the features, those of the steepest gradient among those that are not at their
+        bound. l0: along the gradient, the largest element as long as the range of the feature. linf: members of a
+        one-hot group step by their share of the largest gradient, for the sign does not tell the best category.
+        """
+        norm = self.threat.norm
+        if norm == "l1":
+            low, high = self.threat.limits(self.x)
+            grad = torch.where(torch.where(grad > 0, point < high, point > low), grad, 0)
+        step = self.steepest(grad, norm, share)
+        if norm == "linf" and self.threat.groups is not None:
+            members = ~outside(self.threat.groups, grad.flatten(1)).reshape(grad.shape[1:])
+            step = torch.where(members, _scaled(torch.where(members, grad, 0)), step)
+        return step
+
+    def unit(self) -> Tensor | float:
+        """The radius in steps of `direction`.
+
+        l0: so long that the projection keeps the features of the largest gradient times change, not those that have
+        changed already.
+        """
+        return _LONG if self.threat.norm == "l0" else self.threat.radius(self.x)
+
+    def steepest(self, grad: Tensor, norm: str, share: float | Tensor = _SHARE) -> Tensor:
         """`direction` in a norm of choice."""
+        scale = None if self.threat.scale is None else self.threat.scale.to(grad)
+        grad = grad if scale is None else grad / scale
         if self.threat.mask is not None:
             grad = torch.where(self.threat.mask.to(grad.device), grad, 0)
         self._turn += 1
@@ -92,7 +141,11 @@ class Search:
         if grad.device.type != "cpu" or not bool(usable.all()):
             detour = self._detour.flatten(1).roll(self._turn, dims=1).reshape(grad.shape)
             grad = torch.where(_as_rows(usable, grad), grad, detour)
-        return grad.sign() if norm == "linf" else _unit(grad)
+        if norm == "l0":
+            low, high = self.threat.limits(self.x)
+            return _scaled(grad) * torch.where((high - low).isfinite(), high - low, 1.0)
+        step = grad.sign() if norm == "linf" else _few(grad, share) if norm == "l1" else _unit(grad)
+        return step if scale is None else step / scale
 
     def compact(self, done: int) -> Tensor | None:
         """Drop broken rows after `done` steps; the kept rows (to index any state with), or None where nothing moved.
@@ -147,6 +200,22 @@ def _zeros(n: int, device: torch.device, count: int) -> tuple[Tensor, ...]:
 def _as_rows(flags: Tensor, like: Tensor) -> Tensor:
     """(N,) shaped to broadcast against (N, ...)."""
     return flags.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _few(grad: Tensor, share: float | Tensor) -> Tensor:
+    """Equal steps, together of length one, in the steepest features of each row; at least one."""
+    size = grad.abs().flatten(1)
+    count = (torch.as_tensor(share, dtype=size.dtype, device=size.device).reshape(-1, 1) * size.shape[1]).round()
+    steep = project_l0(size, count.clamp(min=1).expand(len(size), 1)).to(size)
+    signs = grad.sign().flatten(1) * steep
+    step: Tensor = signs / steep.sum(dim=1, keepdim=True).clamp(min=1)
+    return step.reshape(grad.shape)
+
+
+def _scaled(grad: Tensor) -> Tensor:
+    """The gradient with a largest element of one."""
+    peak = grad.abs().flatten(1).amax(dim=1).clamp(min=torch.finfo(grad.dtype).tiny)
+    return grad / _as_rows(peak, grad)
 
 
 def _unit(grad: Tensor) -> Tensor:

@@ -116,14 +116,14 @@ def _stripes(search: Search, grid: Grid) -> Tensor:
     """Every column of every channel up or down by the whole radius."""
     signs = _signs(search.uniform(1, grid.channels * grid.width)[:, 0]).reshape(-1, grid.channels, 1, grid.width)
     step = grid.image(torch.ones_like(search.x)) * signs
-    return search.x + search.threat.radius(search.x) * grid.original(step)
+    return search.x + search.threat.reach(search.x) * grid.original(step)
 
 
 def _repainted(best: Tensor, search: Search, grid: Grid, share: float, numbers: Tensor) -> Tensor:
     """A window in which each channel is up or down by the whole radius."""
     places = grid.window(numbers, *grid.size(share))
     signs = _signs(numbers[:, 4 : 4 + grid.channels])[:, :, None]
-    radius = search.threat.radius(search.x)
+    radius = search.threat.reach(search.x)
     up, down = (grid.flat(part).gather(2, places) for part in (search.x + radius, search.x - radius))
     return grid.original(grid.flat(best).scatter(2, places, torch.where(signs > 0, up, down)))
 
@@ -138,14 +138,14 @@ def _hills(search: Search, grid: Grid) -> Tensor:
     signs = signs.repeat_interleave(height, dim=2).repeat_interleave(width, dim=3)
     step = search.x.new_zeros(len(search.x), grid.channels, grid.height, grid.width)
     step[:, :, : rows * height, : columns * width] = lattice * signs
-    return search.x + grid.original(_stretched(step, search))
+    return search.x + grid.original(_stretched(step, search)) / _scale(search)
 
 
 def _moved(best: Tensor, search: Search, grid: Grid, share: float, numbers: Tensor) -> Tensor:
     """The budget of a second window and what was unused goes into hills in a first one."""
     size = grid.size(share, odd=True)
     first, second = grid.window(numbers, *size), grid.window(numbers[:, 2:], *size)
-    step = grid.flat(best - search.x)
+    step = grid.flat((best - search.x) * _scale(search))
     radius = search.threat.radius(search.x).reshape(-1, 1, 1)
     unused = (radius**2 - step.square().sum(dim=(1, 2), keepdim=True)).clamp(min=0)
     inside = torch.zeros_like(step).scatter(2, first, 1.0).scatter(2, second, 1.0)
@@ -158,7 +158,12 @@ def _moved(best: Tensor, search: Search, grid: Grid, share: float, numbers: Tens
     new = new / _length(new, (2,)) * budget
     step = step.scatter(2, second, 0.0).scatter(2, first, new)
     image = step.reshape(-1, grid.channels, grid.height, grid.width)
-    return search.x + grid.original(_stretched(image, search))
+    return search.x + grid.original(_stretched(image, search)) / _scale(search)
+
+
+def _scale(search: Search) -> Tensor | float:
+    """What turns a change of x into the units of the norm."""
+    return 1.0 if search.threat.scale is None else search.threat.scale.to(search.x)
 
 
 def _stretched(step: Tensor, search: Search) -> Tensor:

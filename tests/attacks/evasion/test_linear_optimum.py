@@ -14,7 +14,7 @@ FREE = (-10.0, 10.0)
 
 def step_size(threat):
     """In l2 a step turns the point by its own size only: the default of 2.5 eps / steps ends before the optimum."""
-    return None if threat.norm == "linf" or torch.is_tensor(threat.eps) else threat.eps / 2
+    return None if threat.norm != "l2" or torch.is_tensor(threat.eps) else threat.eps / 2
 
 
 MAKERS = {
@@ -26,13 +26,68 @@ MAKERS = {
 @pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("loss", ["cross_entropy", "margin"])
 @pytest.mark.parametrize("shape", [(12,), (2, 6), (1, 3, 4)])
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_reach_the_optimum(maker, loss, shape, norm):
     world, eps = linear_world(shape=shape), 0.05
     attack = MAKERS[maker](Threat(norm, eps, FREE), loss)
     x_adv = attack(world.model, world.x, world.y, generator=torch.Generator().manual_seed(0))
     found = margin(world.model(x_adv), world.y).detach()
     torch.testing.assert_close(found, world.worst_margin(norm, eps), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize(("norm", "eps"), [("l1", 0.4), ("l1", 1.1), ("l0", 1), ("l0", 4.5)])
+def test_few_features_up_to_their_bounds(maker, norm, eps):
+    """In l1 and l0 the bounds are always in the way: the best features go to them, the next one gets the rest."""
+    world = linear_world(shape=(3, 10))
+    threat = Threat(norm, eps, (0.2, 0.8))
+    attack = MAKERS[maker](threat, "margin")
+    straight = attack if maker == "apgd" or norm == "l0" else dataclasses.replace(attack, random_start=False)
+    result = straight.run(world.model, world.x, world.y)
+    optimum = world.worst_margin_of_few(norm, eps, 0.2, 0.8)
+    assert threat.contains(result.x_adv, world.x).all()
+    assert (result.loss <= optimum + 1e-9).all()
+    share = (result.loss - world.clean_margin) / (optimum - world.clean_margin)
+    assert (share >= (1 - 1e-6 if norm == "l0" else 0.98)).all()
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_normalised_data_and_plain_data_break_alike(maker):
+    world = linear_world(shape=(3, 2, 2))
+    mean, std = torch.tensor([0.4, 0.5, 0.6]).double(), torch.tensor([0.2, 0.5, 0.1]).double()
+    shift, spread = mean.reshape(3, 1, 1), std.reshape(3, 1, 1)
+    for norm in ("linf", "l2", "l1"):
+        threat = Threat.normalised(norm, 0.05, mean, std, FREE)
+        attack = MAKERS[maker](threat, "margin")
+        attack = dataclasses.replace(attack, step_size=None) if maker == "pgd" else attack
+        inside = lambda x: world.model(x * spread + shift)  # noqa: E731
+        result = attack.run(inside, (world.x - shift) / spread, world.y)
+        loose = 1e-2 if (maker, norm) == ("pgd", "l2") else 1e-5
+        torch.testing.assert_close(result.loss, world.worst_margin(norm, 0.05), atol=loose, rtol=0)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 1.2), ("l2", 2.2), ("l1", 3.1), ("l0", 3)])
+def test_whole_numbers_and_categories_move(maker, norm, eps):
+    """Steps below a half would never leave x: the path is continuous, the points are whole. Against brute force."""
+    world = linear_world(n=10, shape=(7,), seed=3)
+    x = world.x.clone()
+    x[:, :3] = torch.randint(0, 4, (10, 3), generator=torch.Generator().manual_seed(0))
+    x[:, 3:7] = torch.eye(4, dtype=x.dtype)[torch.arange(10) % 4]
+    integer = torch.tensor([True] * 3 + [False] * 4)
+    threat = Threat(norm, eps, (0.0, 4.0), integer=integer, groups=((3, 4, 5, 6),))
+    result = MAKERS[maker](threat, "margin").run(world.model, x, world.y)
+    assert threat.contains(result.x_adv, x).all()
+    whole = torch.cartesian_prod(*[torch.arange(5)] * 3).repeat_interleave(4, dim=0)
+    every = torch.cat([whole.to(x), torch.eye(4, dtype=x.dtype).repeat(125, 1)], dim=1)
+    shares = []
+    for row in range(10):
+        allowed = every[threat.contains(every, x[row].expand_as(every))]
+        best = margin(world.model(allowed), world.y[row].expand(len(allowed))).max().detach()
+        clean = margin(world.model(x[row : row + 1]), world.y[row : row + 1])[0].detach()
+        assert result.loss[row] <= best + 1e-9
+        shares.append(float((result.loss[row] - clean) / (best - clean)))
+    assert sum(shares) / 10 >= (0.99 if norm == "linf" else 0.6 if (maker, norm) == ("pgd", "l1") else 0.8), shares
 
 
 def test_fgsm_is_one_step_of_pgd_and_exact_here():
@@ -56,7 +111,7 @@ def test_bounds_cut_the_cube(maker):
     assert attack.threat.contains(result.x_adv, world.x).all()
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_radius_by_sample(norm):
     world = linear_world(n=6)
     eps = torch.tensor([0.0, 0.01, 0.02, 0.05, 0.1, 0.2], dtype=torch.float64)
@@ -78,7 +133,7 @@ def test_radius_by_feature_and_mask():
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_min_norm_finds_the_flipping_radius(maker, norm):
     world = linear_world()
     needed, eps = world.flipping_eps(norm), 1.0
