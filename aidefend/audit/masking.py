@@ -1,5 +1,6 @@
 """Signs that an attack was fooled: each check passes, fails, or could not be shown."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -7,7 +8,6 @@ import torch
 from torch import Tensor
 
 from aidefend._core.modules import looks_like_probabilities, training_layers
-from aidefend._core.threat import Threat
 from aidefend.attacks.evasion import APGD, PGD
 from aidefend.audit.robustness_bench import Bench
 from aidefend.audit.robustness_result import CurvePoint, MaskingCheck, Outcome
@@ -78,8 +78,11 @@ def black_box_leads(broken: int, n: int) -> bool:
     return broken > max(1.0, _BLACK_BOX_LEAD * n)
 
 
-def check_black_box(broken: int, n: int) -> MaskingCheck:
-    """Attacks without gradients must not do what attacks with gradients did not do."""
+def check_black_box(broken: int | None, n: int) -> MaskingCheck:
+    """Attacks without gradients must not do what attacks with gradients did not do; None: there were none."""
+    if broken is None:
+        detail = "no attack without gradients is run in this norm"
+        return MaskingCheck("black_box_beats_white_box", "not shown", None, _BLACK_BOX_LEAD, detail)
     name, detail = "black_box_beats_white_box", "share of all rows that only attacks without gradients broke"
     outcome: Outcome = "fail" if black_box_leads(broken, n) else "pass"
     return MaskingCheck(name, outcome, broken / max(1, n), _BLACK_BOX_LEAD, detail)
@@ -133,7 +136,9 @@ def check_large_eps(bench: Bench, rows: Tensor, steps: int) -> MaskingCheck:
     if radius is None or bench.threat.mask is not None:
         return MaskingCheck(name, "not shown", None, _FEW, "the bounds are infinite, or some features are immutable")
     in_l2 = bench.threat.norm == "l2"
-    whole = Threat("l2" if in_l2 else "linf", radius if in_l2 else _span(bench), bench.threat.bounds)
+    whole = dataclasses.replace(
+        bench.threat, norm="l2" if in_l2 else "linf", eps=radius if in_l2 else _span(bench), scale=None
+    )
     first = bench.attack("large eps", lambda t: APGD(t, steps, loss="margin", random_start=False), rows, whole)
     left = rows[~first.success]
     second = bench.attack("large eps 2", lambda t: APGD(t, steps, loss="margin", restarts=2), left, whole)
@@ -155,9 +160,11 @@ def check_steps(accuracy: float, low: float, tested: int, broken: int) -> Maskin
 def whole_radius(bench: Bench) -> float | None:
     """The radius that allows the whole range of the data; None where the range is infinite."""
     span = _span(bench)
+    if bench.threat.scale is not None:
+        span *= float(bench.threat.scale.max())
     features = max(1, bench.x[0].numel())
-    radius = span if bench.threat.norm == "linf" else span * math.sqrt(features)
-    return radius if math.isfinite(span) else None
+    radius = {"linf": span, "l2": span * math.sqrt(features), "l1": span * features, "l0": float(features)}
+    return radius[bench.threat.norm] if math.isfinite(span) else None
 
 
 def _span(bench: Bench) -> float:

@@ -12,7 +12,7 @@ from aidefend._core.checks import check_choice, check_number, refuse
 from aidefend._core.modules import Model, preserve, training_layers
 from aidefend._core.stats import wilson
 from aidefend._core.threat import Threat
-from aidefend.attacks.evasion import APGD, FMN, PGD, Square
+from aidefend.attacks.evasion import APGD, FMN, PGD, HopSkipJump, SigmaZero, Square
 from aidefend.audit import masking
 from aidefend.audit.cascade import Cascade
 from aidefend.audit.effort import EFFORTS, Budget, Effort
@@ -47,12 +47,13 @@ def evaluate_robustness(
     Args:
         model: Callable from x to logits (N, K), K >= 2.
         data: (x, y) tensors, a Dataset, a DataLoader or an iterable of batches; read once, kept in memory.
-        threat: What the adversary may do, linf or l2. An eps by sample follows the order of the data.
+        threat: What the adversary may do, in any norm, also on tables. An eps by sample follows the order of the data.
         budget: "quick": FGSM, PGD-10, APGD-20 (cross-entropy), APGD-30 (margin), 100 queries of Square. "standard":
             FGSM, PGD-20, APGD-50, APGD-100, targeted APGD-50 against the nine likeliest classes, FMN-100, 1,000 queries
             of Square. "thorough": FGSM, PGD-50, APGD-100, APGD-100 with 5 restarts each, targeted APGD-100, FMN-300,
-            5,000 queries of Square. Where Square breaks more than 0.2 points that no gradient attack broke, it goes on
-            with five times the queries (quick: ten times, thorough: twice).
+            5,000 queries of Square, and HopSkipJump-20 on 100 standing rows. In l0 Sigma-zero takes the place of FMN;
+            l1 and l0 have no attack by queries. Where Square breaks more than 0.2 points that no gradient attack broke,
+            it goes on with five times the queries (quick: ten times, thorough: twice).
         seed: Each row's random numbers come from this and the row's content: neither order nor batch size matters
             (up to the rounding of the model's own arithmetic).
         batch_size: Rows a pass.
@@ -103,8 +104,11 @@ def _check_rows(bench: Bench, effort: Effort) -> Tensor:
     return bench.subset(bench.correct.nonzero()[:, 0], effort.check_rows)
 
 
-def _run_stages(cascade: Cascade, effort: Effort) -> tuple[Tensor, int]:
-    """All stages, cheap first: rows that gradients broke, (N,) bool, and how many more broke to queries alone."""
+def _run_stages(cascade: Cascade, effort: Effort) -> tuple[Tensor, int | None]:
+    """All stages, cheap first: rows that gradients broke, (N,) bool, and how many more broke to queries alone.
+
+    None where there is no attack by queries.
+    """
     restarts = effort.restarts
     cascade.attack("FGSM", lambda threat: PGD(threat, steps=1, random_start=False))
     cascade.attack(f"PGD-{effort.pgd_steps}", lambda threat: PGD(threat, effort.pgd_steps, restarts=restarts))
@@ -113,12 +117,24 @@ def _run_stages(cascade: Cascade, effort: Effort) -> tuple[Tensor, int]:
     cascade.attack(*_strongest(effort, effort.margin_steps))
     if effort.targeted_steps:
         cascade.attack(f"APGD-T-{effort.targeted_steps}", _targeted(effort.targeted_steps))
-        cascade.attack(*_minimum_norm(effort.norm_steps))
+        cascade.attack(*_minimum_norm(effort.norm_steps, cascade.bench.threat))
     by_gradient = cascade.correct & ~cascade.robust
+    if cascade.bench.threat.norm not in ("linf", "l2"):
+        return by_gradient, None
+    return by_gradient, _run_queries(cascade, effort)
+
+
+def _run_queries(cascade: Cascade, effort: Effort) -> int:
+    """The stages that see outputs alone: how many rows they broke."""
     by_query = int(cascade.attack(*_square(effort.queries)).sum())
     if masking.black_box_leads(by_query, len(cascade.robust)):
         by_query += int(cascade.attack(*_square(effort.more_queries)).sum())
-    return by_gradient, by_query
+    if effort.decision_rows and masking.whole_radius(cascade.bench) is not None:
+        rows = cascade.bench.subset(cascade.standing, effort.decision_rows)
+        steps = effort.decision_steps
+        name, make = f"HopSkipJump-{steps}", lambda threat: HopSkipJump(threat, steps)
+        by_query += int(cascade.attack(name, make, rows).sum())
+    return by_query
 
 
 def _square(queries: int) -> tuple[str, MakeAttack]:
@@ -135,7 +151,10 @@ def _targeted(steps: int) -> MakeAttack:
     return lambda threat: APGD(threat, steps, loss="dlr", targets=9)
 
 
-def _minimum_norm(steps: int) -> tuple[str, MakeAttack]:
+def _minimum_norm(steps: int, threat: Threat) -> tuple[str, MakeAttack]:
+    finite = all(bool(torch.as_tensor(bound).isfinite().all()) for bound in threat.bounds)
+    if threat.norm == "l0" and finite:
+        return f"SigmaZero-{steps}", lambda allowed: SigmaZero(allowed, steps)
     return f"FMN-{steps}", lambda allowed: FMN(allowed, steps)
 
 
@@ -201,7 +220,7 @@ def _smallest_perturbations(cascade: Cascade, effort: Effort) -> Tensor | None:
     if radius is None or training_layers(bench.model):
         return None
     rows = bench.subset(torch.arange(len(bench.x), device=bench.x.device), effort.norm_rows)
-    name, make = _minimum_norm(effort.norm_steps)
+    name, make = _minimum_norm(effort.norm_steps, bench.threat)
     result = bench.attack(f"{name} (smallest)", make, rows, bench.threat.with_eps(radius), goal="min_norm")
     distance = bench.threat.distance(result.x_adv, bench.x[rows])
     inside = bench.threat.rows(bench.x, rows).contains(result.x_adv, bench.x[rows])

@@ -1,6 +1,7 @@
 """evaluate_robustness where the true worst case is known, on any order and batch size, without a trace."""
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -164,3 +165,58 @@ def test_bad_input(world):
         evaluate_robustness(nn.Linear(12, 1), data, threat)
     with pytest.raises(AidefendError, match="model="):
         evaluate_robustness(nn.Linear(5, 2), data, threat)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l1", 0.5), ("l0", 2)])
+def test_norms_of_few_features_are_exact_on_a_linear_model(norm, eps):
+    world = linear_world(n=40, shape=(30,))
+    away = torch.linspace(0, 0.12, 40)[:, None] * world.slope.sign()
+    world = replace(world, x=world.x - away, clean_margin=world.clean_margin - (away * world.slope).sum(dim=1))
+    threat = Threat(norm, eps, (0.2, 0.8))
+    result = evaluate_robustness(world.model, (world.x, world.y), threat, budget="standard")
+    stands = world.worst_margin_of_few(norm, eps, 0.2, 0.8) < 0
+    assert 5 < stands.sum() < 28
+    assert torch.equal(result.robust, stands)
+    assert threat.contains(result.x_adv, world.x).all() and result.trustworthy
+    assert result.masking["black_box_beats_white_box"].outcome == "not shown"
+    names = [stage.name for stage in result.stages]
+    assert ("SigmaZero-100" in names) == (norm == "l0") and not any("Square" in name for name in names)
+
+
+def test_a_table_with_whole_numbers_and_categories_is_judged_at_its_own_points():
+    world = linear_world(n=30, shape=(7,), seed=3)
+    x = world.x.clone()
+    x[:, :3] = torch.randint(0, 4, (30, 3), generator=torch.Generator().manual_seed(0))
+    x[:, 3:7] = torch.eye(4, dtype=x.dtype)[torch.arange(30) % 4]
+    y = world.model(x).argmax(1)
+    integer = torch.tensor([True] * 3 + [False] * 4)
+    threat = Threat("linf", 1.0, (0.0, 4.0), integer=integer, groups=((3, 4, 5, 6),))
+    result = evaluate_robustness(world.model, (x, y), threat, budget="quick")
+    every = torch.cat(
+        [
+            torch.cartesian_prod(*[torch.arange(5)] * 3).repeat_interleave(4, dim=0).to(x),
+            torch.eye(4, dtype=x.dtype).repeat(125, 1),
+        ],
+        dim=1,
+    )
+    wrong = world.model(every).argmax(1)
+    stands = [
+        bool((wrong[threat.contains(every, row.expand_as(every))] == label).all())
+        for row, label in zip(x, y, strict=True)
+    ]
+    assert result.robust.tolist() == stands and 0 < sum(stands) < 30
+    assert threat.contains(result.x_adv, x).all()
+
+
+def test_the_thorough_budget_asks_for_decisions_too():
+    """A model without any gradient and with logits that never change along a plateau: only decisions show the edge."""
+    world = linear_world(n=8, shape=(6,))
+
+    def steps(x):
+        answer = (world.model(x).argmax(1, keepdim=True) == torch.arange(2)).double()
+        return 10 * answer.detach()
+
+    y = steps(world.x).argmax(1)
+    result = evaluate_robustness(steps, (world.x, y), Threat("l2", 0.05), budget="thorough")
+    stages = {stage.name: stage.broken for stage in result.stages}
+    assert "HopSkipJump-20" in stages and not result.trustworthy

@@ -27,9 +27,9 @@ class PGD:
             point that the model sees, like the result, is an allowed one.
         steps: Gradient steps, >= 1.
         step_size: Length of a step in the units of the norm, > 0; None means 2.5 * eps / steps, by sample and feature.
-            In l2 and l1 few small steps from a random start end before the optimum: use
-            APGD. An l1 step goes equally into the steepest hundredth of the features. l0: the step of the steepest
-            feature in ranges of the bounds, before the projection cuts it; None means 50.
+            In l2 and l1 few small steps from a random start end before the optimum: use APGD. An l1 step goes equally
+            into the steepest hundredth of the features. l0: the step of the steepest feature in ranges of the bounds,
+            before the projection cuts it; None means 50.
         restarts: Random starts, >= 1; the worst end point of each sample is kept.
         random_start: Start at a random point of the threat (uniform in cube or ball), else at x.
         loss: What to climb: a name, or a function (outputs, y) -> (N,) of yours; then y may be anything with N rows.
