@@ -13,6 +13,8 @@ from aidefend.adversarial.nfgsm import NFGSM as NFGSM
 from aidefend.adversarial.overfitting_guard import OverfittingGuard as OverfittingGuard
 from aidefend.adversarial.overfitting_guard import OverfittingVerdict as OverfittingVerdict
 from aidefend.adversarial.pgd_training import PGDTraining as PGDTraining
+from aidefend.adversarial.smoothed_model import SmoothedModel as SmoothedModel
+from aidefend.adversarial.smoothing_certificate import SmoothingCertificate as SmoothingCertificate
 from aidefend.adversarial.trades import TRADES as TRADES
 from aidefend.adversarial.weight_averaging import EMA as EMA
 from aidefend.adversarial.weight_averaging import SWA as SWA
@@ -33,5 +35,7 @@ __all__ = [
     "OverfittingGuard",
     "OverfittingVerdict",
     "PGDTraining",
+    "SmoothedModel",
+    "SmoothingCertificate",
     "with_eps_share",
 ]
