@@ -16,6 +16,7 @@ from aidefend._core.checks import (
     check_probability,
     check_tensor,
     expected,
+    refuse,
 )
 from aidefend._core.errors import IncompatibleModel
 from aidefend._core.modules import naming_the_model, preserve, training_layers
@@ -72,7 +73,7 @@ class SmoothedModel(nn.Module):
         num_classes: int,
         *,
         samples: int = 1000,
-        batch_size: int = 1000,
+        batch_size: int = 256,
     ) -> None:
         super().__init__()
         self.model = check_callable(model, "model", "Pass a module or a function from x to logits")
@@ -130,8 +131,10 @@ class SmoothedModel(nn.Module):
         self, x: Tensor, n: int = 1000, alpha: float = 0.001, generator: torch.Generator | None = None
     ) -> Tensor:
         """(N,) int64: the smoothed class of each row, wrong with probability <= alpha; -1 where two are too close."""
-        check_int(n, "n")
         check_probability(alpha, "alpha")
+        if 2 * 0.5 ** check_int(n, "n") > alpha:
+            enough = math.ceil(1 - math.log2(alpha))
+            raise refuse(f"n >= {enough} (fewer always abstain)", "n", n, f"Pass n={enough} or more, or a larger alpha")
         counts = self._votes(x, n, generator)
         top = counts.topk(2, dim=1)
         first, second = top.values.unbind(dim=1)
@@ -231,5 +234,5 @@ class _Expectation(nn.Module):
         check_tensor(x, "x", floating=True)
         eps = _Noise(x, self._stream).take(self.samples) * self.smoothed.sigma
         noisy = (x.to(eps.dtype).unsqueeze(1) + eps).flatten(0, 1).to(x.dtype)
-        parts = self.smoothed._logits(noisy).log_softmax(dim=1).reshape(len(x), self.samples, -1)
+        parts = self.smoothed._logits(noisy).log_softmax(dim=1).reshape(len(x), self.samples, self.smoothed.num_classes)
         return parts.logsumexp(dim=1) - math.log(self.samples)

@@ -162,6 +162,25 @@ def test_predict_abstains_on_the_boundary_and_is_right_elsewhere():
     assert smoothed.predict(x, generator=stream()).tolist() == [-1, 0, 1]
 
 
+def test_predict_refuses_an_n_that_always_abstains():
+    smoothed, x = SmoothedModel(linear(), 0.5, 2), torch.tensor([[99.0, 0.0]])
+    with pytest.raises(ConfigurationError, match="n >= 11"):
+        smoothed.predict(x, n=10)
+    assert smoothed.predict(x, n=11).tolist() == [0]
+
+
+def test_predict_is_wrong_with_probability_alpha_at_most():
+    x = torch.tensor([[0.01, 0.0]])  # class 0 by a hair
+    wrong = 0
+    for seed in range(200):  # rows of one call share their noise: one call counts as one trial
+        wrong += int(SmoothedModel(linear(), 0.5, 2).predict(x, n=60, alpha=ALPHA, generator=stream(seed)) == 1)
+    assert wrong <= 200 * ALPHA + 4 * math.sqrt(200 * ALPHA)
+
+
+def test_attackable_takes_an_empty_batch():
+    assert SmoothedModel(linear(), 0.5, 2).attackable(2, seed=0)(torch.zeros(0, 2)).shape == (0, 2)
+
+
 def test_plain_call_returns_log_frequencies():
     out = SmoothedModel(linear(), 0.5, 2)(torch.tensor([[0.3, 0.0], [9.0, 0.0]]))
     assert bool(out.isfinite().all())
@@ -256,3 +275,10 @@ def test_constructor_and_train_mode_are_refused():
         SmoothedModel(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), 0.5, 2).certify(torch.zeros(1, 2))
     with pytest.raises(ConfigurationError, match="x to be floating point"):
         SmoothedModel(linear(), 0.5, 2).predict(torch.zeros(1, 2).long())
+
+
+def test_compiled_model_gives_the_same_certificate():
+    x, _ = points(4)
+    plain = SmoothedModel(linear(), 0.5, 2).certify(x, n=200, generator=stream())
+    compiled = SmoothedModel(torch.compile(linear(), backend="eager"), 0.5, 2).certify(x, n=200, generator=stream())
+    assert torch.equal(plain.radius, compiled.radius)

@@ -25,6 +25,7 @@ from aidefend import (
     Report,
     Severity,
     Threat,
+    adversarial,
     artifacts,
     attacks,
     audit,
@@ -255,8 +256,51 @@ STATE = sanitize.screen(TensorDataset(X, Y)).state()
 MARKED = X.clone()
 MARKED[..., -2:, -2:] = 1.0
 
+
+def smoothed(model):
+    return adversarial.SmoothedModel(model, 0.5, CLASSES, samples=9)
+
+
 # name: (call, good arguments). The first part of a name is the public name that the entry stands for.
 CALLS = {
+    "adversarial.SmoothedModel": (
+        adversarial.SmoothedModel,
+        lambda: {"model": Net(), "sigma": 0.5, "num_classes": CLASSES, "samples": 9, "batch_size": 8},
+    ),
+    "adversarial.SmoothedModel.certify": (
+        lambda model, **a: smoothed(model).certify(**a),
+        lambda: {
+            "model": Net(),
+            "x": X[:2],
+            "n0": 5,
+            "n": 20,
+            "alpha": 0.05,
+            "generator": stream(),
+            "early_stop": True,
+            "target_radius": 0.1,
+        },
+    ),
+    "adversarial.SmoothedModel.predict": (
+        lambda model, **a: smoothed(model).predict(**a),
+        lambda: {"model": Net(), "x": X[:2], "n": 20, "alpha": 0.05, "generator": stream()},
+    ),
+    "adversarial.SmoothedModel.forward": (lambda model, x: smoothed(model)(x), lambda: {"model": Net(), "x": X[:2]}),
+    "adversarial.SmoothedModel.attackable": (
+        lambda x, **a: smoothed(Net()).attackable(**a)(x),
+        lambda: {"x": X[:2], "samples": 2, "seed": 0},
+    ),
+    "adversarial.SmoothingCertificate.accuracy_at": (
+        lambda **a: smoothed(Net()).certify(X[:2], n=20, alpha=0.05).accuracy_at(**a),
+        lambda: {"radii": [0.0, 0.5], "y": Y[:2], "confidence": 0.9},
+    ),
+    "adversarial.SmoothingCertificate.average_radius": (
+        lambda y: smoothed(Net()).certify(X[:2], n=20, alpha=0.05).average_radius(y),
+        lambda: {"y": Y[:2]},
+    ),
+    "adversarial.SmoothingCertificate.to_evidence": (
+        lambda **a: smoothed(Net()).certify(X[:2], n=20, alpha=0.05).to_evidence(**a),
+        lambda: {"y": Y[:2], "radii": [0.0, 0.5]},
+    ),
     "Report": (
         Report,
         lambda: {"ids": ("a", "b"), "keep": torch.tensor([True, False]), "scores": {}, "reasons": ((), ("r",))},
