@@ -1,6 +1,8 @@
 """Adversarial training: objectives for your own loop, which take an attack as an argument and hold no model."""
 
 from aidefend.adversarial.awp import AWP as AWP
+from aidefend.adversarial.certify_bounds import BoundCertificate as BoundCertificate
+from aidefend.adversarial.certify_bounds import certify_bounds as certify_bounds
 from aidefend.adversarial.eps_warmup import EpsWarmup as EpsWarmup
 from aidefend.adversarial.eps_warmup import with_eps_share as with_eps_share
 from aidefend.adversarial.fast_training import FastTraining as FastTraining
@@ -27,6 +29,7 @@ __all__ = [
     "NFGSM",
     "SWA",
     "TRADES",
+    "BoundCertificate",
     "EpsWarmup",
     "FastTraining",
     "FreeTraining",
@@ -37,5 +40,6 @@ __all__ = [
     "PGDTraining",
     "SmoothedModel",
     "SmoothingCertificate",
+    "certify_bounds",
     "with_eps_share",
 ]
