@@ -60,9 +60,9 @@ class BoundGraph:
             alone = type(inner).__module__.startswith("torch.nn.") and not list(inner.children())
             traced = fx.symbolic_trace(nn.Sequential(inner) if alone else inner)
         except Exception as error:
-            what = f"Expected a model that torch.fx can trace, got {type(model).__name__}."
-            cure = "Take branches on values out of forward"
-            raise IncompatibleModel(what, [Offender("", f"{type(error).__name__}: {error}", cure)]) from error
+            found = f"{type(model).__name__}: {type(error).__name__}: {error}"
+            what = f"Expected a model that torch.fx can trace, got model={found}."
+            raise IncompatibleModel(f"{what} Take branches on values out of forward.") from error
         return _Reader(traced).read()
 
     def boxes(

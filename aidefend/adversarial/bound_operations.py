@@ -108,7 +108,10 @@ class Weighted:
 
 
 class Normalised:
-    """BatchNorm: with its running statistics in eval mode, with those of the clean batch in train mode."""
+    """BatchNorm: with its running statistics in eval mode, with those of the clean batch in train mode.
+
+    Nothing is updated here: the clean pass of the model itself does that.
+    """
 
     affine = True
 
@@ -146,9 +149,6 @@ class Normalised:
             )
         dims = [0, *range(2, x.ndim)]
         mean, variance = box.clean.mean(dims), box.clean.var(dims, unbiased=False)
-        if module.training and module.running_mean is not None:
-            with torch.no_grad():  # the module's own update of its running statistics
-                module(box.clean.detach())
         self._training = mean, variance
         return self._of(mean, variance, x)
 

@@ -12,10 +12,13 @@ from aidefend.adversarial import (
     HAT,
     MART,
     NFGSM,
+    SABR,
     TRADES,
+    CrownIBPTraining,
     FastTraining,
     FreeTraining,
     GradAlign,
+    IBPTraining,
     LogitPairing,
     PGDTraining,
 )
@@ -45,6 +48,9 @@ OBJECTIVES = {
     "logit-pairing": lambda: LogitPairing(PGD(THREAT, 3, 0.02)),
     "grad-align": lambda: GradAlign(FastTraining(PGD(THREAT)), THREAT),
     "free-training": lambda: FreeTraining(THREAT),
+    "ibp": lambda: IBPTraining(THREAT),
+    "crown-ibp": lambda: CrownIBPTraining(Threat("l2", 0.1), beta=0.6),
+    "sabr": lambda: SABR(PGD(THREAT, 3, 0.02)),
     "awp-trades": lambda: AWP(TRADES(PGD(THREAT, 3, 0.02))),
 }
 TRAINING_PASSES = {"trades": 2, "mart": 2, "awp-trades": 2, "logit-pairing": 2, "hat": 3}
@@ -131,7 +137,7 @@ def test_pickle_and_seeds(name):
     first = objective.per_example(model, x, y, generator=stream(3))
     assert torch.equal(first, again.per_example(model, x, y, generator=stream(3)))
     other = objective.per_example(model, x, y, generator=stream(4))
-    assert torch.equal(first, other) == (name == "free-training")  # nothing there is random
+    assert torch.equal(first, other) == (name in ("free-training", "ibp", "crown-ibp"))  # nothing there is random
 
 
 @every_objective
