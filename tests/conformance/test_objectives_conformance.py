@@ -10,17 +10,21 @@ from aidefend import AidefendError, Threat
 from aidefend.adversarial import (
     AWP,
     HAT,
+    MACER,
     MART,
     NFGSM,
     SABR,
     TRADES,
+    Consistency,
     CrownIBPTraining,
     FastTraining,
     FreeTraining,
+    Gaussian,
     GradAlign,
     IBPTraining,
     LogitPairing,
     PGDTraining,
+    SmoothAdv,
 )
 from aidefend.attacks.evasion import APGD, PGD
 
@@ -51,8 +55,13 @@ OBJECTIVES = {
     "ibp": lambda: IBPTraining(THREAT),
     "crown-ibp": lambda: CrownIBPTraining(Threat("l2", 0.1), beta=0.6),
     "sabr": lambda: SABR(PGD(THREAT, 3, 0.02)),
+    "gaussian": lambda: Gaussian(0.05, samples=2),
+    "consistency": lambda: Consistency(0.05),
+    "macer": lambda: MACER(0.05, samples=4, weight=0.5),
+    "smooth-adv": lambda: SmoothAdv(PGD(Threat("l2", 0.1), 2), 0.05),
     "awp-trades": lambda: AWP(TRADES(PGD(THREAT, 3, 0.02))),
 }
+NO_THREAT = {"gaussian", "consistency", "macer"}  # noise knows no bounds
 TRAINING_PASSES = {"trades": 2, "mart": 2, "awp-trades": 2, "logit-pairing": 2, "hat": 3}
 
 
@@ -158,6 +167,8 @@ def test_bad_arguments(name):
         (x + 1, y, "inside the bounds"),
         (x[:, :3], y, "model"),
     ]
+    if name in NO_THREAT:
+        del cases[2]
     for bad_x, bad_y, rule in cases:
         with pytest.raises(AidefendError, match=rule):
             objective(model, bad_x, bad_y)
