@@ -106,7 +106,7 @@ def main() -> None:
         )
     best = max(row["verified"] for row in table)
     summary = [
-        f"{'met   ' if best >= TARGET else 'MISSED'} verified {best:.2%} (>= {TARGET:.0%}; published 93.32 %, larger net)",
+        f"{'met   ' if best >= TARGET else 'MISSED'} verified {best:.2%} (>= {TARGET:.0%}; published 93.32 %)",
         f"{'met   ' if all(row['consistent'] for row in table) else 'MISSED'} no verified row was broken by an attack",
     ]
     result = {"rows": table, "summary": summary, "data": images.source, "epochs": options.epochs, "eps": 0.3}
