@@ -3,7 +3,8 @@
 python -m benchmarks.smoothing [--data PATH] [--rows 100] [--reference-rows 10] [--n 10000] [--quick]
 The reference is the loop of Cohen et al. 2019, written from the paper: one image a call, batches of 400 copies, a
 bound at n alone, votes counted one by one. One net, trained with the library's `Gaussian` objective; both see the same
-images, in turns. Ours without a target radius gives the full radius of each row; with one it stops as soon as that is proven.
+images, in turns. Ours without a target radius gives the full radius of each row; with one it stops as soon as that is
+proven.
 Writes benchmarks/results/smoothing.json.
 """
 
