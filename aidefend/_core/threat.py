@@ -91,6 +91,7 @@ class Threat:
             >>> threat.project(torch.full((1, 1, 2), 9.0), torch.zeros(1, 1, 2)).flatten().tolist()
             [0.4000000059604645, 0.4000000059604645]
         """
+        checks.check_bounds(bounds)
         centre, spread = checks.as_channels(mean, "mean"), checks.as_channels(std, "std")
         checks.check_scale(spread, "std")
         low, high = ((bound - centre) / spread for bound in bounds)

@@ -71,13 +71,14 @@ def as_groups(groups: Any) -> tuple[tuple[int, ...], ...] | None:
 
 def as_channels(values: Sequence[float] | Tensor, name: str) -> Tensor:
     """One value a channel as (C, 1, ...) float64 that broadcasts to an image; other tensors as they are."""
-    try:
-        found = torch.as_tensor(values, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
-        cure = "Pass one value a channel, as a sequence or a tensor"
-        raise refuse("numbers", name, values, cure, ThreatModelError) from None
+    cure = "Pass one value a channel, as a sequence of numbers or a tensor"
+    if isinstance(values, Tensor):
+        _check_dense(values, name)
+    elif not isinstance(values, list | tuple) or not all(type(value) in (int, float) for value in values):
+        raise refuse("numbers", name, values, cure, ThreatModelError)
+    found = torch.as_tensor(values, dtype=torch.float64)
     if not bool(torch.isfinite(found).all()) or not found.numel():
-        raise refuse("finite numbers", name, values, "Pass one value a channel", ThreatModelError)
+        raise refuse("finite numbers", name, values, cure, ThreatModelError)
     return found.reshape(-1, 1, 1) if found.ndim == 1 else found
 
 

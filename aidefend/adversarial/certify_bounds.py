@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from aidefend._core.checks import check_choice, check_int, check_kind, check_labels, check_logits
 from aidefend._core.errors import IncompatibleModel
 from aidefend._core.evidence import Evidence, Finding, Severity
-from aidefend._core.modules import freeze, preserve, training_layers
+from aidefend._core.modules import freeze, naming_the_model, preserve, training_layers
 from aidefend._core.stats import Interval, wilson
 from aidefend._core.threat import Threat
 from aidefend.adversarial.bound_graph import BoundGraph
@@ -125,7 +125,9 @@ def margin_forms(y: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
 
 def _certify(model: nn.Module, graph: BoundGraph, x: Tensor, y: Tensor, threat: Threat, method: Method) -> Tensor:
     """The smallest certified margin of each row, float64; -inf where a bound is not a number."""
-    logits = check_logits(model(x), len(x))
+    with naming_the_model(x):
+        outputs = model(x)
+    logits = check_logits(outputs, len(x))
     check_labels(y, len(x), logits.shape[1])
     unit = 2 * _unit(model, x)
     region = Region.around(x.double(), threat, slack=4 * torch.finfo(x.dtype).eps)

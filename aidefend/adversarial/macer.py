@@ -10,6 +10,8 @@ from aidefend._core.modules import Model
 from aidefend.adversarial.crafting import PerExampleLoss, cross_entropy, losses_of
 from aidefend.adversarial.noisy_copies import check_classes, check_noise, draw_noise, log_mean_softmax, outputs_at
 
+_LARGEST_GAMMA = 9.5
+
 
 @dataclasses.dataclass(frozen=True)
 class MACER:
@@ -23,13 +25,13 @@ class MACER:
         sigma: As for `Gaussian`, > 0.
         samples: Copies of each sample, >= 1.
         weight: Of the hinge, >= 0.
-        gamma: Margin up to which a radius pays, in quantiles, > 0.
+        gamma: Margin up to which a radius pays, in quantiles, in (0, 9.5].
         inverse_temperature: Of the softmax behind the radius, > 0: larger = nearer to counting votes.
         criterion: (log-probabilities, y) -> (N,), y class indices.
     Raises: ConfigurationError: an argument is malformed. AidefendError: the model raised.
     Cost: One training pass over `samples` times the batch.
-    Source: Zhai et al. 2020, section 4 and algorithm 1. Differs: probabilities are kept 1e-6 off 0 and 1, where the
-        authors leave samples out.
+    Source: Zhai et al. 2020, section 4 and algorithm 1. Differs: probabilities are kept 1e-6 off 0 and 1, so that
+        differences of quantiles end at 9.5, where the authors leave samples out.
     Example:
         >>> model, objective = torch.nn.Linear(4, 3), MACER(0.25, samples=4)
         >>> objective.per_example(model, torch.rand(5, 4), torch.tensor([0, 1, 2, 0, 1])).shape
@@ -47,7 +49,7 @@ class MACER:
         check_noise(self.sigma, self.samples, self.criterion)
         check_number(self.sigma, "sigma", 0.0, open_low=True)
         check_number(self.weight, "weight", 0.0)
-        check_number(self.gamma, "gamma", 0.0, open_low=True)
+        check_number(self.gamma, "gamma", 0.0, _LARGEST_GAMMA, open_low=True)
         check_number(self.inverse_temperature, "inverse_temperature", 0.0, open_low=True)
 
     def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

@@ -24,6 +24,8 @@ def draw_noise(x: Tensor, y: Tensor, sigma: float, samples: int, generator: torc
     """N(0, sigma^2) for each copy of each sample: (samples, N, ...)."""
     check_batch(x, y)
     check_tensor(x, "x", floating=True)
+    if x.ndim < 2:
+        raise refuse("x of shape (N, ...) with features", "x", x, "Add the dimension of the features")
     return sigma * normal((samples, *x.shape), make_generator(generator), x)
 
 

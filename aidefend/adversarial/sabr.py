@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from aidefend._core.checks import check_number, refuse
+from aidefend._core.checks import check_labels, check_number, refuse
 from aidefend._core.modules import Model
 from aidefend._core.threat import Threat
 from aidefend.adversarial.bound_operations import Box
@@ -65,6 +65,7 @@ class SABR:
     def per_example(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """The loss of each sample, (N,); arguments as for `PGDTraining`, y class labels."""
         check_batch(x, y)
+        check_labels(y, len(x))
         x_adv = craft_for(self.criterion, self.attack, model, x, y, self.attack_mode, generator)
         return bound_losses(model, x, y, self.region(x.detach(), x_adv), self.criterion, self.kappa, 0.0)
 

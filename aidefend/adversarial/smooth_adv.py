@@ -5,6 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
+from aidefend._core.checks import check_logits
 from aidefend._core.modules import Model
 from aidefend.adversarial.crafting import (
     Attack,
@@ -14,6 +15,8 @@ from aidefend.adversarial.crafting import (
     craft,
     crafting,
     cross_entropy,
+    losses_of,
+    outputs_of,
     wide,
 )
 from aidefend.adversarial.divergence import check_steerable
@@ -26,7 +29,8 @@ class SmoothAdv:
 
     Guarantee: none by itself: certify with `SmoothedModel(model, sigma, ...)`.
     Args:
-        attack: An attack whose loss can be set, with `.with_loss(loss)`: ours, untargeted, with an l2 threat.
+        attack: An attack whose loss can be set, with `.with_loss(loss)`: ours, untargeted; with an l2 threat, as the
+            certificate is about that norm.
         sigma: As for `Gaussian`.
         samples: Copies of each sample, >= 1.
         criterion: (outputs, y) -> (N,); the attack gets it on the log of the mean probability.
@@ -67,9 +71,13 @@ class SmoothAdv:
         self, model: Model, x: Tensor, y: Tensor, noise: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """The attack alone: x_adv for this noise (samples, N, ...), detached."""
-        steered: Attack = self.attack.with_loss(self.criterion)  # type: ignore[attr-defined]  # checked above
+        steered: Attack = self.attack.with_loss(self._climbed)  # type: ignore[attr-defined]  # checked above
         with crafting(model, self.attack_mode) as inner:
             return craft(steered, _MeanAnswer(inner, noise), x, y, generator)
+
+    def _climbed(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """The criterion, with its errors named."""
+        return losses_of(self.criterion, outputs, y, len(outputs))
 
 
 class _MeanAnswer(nn.Module):
@@ -88,5 +96,5 @@ class _MeanAnswer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, K)."""
         copies = (x[None] + self.noise).flatten(0, 1)
-        outputs = self.model(copies)
+        outputs = check_logits(outputs_of(self.model, copies), len(copies))
         return log_mean_softmax(wide(outputs).reshape(*self.noise.shape[:2], -1))

@@ -152,6 +152,7 @@ def test_bad_fields_are_refused():
         lambda: Consistency(0.1, weight=-1),
         lambda: MACER(0.0),
         lambda: MACER(0.1, gamma=0),
+        lambda: MACER(0.1, gamma=12),
         lambda: MACER(0.1, criterion=3),
         lambda: SmoothAdv(lambda model, x, y: x, 0.1),
         lambda: SmoothAdv(PGD(Threat("l2", 0.1), targeted=True), 0.1),
@@ -161,6 +162,9 @@ def test_bad_fields_are_refused():
     model, (x, y) = net(), world()
     with pytest.raises(AidefendError, match="class indices"):
         MACER(0.1).per_example(model, x, torch.rand(7, 3))
+    for objective in (Gaussian(0.1), SmoothAdv(PGD(Threat("l2", 0.1), 1), 0.1)):
+        with pytest.raises(AidefendError, match="model"):
+            objective(lambda x: x[:, 0] * 1.0, x, y)
     with pytest.raises(AidefendError, match="labels"):
         MACER(0.1).per_example(model, x, y + 3)
 

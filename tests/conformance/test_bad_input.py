@@ -263,6 +263,109 @@ def smoothed(model):
 
 # name: (call, good arguments). The first part of a name is the public name that the entry stands for.
 CALLS = {
+    "Threat": (
+        Threat,
+        lambda: {
+            "norm": "l2",
+            "eps": 0.1,
+            "bounds": (0.0, 1.0),
+            "mask": torch.tensor(True),
+            "integer": torch.tensor(False),
+            "groups": ((0, 1),),
+            "scale": torch.tensor(1.0),
+        },
+    ),
+    "Threat.normalised": (
+        Threat.normalised,
+        lambda: {"norm": "linf", "eps": 0.1, "mean": [0.5], "std": [0.25], "bounds": (0.0, 1.0)},
+    ),
+    "Threat.to_uint8": (
+        lambda **a: Threat("linf", 0.1).to_uint8(**a),
+        lambda: {"x_adv": torch.full((2, 3), 0.2), "x": torch.full((2, 3), 0.2)},
+    ),
+    "adversarial.certify_bounds": (
+        adversarial.certify_bounds,
+        lambda: {
+            "model": Net(),
+            "x": X[:2],
+            "y": Y[:2],
+            "threat": Threat("linf", 0.1),
+            "method": "ibp",
+            "batch_size": 2,
+        },
+    ),
+    "adversarial.BoundSchedule": (
+        adversarial.BoundSchedule,
+        lambda: {"warmup": adversarial.EpsWarmup(5), "kappa": (1.0, 0.5), "beta": (1.0, 0.0)},
+    ),
+    "adversarial.BoundSchedule.objective_at": (
+        lambda **a: adversarial.BoundSchedule(adversarial.EpsWarmup(5)).objective_at(**a),
+        lambda: {"objective": adversarial.IBPTraining(Threat("linf", 0.1)), "step": 2},
+    ),
+    **{
+        f"adversarial.{name}": (getattr(adversarial, name), make)
+        for name, make in {
+            "IBPTraining": lambda: {"threat": Threat("linf", 0.1), "kappa": 0.5, "criterion": per_example},
+            "CrownIBPTraining": lambda: {
+                "threat": Threat("l2", 0.1),
+                "kappa": 0.5,
+                "beta": 0.5,
+                "criterion": per_example,
+            },
+            "SABR": lambda: {
+                "attack": attacks.PGD(Threat("linf", 0.1)),
+                "share": 0.4,
+                "kappa": 0.0,
+                "criterion": per_example,
+                "attack_mode": "eval",
+            },
+            "Gaussian": lambda: {"sigma": 0.1, "samples": 2, "criterion": per_example},
+            "Consistency": lambda: {
+                "sigma": 0.1,
+                "samples": 2,
+                "weight": 1.0,
+                "entropy_weight": 0.5,
+                "criterion": per_example,
+            },
+            "MACER": lambda: {
+                "sigma": 0.1,
+                "samples": 2,
+                "weight": 1.0,
+                "gamma": 8.0,
+                "inverse_temperature": 16.0,
+                "criterion": per_example,
+            },
+            "SmoothAdv": lambda: {
+                "attack": attacks.PGD(Threat("l2", 0.1)),
+                "sigma": 0.1,
+                "samples": 2,
+                "criterion": per_example,
+                "attack_mode": "eval",
+            },
+        }.items()
+    },
+    **{
+        f"adversarial.{name}.call": (lambda make=make, **a: make()(Net(), **a), lambda: {"x": X, "y": Y})
+        for name, make in {
+            "IBPTraining": lambda: adversarial.IBPTraining(Threat("linf", 0.1)),
+            "CrownIBPTraining": lambda: adversarial.CrownIBPTraining(Threat("linf", 0.1)),
+            "SABR": lambda: adversarial.SABR(attacks.PGD(Threat("linf", 0.1), 2)),
+            "Gaussian": lambda: adversarial.Gaussian(0.1),
+            "Consistency": lambda: adversarial.Consistency(0.1),
+            "MACER": lambda: adversarial.MACER(0.1, 2),
+            "SmoothAdv": lambda: adversarial.SmoothAdv(attacks.PGD(Threat("l2", 0.1), 2), 0.1),
+            "PGDTraining": lambda: adversarial.PGDTraining(ATTACK),
+            "TRADES": lambda: adversarial.TRADES(ATTACK),
+            "FastTraining": lambda: adversarial.FastTraining(ATTACK),
+            "NFGSM": lambda: adversarial.NFGSM(ATTACK),
+            "FreeTraining": lambda: adversarial.FreeTraining(THREAT),
+            "MART": lambda: adversarial.MART(ATTACK),
+            "HAT": lambda: adversarial.HAT(ATTACK, Net()),
+            "LogitPairing": lambda: adversarial.LogitPairing(ATTACK),
+            "GradAlign": lambda: adversarial.GradAlign(adversarial.FastTraining(ATTACK), THREAT),
+            "AWP": lambda: adversarial.AWP(adversarial.PGDTraining(ATTACK)),
+        }.items()
+    },
     "adversarial.SmoothedModel": (
         adversarial.SmoothedModel,
         lambda: {"model": Net(), "sigma": 0.5, "num_classes": CLASSES, "samples": 9, "batch_size": 8},

@@ -82,13 +82,23 @@ class Access:
         return outputs
 
     def _scored(self, outputs: Any, y: Tensor) -> Scored:
-        losses: Any = self._loss(outputs, y)
+        losses = self._losses(outputs, y)
         if not isinstance(losses, Tensor) or losses.shape != (len(y),):
             cure = 'Return one loss for each sample: reduction="none", then the mean over all but the first dimension'
             raise refuse(f"loss(outputs, y) of shape ({len(y)},)", "loss", losses, cure)
         with torch.no_grad():
             hit = self._is_success(outputs, y) if self._judge else torch.zeros_like(losses, dtype=torch.bool)
         return Scored(losses * self._sign, hit)
+
+    def _losses(self, outputs: Any, y: Tensor) -> Any:
+        """The loss of each row; what a loss raises on its labels is named."""
+        try:
+            return self._loss(outputs, y)
+        except (AidefendError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            found = f"{tuple(y.shape)} {y.dtype}: {type(error).__name__}: {error}"
+            raise refuse("labels that the loss takes", "y", found, "Match y to the outputs and the loss") from error
 
 
 @contextmanager
