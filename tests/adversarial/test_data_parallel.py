@@ -10,7 +10,23 @@ import torch.multiprocessing as processes
 from torch import nn
 
 from aidefend import Threat
-from aidefend.adversarial import AWP, MART, TRADES, FastTraining, FreeTraining, GradAlign, LogitPairing, PGDTraining
+from aidefend.adversarial import (
+    AWP,
+    MACER,
+    MART,
+    SABR,
+    TRADES,
+    Consistency,
+    CrownIBPTraining,
+    FastTraining,
+    FreeTraining,
+    Gaussian,
+    GradAlign,
+    IBPTraining,
+    LogitPairing,
+    PGDTraining,
+    SmoothAdv,
+)
 from aidefend.attacks.evasion import PGD
 
 
@@ -37,6 +53,13 @@ MAKERS = [
     (FastTraining, 1),
     (weight_perturbed, 1),
     (aligned, 1),
+    (lambda attack: IBPTraining(attack.threat), 1),
+    (lambda attack: CrownIBPTraining(attack.threat, beta=0.5), 1),
+    (lambda attack: SABR(attack), 1),
+    (lambda attack: Gaussian(0.1, 2), 1),
+    (lambda attack: Consistency(0.1), 1),
+    (lambda attack: MACER(0.1, 3), 1),
+    (lambda attack: SmoothAdv(PGD(Threat("l2", 0.1), 3), 0.1), 1),
 ]
 
 
@@ -75,6 +98,8 @@ TOGETHER = {
     "awp": lambda: AWP(PGDTraining(from_the_row), gamma=0.1),
     "awp-mart": lambda: AWP(MART(from_the_row), gamma=0.1),
     "pairing": lambda: LogitPairing(from_the_row),
+    "ibp": lambda: IBPTraining(Threat("linf", 0.05)),
+    "crown-ibp": lambda: CrownIBPTraining(Threat("linf", 0.05), beta=0.5),
     "free": lambda: FreeTraining(Threat("linf", 0.1)),
 }
 
