@@ -33,7 +33,7 @@ EFFORTS: Mapping[Budget, Effort] = {
         decision_rows=0, decision_steps=1,
     ),
     "standard": Effort(
-        pgd_steps=20, apgd_steps=50, margin_steps=100, targeted_steps=25, norm_steps=100, norm_rows=100, queries=500,
+        pgd_steps=20, apgd_steps=50, margin_steps=100, targeted_steps=50, norm_steps=100, norm_rows=100, queries=500,
         more_queries=5000, restarts=1, check_rows=200, noise_draws=20,
         decision_rows=0, decision_steps=1,
     ),

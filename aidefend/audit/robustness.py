@@ -49,7 +49,7 @@ def evaluate_robustness(
         data: (x, y) tensors, a Dataset, a DataLoader or an iterable of batches; read once, kept in memory.
         threat: What the adversary may do, in any norm, also on tables. An eps by sample follows the order of the data.
         budget: "quick": FGSM, PGD-10, APGD-20 (cross-entropy), APGD-30 (margin), 100 queries of Square. "standard":
-            FGSM, PGD-20, APGD-50, APGD-100, targeted APGD-25 against the nine likeliest classes, FMN-100, 500 queries
+            FGSM, PGD-20, APGD-50, APGD-100, targeted APGD-50 against the nine likeliest classes, FMN-100, 500 queries
             of Square. "thorough": FGSM, PGD-50, APGD-100, APGD-100 with 5 restarts each, targeted APGD-100, FMN-300,
             5,000 queries of Square, and HopSkipJump-20 on 100 standing rows. In l0 Sigma-zero takes the place of FMN;
             l1 and l0 have no attack by queries. Where Square breaks more than 0.2 points that no gradient attack broke,
@@ -65,7 +65,7 @@ def evaluate_robustness(
     Returns: Robustness.
     Raises: ConfigurationError, ThreatModelError: malformed arguments. AidefendError: the model raised.
     Cost: In forward and backward passes to the input, for a row that never breaks: quick about 60 and 100 forward,
-        standard about 500 and 500 forward, thorough about 6,500 and 10,000 forward; a row leaves when it breaks.
+        standard about 720 and 500 forward, thorough about 6,500 and 10,000 forward; a row leaves when it breaks.
         Checks, curve and smallest perturbations add at most, for each of 100, 200 or 1,000 rows, about ten times the
         margin stage.
     Source: Croce, Hein 2020 (ensemble, worst case by row); Carlini et al. 2019 (checks).
