@@ -53,7 +53,8 @@ def evaluate_robustness(
             of Square. "thorough": FGSM, PGD-50, APGD-100, APGD-100 with 5 restarts each, targeted APGD-100, FMN-300,
             5,000 queries of Square, and HopSkipJump-20 on 100 standing rows. In l0 Sigma-zero takes the place of FMN;
             l1 and l0 have no attack by queries. Where Square breaks more than 0.2 points that no gradient attack broke,
-            it goes on with ten times the queries (thorough: twice).
+            it goes on with ten times the queries (thorough: twice). Where twice the steps break one of the rows that a
+            check tries, all rows that stand get them.
         seed: Each row's random numbers come from this and the row's content: neither order nor batch size matters
             (up to the rounding of the model's own arithmetic).
         batch_size: Rows a pass.
@@ -201,12 +202,18 @@ def _single_step(cascade: Cascade, count: int) -> Tensor:
 
 
 def _more_steps(cascade: Cascade, effort: Effort) -> MaskingCheck:
-    """Twice the steps of the strongest stage, from new starts, on a part of the rows that stand."""
+    """Twice the steps of the strongest stage, from new starts, on a part of the rows that stand.
+
+    Where they break one of these, the others get them too.
+    """
     count, n = int(cascade.robust.sum()), len(cascade.robust)
     before = wilson(count, n)
     rows = cascade.bench.subset(cascade.standing, effort.check_rows)
     name, make = _strongest(effort, 2 * effort.margin_steps)
     broken = cascade.attack(f"{name} (check)", make, rows)
+    others = cascade.standing[~torch.isin(cascade.standing, rows)]
+    if bool(broken.any()) and len(others):
+        cascade.attack(f"{name} (rest)", make, others)
     return masking.check_steps(before.value, before.low, len(rows), int(broken.sum()))
 
 

@@ -9,7 +9,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from aidefend import AidefendError, ConfigurationError, Evidence, Severity, Threat
-from aidefend.audit.robustness import evaluate_robustness
+from aidefend.audit.cascade import Cascade
+from aidefend.audit.effort import EFFORTS
+from aidefend.audit.robustness import _more_steps, evaluate_robustness
+from aidefend.audit.robustness_bench import Bench
 from tests.worlds import linear_world
 
 FREE = (-10.0, 10.0)
@@ -220,3 +223,14 @@ def test_the_thorough_budget_asks_for_decisions_too():
     result = evaluate_robustness(steps, (world.x, y), Threat("l2", 0.05), budget="thorough")
     stages = {stage.name: stage.broken for stage in result.stages}
     assert "HopSkipJump-20" in stages and not result.trustworthy
+
+
+@pytest.mark.parametrize(("eps", "falls"), [(1.0, True), (1e-6, False)])
+def test_what_more_steps_break_in_a_sample_is_tried_on_all_rows(eps, falls):
+    world = linear_world(n=40)
+    cascade = Cascade(Bench.of(world.model, (world.x, world.y), Threat("linf", eps, (-9.0, 9.0)), 0, 64))
+    before = int(cascade.robust.sum())
+    check = _more_steps(cascade, replace(EFFORTS["quick"], check_rows=5))
+    assert before == 32 and int(cascade.robust.sum()) == (0 if falls else before)
+    assert any(stage.name.endswith("(rest)") for stage in cascade.stages) == falls
+    assert check.outcome == ("fail" if falls else "pass")
