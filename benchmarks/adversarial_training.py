@@ -93,7 +93,7 @@ def own(name: str, steps: int) -> Loss:
 
 
 def _optimizer(model: nn.Module, recipe: str, total: int) -> tuple[Any, Any]:
-    """Optimizer and schedule: a triangular rate with its peak of 5e-3 at two fifths, or the constant one of a script."""
+    """Optimizer and schedule: a triangular rate with its peak of 5e-3, or the constant one of a script."""
     if recipe == "pgd reference":
         optimizer: Any = torch.optim.Adam(model.parameters(), 1e-4)
     elif recipe == "trades reference":
