@@ -43,7 +43,7 @@ def test_few_features_up_to_their_bounds(maker, norm, eps):
     threat = Threat(norm, eps, (0.2, 0.8))
     attack = MAKERS[maker](threat, "margin")
     straight = attack if maker == "apgd" or norm == "l0" else dataclasses.replace(attack, random_start=False)
-    result = straight.run(world.model, world.x, world.y)
+    result = straight.run(world.model, world.x, world.y, generator=torch.Generator().manual_seed(0))
     optimum = world.worst_margin_of_few(norm, eps, 0.2, 0.8)
     assert threat.contains(result.x_adv, world.x).all()
     assert (result.loss <= optimum + 1e-9).all()
@@ -61,7 +61,8 @@ def test_normalised_data_and_plain_data_break_alike(maker):
         attack = MAKERS[maker](threat, "margin")
         attack = dataclasses.replace(attack, step_size=None) if maker == "pgd" else attack
         inside = lambda x: world.model(x * spread + shift)  # noqa: E731
-        result = attack.run(inside, (world.x - shift) / spread, world.y)
+        stream = torch.Generator().manual_seed(0)
+        result = attack.run(inside, (world.x - shift) / spread, world.y, generator=stream)
         loose = 1e-2 if (maker, norm) == ("pgd", "l2") else 1e-5
         torch.testing.assert_close(result.loss, world.worst_margin(norm, 0.05), atol=loose, rtol=0)
 
@@ -76,7 +77,8 @@ def test_whole_numbers_and_categories_move(maker, norm, eps):
     x[:, 3:7] = torch.eye(4, dtype=x.dtype)[torch.arange(10) % 4]
     integer = torch.tensor([True] * 3 + [False] * 4)
     threat = Threat(norm, eps, (0.0, 4.0), integer=integer, groups=((3, 4, 5, 6),))
-    result = MAKERS[maker](threat, "margin").run(world.model, x, world.y)
+    stream = torch.Generator().manual_seed(0)
+    result = MAKERS[maker](threat, "margin").run(world.model, x, world.y, generator=stream)
     assert threat.contains(result.x_adv, x).all()
     whole = torch.cartesian_prod(*[torch.arange(5)] * 3).repeat_interleave(4, dim=0)
     every = torch.cat([whole.to(x), torch.eye(4, dtype=x.dtype).repeat(125, 1)], dim=1)
@@ -118,7 +120,8 @@ def test_radius_by_sample(norm):
     threat = Threat(norm, eps, FREE)
     straight = PGD(threat, 40, loss="margin", random_start=False)
     for attack in (straight, APGD(threat, 80, loss="margin")):
-        result = attack.run(world.model, world.x, world.y, goal="max_loss")
+        stream = torch.Generator().manual_seed(0)
+        result = attack.run(world.model, world.x, world.y, goal="max_loss", generator=stream)
         torch.testing.assert_close(result.loss, world.worst_margin(norm, eps), atol=1e-5, rtol=0)
         assert torch.equal(result.x_adv[0], world.x[0])
 
@@ -137,7 +140,8 @@ def test_radius_by_feature_and_mask():
 def test_min_norm_finds_the_flipping_radius(maker, norm):
     world = linear_world()
     needed, eps = world.flipping_eps(norm), 1.0
-    result = MAKERS[maker](Threat(norm, eps, FREE), "margin").run(world.model, world.x, world.y, goal="min_norm")
+    attack, stream = MAKERS[maker](Threat(norm, eps, FREE), "margin"), torch.Generator().manual_seed(0)
+    result = attack.run(world.model, world.x, world.y, goal="min_norm", generator=stream)
     distance = Threat(norm, eps, FREE).distance(result.x_adv, world.x)
     assert result.success.all()
     assert (distance >= needed - 1e-9).all()
