@@ -1,12 +1,14 @@
 """A net as a list of operations that bounds can pass through, read by tracing; what is unknown is refused by name."""
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from aidefend._core.errors import IncompatibleModel, Offender
 from aidefend.adversarial.bound_operations import (
@@ -24,6 +26,13 @@ from aidefend.adversarial.bound_operations import (
     Weighted,
 )
 
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv")
+_FUNCTIONS: tuple[Any, ...] = (
+    torch.relu, torch.relu_, functional.relu, functional.leaky_relu, torch.sigmoid, functional.sigmoid, torch.tanh,
+    functional.tanh, torch.flatten, torch.reshape, functional.avg_pool2d, functional.adaptive_avg_pool2d,
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.iadd, operator.isub, operator.imul,
+    operator.itruediv, torch.add, torch.sub, torch.mul, torch.div,
+)  # fmt: skip
 _CURE = "Use Linear, Conv1d/2d, pooling, BatchNorm, ReLU and its kin, additions and flatten, or take the layer out"
 _AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
 
@@ -56,6 +65,9 @@ class BoundGraph:
             cause = f"Expected an nn.Module, got {type(model).__name__}. Wrap the callable in one."
             raise IncompatibleModel(cause)
         inner = getattr(model, "_orig_mod", model)  # a compiled model holds the one it was made from
+        changed = _changed_from_outside(inner)
+        if changed:
+            raise IncompatibleModel("Expected a model whose layers do what their classes say.", changed)
         try:
             alone = type(inner).__module__.startswith("torch.nn.") and not list(inner.children())
             traced = fx.symbolic_trace(nn.Sequential(inner) if alone else inner)
@@ -96,6 +108,7 @@ class _Reader:
         self.nodes: list[Node] = []
         self.place: dict[fx.Node, int] = {}
         self.constant: dict[fx.Node, Callable[[], Tensor]] = {}
+        self.sizes: set[fx.Node] = set()  # the number of rows, or what leads to it
 
     def read(self) -> BoundGraph:
         last = -1
@@ -128,12 +141,19 @@ class _Reader:
         return -1
 
     def _operation(self, node: fx.Node) -> None:
-        inputs = [arg for arg in node.all_input_nodes if arg not in self.constant]
+        if _is_row_count(node):
+            self.sizes.add(node)
+            return
+        inputs = [arg for arg in node.all_input_nodes if arg not in self.constant and arg not in self.sizes]
         if not inputs:
             self._refuse(node, f"{_title(node)} on constants alone", "Compute it once and register it as a buffer")
             return
         if any(arg not in self.place for arg in inputs):
             return  # it hangs on something that was refused
+        if self._overwrites_what_is_read_again(node):
+            cure = "Use the form that is not in place"
+            self._refuse(node, f"{_title(node)} changes in place what is read elsewhere", cure)
+            return
         if node.op == "call_module":
             operation = _of_module(self.traced.get_submodule(str(node.target)))
         else:
@@ -146,8 +166,37 @@ class _Reader:
             return
         self._add(node, operation, tuple(self.place[arg] for arg in _tensors(node) if arg in self.place))
 
+    def _overwrites_what_is_read_again(self, node: fx.Node) -> bool:
+        """Whether an operation in place changes a tensor, or a view of one, that has another reader."""
+        if not self._in_place(node):
+            return False
+        source = node.args[0]
+        while isinstance(source, fx.Node):
+            if len([user for user in source.users if user not in self.sizes]) > 1:
+                return True
+            if not self._shares_memory(source):
+                return False
+            source = source.args[0]
+        return False
+
+    def _in_place(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return bool(getattr(self.traced.get_submodule(str(node.target)), "inplace", False))
+        name = _title(node)
+        return bool(node.kwargs.get("inplace")) or True in node.args or name.endswith("_") or name in _IN_PLACE
+
+    def _shares_memory(self, node: fx.Node) -> bool:
+        """Whether the output may be its input's own memory."""
+        if node.op == "call_module":
+            module = self.traced.get_submodule(str(node.target))
+            alike = isinstance(module, nn.Flatten | nn.Identity | nn.modules.dropout._DropoutNd)
+            return alike or self._in_place(node)
+        return node.op != "placeholder" and (_title(node) in ("flatten", "view", "reshape") or self._in_place(node))
+
     def _of_function(self, node: fx.Node) -> Operation | None:
         target, args = node.target, node.args
+        if node.op == "call_function" and target not in _FUNCTIONS:
+            return None
         name = target if isinstance(target, str) else getattr(target, "__name__", "")
         name = name.rstrip("_")
         if name in ("relu",):
@@ -218,6 +267,8 @@ def _of_module(module: nn.Module) -> Operation | None:
         return None if module.return_indices or module.ceil_mode else Largest(module)
     if isinstance(module, _AVERAGES):
         return Averaged(module)
+    if (isinstance(module, nn.ELU) and module.alpha < 0) or (isinstance(module, nn.Softplus) and module.beta <= 0):
+        return None  # it falls somewhere
     return Rising(RISING[type(module)](module)) if type(module) in RISING else None
 
 
@@ -234,12 +285,50 @@ def _reshaped(node: fx.Node) -> Operation | None:
         end = rest[1] if len(rest) > 1 else node.kwargs.get("end_dim", -1)
         return Reshaped(lambda x: x.flatten(1)) if (start, end) == (1, -1) else None
     shape = rest[0] if len(rest) == 1 and isinstance(rest[0], tuple | list) else rest
-    if len(shape) == 2 and shape[1] == -1:
+    rows = bool(shape) and (shape[0] == -1 or _is_row_count(shape[0]))
+    if len(shape) == 2 and shape[1] == -1 and (rows or isinstance(shape[0], int)):
         return Reshaped(lambda x: x.flatten(1))
     fixed = list(shape[1:])
-    if shape and shape[0] == -1 and all(isinstance(size, int) and size > 0 for size in fixed):
-        return Reshaped(lambda x: x.reshape(len(x), *fixed))
+    if rows and all(isinstance(size, int) and size > 0 for size in fixed):
+        return Reshaped(lambda x: _viewed(x, fixed))
     return None
+
+
+def _viewed(x: Tensor, shape: list[int]) -> Tensor:
+    if x[:1].numel() != math.prod(shape) * len(x[:1]):
+        what = f"Expected a view that keeps the rows apart, got shape={(-1, *shape)} for rows of {tuple(x.shape[1:])}."
+        raise IncompatibleModel(f"{what} Keep the first dimension.")
+    return x.reshape(len(x), *shape)
+
+
+def _is_row_count(node: Any) -> bool:
+    """x.size(0), x.shape[0], and the x.shape before it."""
+    if not isinstance(node, fx.Node):
+        return False
+    if node.op == "call_method":
+        return node.target == "size" and node.args[1:] == (0,)
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] == "shape" and all(_is_row_count(user) for user in node.users)
+    shape = node.args[0] if node.args else None
+    from_shape = isinstance(shape, fx.Node) and shape.target is getattr and shape.args[1] == "shape"
+    return node.target is operator.getitem and from_shape and node.args[1] == 0
+
+
+def _changed_from_outside(model: nn.Module) -> list[Offender]:
+    """Layers that a trace would read wrongly: hooks, and a forward put on the object."""
+    cure = "Remove the hooks, or write what they do as a layer"
+    shared = torch.nn.modules.module
+    found = [Offender("", "hooks on all modules", cure)] if (
+        shared._global_forward_hooks or shared._global_forward_pre_hooks
+    ) else []  # fmt: skip
+    for path, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            found.append(Offender(path, "forward hooks can change its values", cure))
+        if "forward" in vars(module):
+            found.append(Offender(path, "its forward was replaced on the object", "Write it as a class"))
+    return found
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:

@@ -38,8 +38,8 @@ class Region:
         drop = torch.maximum(form * (x - lower), form * (x - upper))  # >= 0: what each feature can take off
         centre = (form * x).sum(dim=2)
         by_box = drop.sum(dim=2)
-        if self.threat.norm == "linf":
-            return centre - by_box
+        if self.threat.norm == "linf" or (self.threat.norm == "l0" and self.threat.groups is not None):
+            return centre - by_box  # in l0 a changed group counts as one, though it moves two features
         return centre - torch.minimum(by_box, self._by_ball(form, drop))
 
     def _by_ball(self, form: Tensor, drop: Tensor) -> Tensor:
