@@ -313,7 +313,7 @@ def _is_row_count(node: Any) -> bool:
         return node.args[1] == "shape" and all(_is_row_count(user) for user in node.users)
     shape = node.args[0] if node.args else None
     from_shape = isinstance(shape, fx.Node) and shape.target is getattr and shape.args[1] == "shape"
-    return node.target is operator.getitem and from_shape and node.args[1] == 0
+    return bool(node.target is operator.getitem and from_shape and node.args[1] == 0)
 
 
 def _changed_from_outside(model: nn.Module) -> list[Offender]:

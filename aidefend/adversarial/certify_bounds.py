@@ -71,9 +71,9 @@ def certify_bounds(
     Guarantee: for a verified row the model, computed in its own floating-point format with any order of summation and
         round-to-nearest, answers y at every point for which `threat.contains` is true. Bounds run in float64 and are
         widened by the rounding error of each of the model's layers (twice its worst case, which covers the rounding of
-        the bounds themselves). Voided by convolutions that are not computed as sums of products (Winograd, TF32), and by
-        overflow or underflow inside the model. Hooks, replaced forwards and operations in place on what is read again
-        are refused, for a trace does not see them.
+        the bounds themselves). Voided by convolutions that are not computed as sums of products (Winograd, TF32), and
+        by overflow or underflow inside the model. Hooks, replaced forwards and operations in place on what is read
+        again are refused, for a trace does not see them.
     Args:
         model: In eval mode, of Linear, Conv1d/2d, BatchNorm, pooling, ReLU, leaky ReLU, other rising activations
             (loose), additions of tensors and constants, flatten; read by `torch.fx`.
