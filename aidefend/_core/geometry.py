@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aidefend._core.discrete import affordable, best_moves, one_hot, outside, rounded
-from aidefend._core.projection import gain_of, project_l0, project_l1, project_l2
+from aidefend._core.projection import by_row, gain_of, project_l0, project_l1, project_l2
 
 if TYPE_CHECKING:
     from aidefend._core.threat import Threat
@@ -22,43 +22,33 @@ def nearest(threat: Threat, x_adv: Tensor, x: Tensor, eps: Tensor, change: Tenso
     low, high = threat.limits(x)
     step = x_adv - x if change is None else (x_adv - x) * change.to(x.device)
     if threat.norm == "linf":
-        reach = eps if threat.scale is None else eps / threat.scale.to(x)
+        reach = threat.unpriced(eps)
         point = torch.minimum(torch.maximum(x + step, x - reach), x + reach)
     else:
-        point = x + _shortened(threat, step, x, eps)
+        point = x + _shortened(threat, step, x - low, high - x, eps)
     point = torch.minimum(torch.maximum(point, low), high)
     if threat.integer is None:
         return point
     return _whole(threat, point, x, eps, threat.integer.to(x.device).expand_as(x))
 
 
-def _shortened(threat: Threat, step: Tensor, x: Tensor, eps: Tensor) -> Tensor:
-    """The nearest step in the ball of l2, l1 or l0 and in the box."""
-    step, down, up = _priced(threat, step, x)
+def _shortened(threat: Threat, step: Tensor, down: Tensor, up: Tensor, eps: Tensor) -> Tensor:
+    """The nearest step in the ball of l2, l1 or l0 that goes no further than `down` below and `up` above x."""
+    step, down, up = (threat.priced(part) for part in (step, down.clamp(min=0), up.clamp(min=0)))
     if threat.norm == "l2":
         step = project_l2(step, down, up, eps)
     elif threat.norm == "l1":
         step = project_l1(step, down, up, eps)
     else:
         step, gain = gain_of(step, down, up)
-        step = step * project_l0(gain.flatten(1), by_row(eps, x)).reshape(x.shape)
-    return step if threat.scale is None else step / threat.scale.to(x)
-
-
-def _priced(threat: Threat, step: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The step and the room below and above x, in the units of the norm."""
-    low, high = threat.limits(x)
-    parts = step, (x - low).clamp(min=0), (high - x).clamp(min=0)
-    if threat.scale is None:
-        return parts
-    scale = threat.scale.to(x)
-    return parts[0] * scale, parts[1] * scale, parts[2] * scale
+        step = step * project_l0(gain.flatten(1), by_row(eps, step)).reshape(step.shape)
+    return threat.unpriced(step)
 
 
 def _whole(threat: Threat, point: Tensor, x: Tensor, eps: Tensor, integer: Tensor) -> Tensor:
     """The point with its integer features at whole numbers."""
     places = integer[0].flatten().nonzero()[:, 0]
-    price = torch.ones_like(x) if threat.scale is None else threat.scale.to(x).expand_as(x)
+    price = threat.priced(torch.ones_like(x))
     order = ORDERS.get(threat.norm, 0.0)
     low, high = (part.expand_as(x).flatten(1)[:, places] for part in threat.limits(x))
     reach = (eps / price).expand_as(x).flatten(1)[:, places] * (1 + 4 * torch.finfo(x.dtype).eps)
@@ -69,8 +59,8 @@ def _whole(threat: Threat, point: Tensor, x: Tensor, eps: Tensor, integer: Tenso
     origin, target = x.flatten(1)[:, places], point.flatten(1).clone()
 
     def allowed(value: Tensor) -> Tensor:
-        near = (value - origin).abs() <= reach if threat.norm == "linf" else value == value
-        return (value >= low) & (value <= high) & near
+        inside = (value >= low) & (value <= high)
+        return inside & ((value - origin).abs() <= reach) if threat.norm == "linf" else inside
 
     found = rounded(target[:, places], origin, allowed, price.flatten(1)[:, places], left, order)
     target[:, places] = found
@@ -80,16 +70,19 @@ def _whole(threat: Threat, point: Tensor, x: Tensor, eps: Tensor, integer: Tenso
 def move_groups(threat: Threat, x_adv: Tensor, x: Tensor, groups: tuple[tuple[int, ...], ...]) -> Tensor:
     """Categories first, then the other features with what is left of the radius."""
     origin, limit = x.flatten(1), threat.radius(x)
-    price = torch.ones_like(x) if threat.scale is None else threat.scale.to(x).expand_as(x)
+    price = threat.priced(torch.ones_like(x))
     change = threat.changeable(x).expand_as(x)
     free = outside(groups, origin).reshape(x.shape[1:])
+    within = change
     if threat.norm == "linf":
-        within = (change & (price <= limit * (1 + 4 * torch.finfo(x.dtype).eps))).flatten(1)
-        moves = best_moves(x_adv.flatten(1), origin, groups, within, price.flatten(1), threat.norm)
+        within = change & (price <= limit * (1 + 4 * torch.finfo(x.dtype).eps))
+    moves = best_moves(x_adv.flatten(1), origin, groups, within.flatten(1), price.flatten(1), threat.norm)
+    if threat.norm == "linf":
         taken, left = moves.gain > 0, limit
     else:
-        moves = best_moves(x_adv.flatten(1), origin, groups, change.flatten(1), price.flatten(1), threat.norm)
-        _, gain = gain_of(*_priced(threat, (x_adv - x) * (change & free), x))
+        low, high = threat.limits(x)
+        parts = (x_adv - x) * (change & free), (x - low).clamp(min=0), (high - x).clamp(min=0)
+        _, gain = gain_of(*(threat.priced(part) for part in parts))
         taken, left = affordable(moves, gain.flatten(1), by_row(limit, x), threat.norm)
         left = left.reshape(-1, *[1] * (x.ndim - 1))
     moved = one_hot(origin, moves, taken, groups).reshape(x.shape)
@@ -111,13 +104,6 @@ def near(threat: Threat, x_adv: Tensor, x: Tensor, rounding: Tensor, slack: floa
     length = threat.distance(x_adv, x)
     if threat.norm == "l0":
         return length <= eps.floor()
-    if threat.scale is not None:
-        rounding = rounding * threat.scale.to(rounding)
-    rounded_off = torch.linalg.vector_norm(rounding.flatten(1), ord=ORDERS[threat.norm], dim=1)
+    rounded_off = torch.linalg.vector_norm(threat.priced(rounding).flatten(1), ord=ORDERS[threat.norm], dim=1)
     found: Tensor = length <= eps * (1 + slack) + rounded_off
     return found
-
-
-def by_row(eps: Tensor, x: Tensor) -> Tensor:
-    """One radius a sample: (N, 1)."""
-    return eps.expand(len(x), *[1] * (x.ndim - 1)).reshape(-1, 1)

@@ -40,7 +40,7 @@ def project_l1(step: Tensor, down: Tensor, up: Tensor, eps: Tensor) -> Tensor:
     wide = torch.promote_types(step.dtype, torch.float32)
     size = step.abs().to(wide).flatten(1)
     room = torch.minimum(torch.where(step >= 0, up, down).to(wide).flatten(1), size)
-    limit = eps.to(wide).expand(len(step), *[1] * (step.ndim - 1)).reshape(-1, 1)
+    limit = by_row(eps.to(wide), step)
     if bool((room.sum(dim=1, keepdim=True) <= limit).all()):
         return (step.sign().flatten(1) * room.to(step.dtype)).reshape(step.shape)
     fall = _fall(size, room, limit)
@@ -63,6 +63,11 @@ def gain_of(step: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """The clipped step, and by how much taking it reduces the squared distance to the target: both (N, ...)."""
     clipped = step.sign() * torch.minimum(step.abs(), torch.where(step >= 0, up, down))
     return clipped, clipped * (2 * step - clipped)
+
+
+def by_row(eps: Tensor, x: Tensor) -> Tensor:
+    """One radius a sample: (N, 1)."""
+    return eps.expand(len(x), *[1] * (x.ndim - 1)).reshape(-1, 1)
 
 
 def _fall(size: Tensor, room: Tensor, limit: Tensor) -> Tensor:

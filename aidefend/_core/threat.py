@@ -12,7 +12,8 @@ from aidefend._core import threat_checks as checks
 from aidefend._core.checks import check_choice, check_inside, check_tensor, refuse
 from aidefend._core.discrete import changed, drawn, outside
 from aidefend._core.errors import ThreatModelError
-from aidefend._core.geometry import ORDERS, by_row, move_groups, near, nearest
+from aidefend._core.geometry import ORDERS, move_groups, near, nearest
+from aidefend._core.projection import by_row
 from aidefend._core.random import ball_step, few_step, make_generator, uniform
 
 Norm = Literal["linf", "l2", "l1", "l0"]
@@ -137,7 +138,20 @@ class Threat:
         """The largest change of one feature in the units of x, bounds aside: broadcasts against x; l0: no limit."""
         if self.norm == "l0":
             return torch.where(self.radius(x) >= 1, torch.inf, 0.0).to(x)
-        return self.radius(x) if self.scale is None else self.radius(x) / self.scale.to(x)
+        return self.unpriced(self.radius(x))
+
+    def priced(self, change: Tensor) -> Tensor:
+        """A change of x in the units of the norm: times `scale`."""
+        return change if self.scale is None else change * self.scale.to(change)
+
+    def unpriced(self, step: Tensor) -> Tensor:
+        """Back in the units of x; turns a gradient by x into one by priced changes, too."""
+        return step if self.scale is None else step / self.scale.to(step)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the bounds are finite."""
+        return all(bool(torch.as_tensor(bound).isfinite().all()) for bound in self.bounds)
 
     def changeable(self, x: Tensor) -> Tensor:
         """Which features the adversary may change: bool, broadcasts against x."""
@@ -181,7 +195,7 @@ class Threat:
             )
         else:
             step = ball_step(x, self.changeable(x).expand_as(x), ORDERS[self.norm], stream) * self.radius(x)
-            target = x + (step if self.scale is None else step / self.scale.to(x))
+            target = x + self.unpriced(step)
         if self.groups is not None:
             target = drawn(target.flatten(1), self.groups, stream).reshape(x.shape)
         return self.project(target, x)
@@ -189,10 +203,7 @@ class Threat:
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Length of the perturbation of each sample in this norm: (N,) float64."""
         checks.check_pair(x_adv, x)
-        step = x_adv.double() - x.double()
-        if self.scale is not None:
-            step = step * self.scale.to(step)
-        step = step.flatten(1)
+        step = self.priced(x_adv.double() - x.double()).flatten(1)
         if step.shape[1] == 0:
             return torch.zeros(len(step), dtype=step.dtype, device=step.device)
         if self.norm == "l0":
@@ -207,7 +218,8 @@ class Threat:
         low, high = (bound.double() for bound in self.limits(x))
         point, origin = x_adv.double(), x.double()
         inside = (point >= low - slack * low.abs()) & (point <= high + slack * high.abs())
-        inside &= self.changeable(x) | (point == origin)
+        if self.mask is not None:
+            inside &= self.mask.to(x.device) | (point == origin)
         if self.integer is not None:
             inside &= ~self.integer.to(x.device) | (point == point.round())
         rounding = slack * torch.maximum(point.abs(), origin.abs())

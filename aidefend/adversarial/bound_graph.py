@@ -16,7 +16,6 @@ from aidefend.adversarial.bound_operations import (
     Averaged,
     Bent,
     Box,
-    Largest,
     Normalised,
     Operation,
     Reshaped,
@@ -25,6 +24,7 @@ from aidefend.adversarial.bound_operations import (
     Summed,
     Weighted,
 )
+from aidefend.adversarial.max_pool_bounds import Largest
 
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv")
 _FUNCTIONS: tuple[Any, ...] = (
@@ -159,9 +159,8 @@ class _Reader:
         else:
             operation = self._of_function(node)
         if operation is None:
-            kind = (
-                type(self.traced.get_submodule(str(node.target))).__name__ if node.op == "call_module" else _title(node)
-            )
+            called = self.traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+            kind = _title(node) if called is None else type(called).__name__
             self._refuse(node, f"no bound is known for {kind}", _CURE)
             return
         self._add(node, operation, tuple(self.place[arg] for arg in _tensors(node) if arg in self.place))
@@ -197,9 +196,8 @@ class _Reader:
         target, args = node.target, node.args
         if node.op == "call_function" and target not in _FUNCTIONS:
             return None
-        name = target if isinstance(target, str) else getattr(target, "__name__", "")
-        name = name.rstrip("_")
-        if name in ("relu",):
+        name = _title(node).rstrip("_")
+        if name == "relu":
             return Bent(0.0)
         if name == "leaky_relu":
             slope = args[1] if len(args) > 1 else node.kwargs.get("negative_slope", 0.01)
@@ -209,7 +207,7 @@ class _Reader:
         if name in ("flatten", "view", "reshape"):
             return _reshaped(node)
         if name in ("add", "iadd", "sub", "isub", "mul", "imul", "truediv", "itruediv", "div"):
-            return self._arithmetic(name.removeprefix("i") if name != "itruediv" else "truediv", node)
+            return self._arithmetic(name.removeprefix("i"), node)
         if name in ("avg_pool2d", "adaptive_avg_pool2d") and not isinstance(target, str):
             pool: Any = target
             rest, options = args[1:], dict(node.kwargs)
@@ -278,9 +276,8 @@ def _bent(slope: Any) -> Operation | None:
 
 def _reshaped(node: fx.Node) -> Operation | None:
     """flatten(1), and view or reshape to (N, -1); the batch dimension must stay."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     rest: Sequence[Any] = node.args[1:]
-    if name == "flatten":
+    if _title(node) == "flatten":
         start = rest[0] if rest else node.kwargs.get("start_dim", 0)
         end = rest[1] if len(rest) > 1 else node.kwargs.get("end_dim", -1)
         return Reshaped(lambda x: x.flatten(1)) if (start, end) == (1, -1) else None

@@ -34,6 +34,15 @@ class Box:
         """The largest absolute value."""
         return torch.maximum(self.lower.abs(), self.upper.abs())
 
+    def raised(self, function: Callable[[Tensor], Tensor]) -> "Box":
+        """The box behind a function that rises in every value: each end on its own."""
+        return Box(function(self.lower), function(self.upper), None if self.clean is None else function(self.clean))
+
+    def scaled(self, factor: Tensor, shift: Tensor) -> "Box":
+        """The box behind x * factor + shift."""
+        middle, radius = self.middle * factor + shift, self.radius * factor.abs()
+        return Box(middle - radius, middle + radius, None if self.clean is None else self.clean * factor + shift)
+
 
 class Operation(Protocol):
     """One step of the net. `affine` ones are exact in both directions, up to the rounding of the model's own dtype."""
@@ -121,10 +130,7 @@ class Normalised:
 
     def forward(self, boxes: Sequence[Box]) -> Box:
         """A factor and a shift by channel; the factor's sign says which end is which."""
-        box = boxes[0]
-        factor, shift = self._factor_and_shift(box)
-        middle, radius = box.middle * factor + shift, box.radius * factor.abs()
-        return Box(middle - radius, middle + radius, None if box.clean is None else box.clean * factor + shift)
+        return boxes[0].scaled(*self._factor_and_shift(boxes[0]))
 
     def back(self, form: Tensor, boxes: Sequence[Box]) -> tuple[list[Tensor], Tensor]:
         """The form times the factor."""
@@ -177,8 +183,7 @@ class Averaged:
 
     def forward(self, boxes: Sequence[Box]) -> Box:
         """Each end on its own."""
-        box = boxes[0]
-        return Box(self.pool(box.lower), self.pool(box.upper), None if box.clean is None else self.pool(box.clean))
+        return boxes[0].raised(self.pool)
 
     def back(self, form: Tensor, boxes: Sequence[Box]) -> tuple[list[Tensor], Tensor]:
         """The form through the transpose, by automatic differentiation of the linear map."""
@@ -205,8 +210,7 @@ class Reshaped:
 
     def forward(self, boxes: Sequence[Box]) -> Box:
         """Each end on its own."""
-        box = boxes[0]
-        return Box(self.shape(box.lower), self.shape(box.upper), None if box.clean is None else self.shape(box.clean))
+        return boxes[0].raised(self.shape)
 
     def back(self, form: Tensor, boxes: Sequence[Box]) -> tuple[list[Tensor], Tensor]:
         """The shape of the input."""
@@ -251,10 +255,7 @@ class Scaled:
 
     def forward(self, boxes: Sequence[Box]) -> Box:
         """Centre and radius."""
-        box = boxes[0]
-        factor, shift = self._constants(box.lower)
-        middle, radius = box.middle * factor + shift, box.radius * factor.abs()
-        return Box(middle - radius, middle + radius, None if box.clean is None else box.clean * factor + shift)
+        return boxes[0].scaled(*self._constants(boxes[0].lower))
 
     def back(self, form: Tensor, boxes: Sequence[Box]) -> tuple[list[Tensor], Tensor]:
         """The form times the factor."""
@@ -282,8 +283,7 @@ class Bent:
 
     def forward(self, boxes: Sequence[Box]) -> Box:
         """Each end on its own: the function rises."""
-        box = boxes[0]
-        return Box(self._of(box.lower), self._of(box.upper), None if box.clean is None else self._of(box.clean))
+        return boxes[0].raised(self._of)
 
     def back(self, form: Tensor, boxes: Sequence[Box]) -> tuple[list[Tensor], Tensor]:
         """Below: the steeper slope where the box lies more to the right. Above: the chord."""
@@ -316,8 +316,7 @@ class Rising:
 
     def forward(self, boxes: Sequence[Box]) -> Box:
         """Each end on its own."""
-        box, own = boxes[0], self.function
-        return Box(own(box.lower), own(box.upper), None if box.clean is None else own(box.clean))
+        return boxes[0].raised(self.function)
 
     def back(self, form: Tensor, boxes: Sequence[Box]) -> tuple[list[Tensor], Tensor]:
         """Nothing of the input; the lower end where the form is positive, else the upper one."""
@@ -329,58 +328,6 @@ class Rising:
         """Eight units of the largest value: elementary functions are good to a few."""
         ends = [self.function(part).abs() for part in (boxes[0].lower, boxes[0].upper)]
         return gamma(8, unit) * torch.maximum(*ends)
-
-
-class Largest:
-    """Max pooling over windows."""
-
-    affine = False
-
-    def __init__(self, module: nn.MaxPool2d) -> None:
-        self.module = module
-
-    def forward(self, boxes: Sequence[Box]) -> Box:
-        """Each end on its own."""
-        box, own = boxes[0], self.module
-        return Box(own(box.lower), own(box.upper), None if box.clean is None else own(box.clean))
-
-    def back(self, form: Tensor, boxes: Sequence[Box]) -> tuple[list[Tensor], Tensor]:
-        """Below: the member with the largest lower end. Above: that one where no other can pass it, else the top."""
-        lower, upper = boxes[0].lower, boxes[0].upper
-        pooled = nn.MaxPool2d(
-            self.module.kernel_size, self.module.stride, self.module.padding, self.module.dilation,
-            return_indices=True, ceil_mode=self.module.ceil_mode,
-        )  # fmt: skip
-        _, best = pooled(lower)
-        sure = self._sure(upper, lower, best)
-        top = self.module(upper)
-        positive, negative = form.clamp(min=0), form.clamp(max=0)
-        through = positive + torch.where(sure[:, None], negative, 0)
-        constant = torch.where(sure[:, None], 0, negative * top[:, None]).flatten(2).sum(dim=2)
-        inner = form.new_zeros(*form.shape[:2], lower.shape[1], lower[0, 0].numel())
-        places = best.flatten(2)[:, None].expand(-1, form.shape[1], -1, -1)
-        inner = inner.scatter_add(3, places, through.flatten(3))
-        return [inner.reshape(*form.shape[:2], *lower.shape[1:])], constant
-
-    def rounding(self, boxes: Sequence[Box], unit: float) -> Tensor | None:
-        """None: it only chooses."""
-        return None
-
-    def _sure(self, upper: Tensor, lower: Tensor, best: Tensor) -> Tensor:
-        """Windows in which no other member's upper end exceeds the best lower end."""
-        floor = lower.flatten(2).gather(2, best.flatten(2)).reshape(best.shape)
-        windows = nn.functional.unfold(
-            nn.functional.pad(upper.flatten(0, 1)[:, None], self._padding(upper), value=-torch.inf),
-            self.module.kernel_size, self.module.dilation, 0, self.module.stride,
-        )  # fmt: skip
-        count = (windows > floor.flatten(0, 1).flatten(1)[:, None]).sum(dim=1).reshape(best.shape)
-        own = upper.flatten(2).gather(2, best.flatten(2)).reshape(best.shape) > floor
-        return count <= own.to(count)
-
-    def _padding(self, x: Tensor) -> tuple[int, int, int, int]:
-        pad = self.module.padding
-        down, right = (pad, pad) if isinstance(pad, int) else pad
-        return right, right, down, down
 
 
 def gamma(count: int, unit: float) -> float:

@@ -50,7 +50,7 @@ class Consistency:
     def per_example(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """The loss of each sample, (N,); arguments as for `Gaussian`."""
         noise = draw_noise(x, y, self.sigma, self.samples, generator)
-        outputs = outputs_at(model, x, noise)
+        outputs = outputs_at(model, x.detach(), noise)
         logs, mean = log_softmax(outputs, dim=2), log_mean_softmax(outputs)
         divergence = (mean.exp() * (mean - logs)).sum(dim=2).mean(dim=0)
         entropy = -(mean.exp() * mean).sum(dim=1)

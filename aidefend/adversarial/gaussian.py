@@ -49,4 +49,4 @@ class Gaussian:
             generator: Source of the noise; None = a fresh one.
         """
         noise = draw_noise(x, y, self.sigma, self.samples, generator)
-        return mean_losses(self.criterion, outputs_at(model, x, noise), y)
+        return mean_losses(self.criterion, outputs_at(model, x.detach(), noise), y)

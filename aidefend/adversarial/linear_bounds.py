@@ -5,8 +5,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from aidefend._core.projection import by_row
 from aidefend._core.threat import Threat
-from aidefend.adversarial.bound_graph import BoundGraph
+from aidefend.adversarial.bound_graph import BoundGraph, Node
 from aidefend.adversarial.bound_operations import Box, Weighted
 
 
@@ -45,14 +46,13 @@ class Region:
     def _by_ball(self, form: Tensor, drop: Tensor) -> Tensor:
         """What the ball can take off: radius times dual norm; l0: the largest drops of single features."""
         x, threat = self.x, self.threat
-        eps = threat.radius(x).expand(len(x), *[1] * (x.ndim - 1)).reshape(-1, 1)
+        eps = by_row(threat.radius(x), x)
         if threat.norm == "l0":
             rank = torch.arange(drop.shape[2], device=drop.device)
             largest = drop.sort(dim=2, descending=True).values
             return torch.where(rank < eps.floor()[:, None], largest, 0).sum(dim=2) + self._blur(form)
         form = torch.where(threat.changeable(x).expand_as(x).flatten(1)[:, None], form, 0)
-        if threat.scale is not None:
-            form = form / threat.scale.to(x).expand_as(x).flatten(1)[:, None]
+        form = form / threat.priced(torch.ones_like(x)).flatten(1)[:, None]
         dual = torch.linalg.vector_norm(form, ord=2.0 if threat.norm == "l2" else torch.inf, dim=2)
         found: Tensor = eps * (1 + self.slack) * dual + self._blur(form)
         return found
@@ -73,14 +73,9 @@ def lowest(
         own = forms.pop(at, None)
         if own is None:
             continue
-        node = graph.nodes[at]
-        inputs = [boxes[i] for i in node.inputs]
-        error = node.operation.rounding(inputs, unit) if unit else None
-        if error is not None:
-            constant = constant - (own.abs() * error[:, None]).flatten(2).sum(dim=2)
-        parts, rest = node.operation.back(own, inputs)
+        parts, rest = _through(graph.nodes[at], boxes, own, unit)
         constant = constant + rest
-        for i, part in zip(node.inputs, parts, strict=True):
+        for i, part in zip(graph.nodes[at].inputs, parts, strict=True):
             forms[i] = forms[i] + part if i in forms else part
     return constant + region.lowest(forms[0])
 
@@ -92,20 +87,26 @@ def lowest_from_box(graph: BoundGraph, boxes: list[Box], form: Tensor, *, unit: 
         node = graph.nodes[place]
         if not node.operation.affine or len(node.inputs) != 1:
             break
-        inputs = [boxes[node.inputs[0]]]
-        error = node.operation.rounding(inputs, unit) if unit else None
-        if error is not None:
-            constant = constant - (form.abs() * error[:, None]).flatten(2).sum(dim=2)
-        (form,), rest = node.operation.back(form, inputs)
+        (form,), rest = _through(node, boxes, form, unit)
         constant, place = constant + rest, node.inputs[0]
     box = boxes[place]
     middle = (form * box.middle[:, None]).flatten(2).sum(dim=2)
     return constant + middle - (form.abs() * box.radius[:, None]).flatten(2).sum(dim=2)
 
 
+def _through(node: Node, boxes: list[Box], form: Tensor, unit: float) -> tuple[list[Tensor], Tensor]:
+    """One node back: forms over its inputs and what is constant, the rounding of the model in the node included."""
+    inputs = [boxes[i] for i in node.inputs]
+    parts, constant = node.operation.back(form, inputs)
+    error = node.operation.rounding(inputs, unit) if unit else None
+    if error is not None:
+        constant = constant - (form.abs() * error[:, None]).flatten(2).sum(dim=2)
+    return parts, constant
+
+
 def crown_boxes(graph: BoundGraph, region: Region, *, unit: float = 0.0, block: int = 256) -> list[Box]:
     """Boxes of all nodes where those in front of a bend come from backward bounds: `block` features at a time."""
-    bends = {i for node in graph.nodes if node.operation is not None and not node.operation.affine for i in node.inputs}
+    bends = {i for node in graph.nodes if not node.operation.affine for i in node.inputs}
     direct = _first_layers(graph)
 
     def refine(place: int, boxes: list[Box]) -> Box | None:

@@ -59,7 +59,7 @@ class MACER:
     def per_example(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """The loss of each sample, (N,); arguments as for `Gaussian`, y class indices."""
         noise = draw_noise(x, y, self.sigma, self.samples, generator)
-        outputs = outputs_at(model, x, noise)
+        outputs = outputs_at(model, x.detach(), noise)
         check_labels(check_classes(y), len(x), outputs.shape[2])
         natural = losses_of(self.criterion, log_mean_softmax(outputs), y, len(x))
         return natural + self.weight * self._hinge(log_mean_softmax(outputs, self.inverse_temperature), y)

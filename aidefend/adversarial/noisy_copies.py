@@ -31,7 +31,7 @@ def draw_noise(x: Tensor, y: Tensor, sigma: float, samples: int, generator: torc
 
 def outputs_at(model: Model, x: Tensor, noise: Tensor) -> Tensor:
     """Logits at every copy, one forward pass: (samples, N, K). The noise is added to x as it is, and never cut."""
-    copies = (x.detach()[None] + noise).flatten(0, 1)
+    copies = (x[None] + noise).flatten(0, 1)
     outputs = check_logits(outputs_of(model, copies), len(copies))
     found: Tensor = wide(outputs).reshape(*noise.shape[:2], -1)
     return found

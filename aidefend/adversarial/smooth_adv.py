@@ -5,7 +5,6 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from aidefend._core.checks import check_logits
 from aidefend._core.modules import Model
 from aidefend.adversarial.crafting import (
     Attack,
@@ -16,8 +15,6 @@ from aidefend.adversarial.crafting import (
     crafting,
     cross_entropy,
     losses_of,
-    outputs_of,
-    wide,
 )
 from aidefend.adversarial.divergence import check_steerable
 from aidefend.adversarial.noisy_copies import check_noise, draw_noise, log_mean_softmax, mean_losses, outputs_at
@@ -86,15 +83,7 @@ class _MeanAnswer(nn.Module):
     def __init__(self, model: Model, noise: Tensor) -> None:
         super().__init__()
         self.model, self.noise = model, noise
-        self.train(getattr(model, "training", False))
-
-    def train(self, mode: bool = True) -> "_MeanAnswer":
-        """Only its own flag: the model keeps the flags of its layers."""
-        self.training = mode
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, K)."""
-        copies = (x[None] + self.noise).flatten(0, 1)
-        outputs = check_logits(outputs_of(self.model, copies), len(copies))
-        return log_mean_softmax(wide(outputs).reshape(*self.noise.shape[:2], -1))
+        return log_mean_softmax(outputs_at(self.model, x, self.noise))

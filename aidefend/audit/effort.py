@@ -23,23 +23,22 @@ class Effort:
     check_rows: int
     noise_draws: int
     decision_rows: int
-    decision_steps: int
 
 
 EFFORTS: Mapping[Budget, Effort] = {
     "quick": Effort(
         pgd_steps=10, apgd_steps=20, margin_steps=30, targeted_steps=0, norm_steps=30, norm_rows=50, queries=100,
         more_queries=1000, restarts=1, check_rows=100, noise_draws=10,
-        decision_rows=0, decision_steps=1,
+        decision_rows=0,
     ),
     "standard": Effort(
         pgd_steps=20, apgd_steps=50, margin_steps=100, targeted_steps=50, norm_steps=100, norm_rows=100, queries=500,
         more_queries=5000, restarts=1, check_rows=200, noise_draws=20,
-        decision_rows=0, decision_steps=1,
+        decision_rows=0,
     ),
     "thorough": Effort(
         pgd_steps=50, apgd_steps=100, margin_steps=100, targeted_steps=100, norm_steps=300, norm_rows=1000,
         queries=5000, more_queries=10_000, restarts=5, check_rows=1000, noise_draws=50,
-        decision_rows=100, decision_steps=20,
+        decision_rows=100,
     ),
 }  # fmt: skip

@@ -21,6 +21,11 @@ class Scored(NamedTuple):
     climb: Tensor
     hit: Tensor
 
+    @property
+    def ordered(self) -> Tensor:
+        """Comparable losses: a model that answers NaN is as wrong as can be."""
+        return self.climb.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
 
 class Access:
     """One model as an attack sees it. `judge=False` leaves success out, for models whose outputs are not logits."""

@@ -152,7 +152,7 @@ class _Path:
     def begin(cls, search: Search, random_start: bool) -> "_Path":
         point = search.start(random_start)
         scored, grad = search.gradient(point)
-        climb = _ordered(scored.climb)
+        climb = scored.ordered
         size = torch.full((len(point), *[1] * (point.ndim - 1)), 2.0, dtype=point.dtype, device=point.device)
         improved = torch.zeros(len(point), dtype=torch.int64, device=point.device)
         return cls(point, point, climb, grad, point, climb, scored.hit, grad, size, improved, climb, size)
@@ -168,7 +168,7 @@ class _Path:
             scored, grad = search.score(ahead), self.grad
         else:
             scored, grad = search.gradient(ahead)
-        self._note(_ordered(scored.climb), scored.hit, grad)
+        self._note(scored.ordered, scored.hit, grad)
 
     def _note(self, climb: Tensor, hit: Tensor, grad: Tensor) -> None:
         self.improved = self.improved + (climb > self.climb)
@@ -212,8 +212,3 @@ def _checkpoints(steps: int) -> dict[int, int]:
         gap = max(gap - 3, 6)
         share += gap
     return marks
-
-
-def _ordered(climb: Tensor) -> Tensor:
-    """Comparable losses: a model that answers NaN is as wrong as can be."""
-    return climb.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from aidefend.attacks.evasion.access import Scored
+from aidefend.attacks.evasion.minimum_norm import as_rows
 from aidefend.attacks.evasion.search import Search
 
 _PHASES = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
@@ -71,7 +72,7 @@ class _Path:
         scored, grad = search.gradient(point)
         one = torch.ones(len(point), 1, dtype=point.dtype, device=point.device)
         features = float(max(1, point[0].numel()))
-        climb = _ordered(scored.climb)
+        climb = scored.ordered
         return cls(point, grad, point, climb, scored.hit, grad, one, one * _FIRST_SHARE, one * features)
 
     def enter(self, search: Search, factor: float) -> None:
@@ -82,13 +83,13 @@ class _Path:
         self.size = torch.ones_like(self.size)
         # What was best in a larger ball is beyond eps: the phase starts its record anew at its first step.
         outside = ~search.threat.with_eps(self._radius(search)).contains(search.snap(self.best), search.x)
-        self.best = torch.where(_wide(outside, self.best), self.point, self.best)
+        self.best = torch.where(as_rows(outside, self.best), self.point, self.best)
         self.best_climb = torch.where(outside, -torch.inf, self.best_climb)
         self.best_hit = self.best_hit & ~outside
 
     def step(self, search: Search, *, last: bool) -> None:
         """One step, scored; the last one needs no gradient."""
-        step = self.size.reshape(-1, *[1] * (self.point.ndim - 1)) * self._radius(search)
+        step = as_rows(self.size, self.point) * self._radius(search)
         ahead = self.point + step * search.direction(self.grad, self.point, self.share)
         self.point = search.advance(ahead, self._radius(search))
         if last:
@@ -97,10 +98,10 @@ class _Path:
             allowed = None if self.factor == 1.0 else search.threat.contains(search.snap(self.point), search.x)
             scored, grad = search.gradient(self.point, allowed)
         self.grad = grad
-        climb = _ordered(scored.climb)
+        climb = scored.ordered
         better = climb > self.best_climb
-        self.best = torch.where(_wide(better, self.best), self.point, self.best)
-        self.best_grad = torch.where(_wide(better, grad), grad, self.best_grad)
+        self.best = torch.where(as_rows(better, self.best), self.point, self.best)
+        self.best_grad = torch.where(as_rows(better, grad), grad, self.best_grad)
         self.best_climb = torch.where(better, climb, self.best_climb)
         self.best_hit = torch.where(better, scored.hit, self.best_hit)
 
@@ -112,8 +113,8 @@ class _Path:
         self.size = torch.where(sparser, 1.0, smaller)
         self.share = count / max(1, search.x[0].numel()) / _SHRINK
         self.count = count
-        self.point = torch.where(_wide(sparser, self.point), self.best, self.point)
-        self.grad = torch.where(_wide(sparser, self.grad), self.best_grad, self.grad)
+        self.point = torch.where(as_rows(sparser, self.point), self.best, self.point)
+        self.grad = torch.where(as_rows(sparser, self.grad), self.best_grad, self.grad)
 
     def take(self, keep: Tensor) -> None:
         """Keep these rows only."""
@@ -124,12 +125,3 @@ class _Path:
 
     def _radius(self, search: Search) -> Tensor:
         return search.threat.radius(search.x) * self.factor
-
-
-def _ordered(climb: Tensor) -> Tensor:
-    """NaN counts as the largest loss."""
-    return climb.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-
-
-def _wide(flags: Tensor, like: Tensor) -> Tensor:
-    return flags.reshape(-1, *[1] * (like.ndim - 1))

@@ -108,7 +108,7 @@ class CarliniWagner:
         """A bisection for each row over its constant; every probe is a descent from x."""
         n, like = rows.active, rows.x.new_zeros(rows.active)
         constant, low, high = like + self.first_constant, like, like + torch.inf
-        done, price = 0, 1.0 if rows.threat.scale is None else rows.threat.scale.to(rows.x).square()
+        done = 0
         for _ in range(self.searches):
             first, second = torch.zeros_like(rows.x), torch.zeros_like(rows.x)
             point, ever = rows.x, torch.zeros(n, dtype=torch.bool, device=rows.x.device)
@@ -116,7 +116,7 @@ class CarliniWagner:
                 scored, grad = rows.gradient(point)
                 ever = ever | scored.hit
                 weight = as_rows(torch.where(scored.hit, 0.0, constant).to(constant), grad)
-                slope = 2 * (point - rows.x) * price - weight * grad
+                slope = 2 * rows.threat.priced(rows.threat.priced(point - rows.x)) - weight * grad
                 first = _DECAY * first + (1 - _DECAY) * slope
                 second = _SQUARE_DECAY * second + (1 - _SQUARE_DECAY) * slope.square()
                 scale = (second / (1 - _SQUARE_DECAY**step)).sqrt() + torch.finfo(second.dtype).eps

@@ -103,9 +103,8 @@ class DDN:
             step = point - search.x + cosine(done, self.steps, 1.0, 0.01) * search.steepest(grad, "l2")
             factor = torch.where(scored.hit, 1 - self.rate, 1 + self.rate).to(size)
             limit = search.threat.radius(search.x).reshape(-1).to(size)
-            scale = 1.0 if search.threat.scale is None else search.threat.scale.to(step)
             size = torch.minimum(size * factor, limit)
-            whole = length(step * scale, 2.0).clamp(min=torch.finfo(step.dtype).tiny)
+            whole = length(search.threat.priced(step), 2.0).clamp(min=torch.finfo(step.dtype).tiny)
             point = search.advance(search.x + step * as_rows(size / whole, step))
             keep = search.compact(done + 1)
             if keep is not None:

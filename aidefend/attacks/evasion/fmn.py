@@ -132,9 +132,7 @@ class FMN:
         ever = best.isfinite()
         if search.threat.mask is not None:
             grad = torch.where(search.threat.mask.to(grad.device), grad, 0)
-        if search.threat.scale is not None:
-            grad = grad / search.threat.scale.to(grad)
-        slope = length(grad, DUAL[search.threat.norm]).clamp(min=torch.finfo(size.dtype).tiny)
+        slope = length(search.threat.unpriced(grad), DUAL[search.threat.norm]).clamp(min=torch.finfo(size.dtype).tiny)
         whole = ORDERS[search.threat.norm] == 0
         gap = ((-scored.climb.to(size)).clamp(min=0) / slope).nan_to_num(
             nan=torch.inf

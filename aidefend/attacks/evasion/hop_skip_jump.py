@@ -73,7 +73,7 @@ class HopSkipJump:
         check_int(self.tries, "tries")
         if self.threat.norm not in ("linf", "l2"):
             raise refuse("norm linf or l2", "threat", self.threat, "Use FMN for l1 and l0", ThreatModelError)
-        if not all(bool(torch.isfinite(torch.as_tensor(bound)).all()) for bound in self.threat.bounds):
+        if not self.threat.bounded:
             raise refuse("finite bounds", "threat", self.threat, "State the range of x", ThreatModelError)
 
     @property

@@ -115,7 +115,7 @@ class Roaming:
         self._note(torch.where(as_rows(rows, point), point, self.x), Scored(climb, hit))
 
     def _note(self, point: Tensor, scored: Scored) -> None:
-        climb = scored.climb.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        climb = scored.ordered
         length = self.threat.distance(point, self.x)
         room = self.threat.reach(self.x).expand_as(self.x).flatten(1).sum(dim=1) > 0
         allowed = self.threat.contains(point, self.x) & (room | (length == 0))  # no rounding where eps is 0
@@ -158,12 +158,7 @@ def run_roaming(
         return dataclasses.replace(result, loss=access.loss_of(result.loss))
 
 
-def changeable(threat: Threat, x: Tensor) -> Tensor:
-    """Which features the adversary may change, broadcastable to x."""
-    return threat.changeable(x)
-
-
 def inside_bounds(point: Tensor, x: Tensor, threat: Threat) -> Tensor:
     """The nearest point in the bounds that leaves fixed features as they are."""
     low, high = threat.limits(x)
-    return torch.where(changeable(threat, x), torch.minimum(torch.maximum(point, low), high), x)
+    return torch.where(threat.changeable(x), torch.minimum(torch.maximum(point, low), high), x)

@@ -88,7 +88,7 @@ class Search:
     def offer(self, point: Tensor, scored: Scored) -> None:
         """Keep `point` for the active rows where it beats what is kept: success first, then the larger loss."""
         point = self.snap(point)
-        climb = scored.climb.to(self._climb).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        climb = scored.ordered.to(self._climb)
         larger = climb > self._climb
         better = ~self._hit & (scored.hit | larger) if self._stop else larger
         self._found = torch.where(_as_rows(better, point), point, self._found)
@@ -130,8 +130,7 @@ class Search:
 
     def steepest(self, grad: Tensor, norm: str, share: float | Tensor = _SHARE) -> Tensor:
         """`direction` in a norm of choice."""
-        scale = None if self.threat.scale is None else self.threat.scale.to(grad)
-        grad = grad if scale is None else grad / scale
+        grad = self.threat.unpriced(grad)
         if self.threat.mask is not None:
             grad = torch.where(self.threat.mask.to(grad.device), grad, 0)
         self._turn += 1
@@ -145,7 +144,7 @@ class Search:
             low, high = self.threat.limits(self.x)
             return _scaled(grad) * torch.where((high - low).isfinite(), high - low, 1.0)
         step = grad.sign() if norm == "linf" else _few(grad, share) if norm == "l1" else _unit(grad)
-        return step if scale is None else step / scale
+        return self.threat.unpriced(step)
 
     def compact(self, done: int) -> Tensor | None:
         """Drop broken rows after `done` steps; the kept rows (to index any state with), or None where nothing moved.

@@ -15,7 +15,7 @@ from aidefend.attacks.evasion.goals import Goal
 from aidefend.attacks.evasion.losses import IsSuccess, Loss
 from aidefend.attacks.evasion.minimum_norm import ORDERS, as_rows, cosine
 from aidefend.attacks.evasion.result import AttackResult
-from aidefend.attacks.evasion.roaming import Roaming, changeable, inside_bounds, run_roaming
+from aidefend.attacks.evasion.roaming import Roaming, inside_bounds, run_roaming
 from aidefend.attacks.evasion.search import Search
 
 _DECAY, _SQUARE_DECAY = 0.9, 0.999
@@ -72,7 +72,7 @@ class SigmaZero:
         check_number(self.threshold_rate, "threshold_rate", 0.0, open_low=True)
         if ORDERS[self.threat.norm] != 0:
             raise refuse("norm l0", "threat", self.threat, "Use FMN for the other norms", ThreatModelError)
-        if not all(bool(torch.isfinite(torch.as_tensor(bound)).all()) for bound in self.threat.bounds):
+        if not self.threat.bounded:
             raise refuse("finite bounds", "threat", self.threat, "State the range of x", ThreatModelError)
 
     @property
@@ -141,6 +141,6 @@ class SigmaZero:
         features = max(1, share[0].numel())
         count = 2 * self.sigma * share / (share.square() + self.sigma) ** 2 / features
         climb = torch.where(as_rows(scored.hit, grad), 0, grad)
-        slope = torch.where(changeable(rows.threat, rows.x), count - climb, 0)
+        slope = torch.where(rows.threat.changeable(rows.x), count - climb, 0)
         peak = slope.abs().flatten(1).amax(dim=1).clamp(min=torch.finfo(slope.dtype).tiny)
         return slope / as_rows(peak, slope)

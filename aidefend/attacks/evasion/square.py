@@ -138,14 +138,14 @@ def _hills(search: Search, grid: Grid) -> Tensor:
     signs = signs.repeat_interleave(height, dim=2).repeat_interleave(width, dim=3)
     step = search.x.new_zeros(len(search.x), grid.channels, grid.height, grid.width)
     step[:, :, : rows * height, : columns * width] = lattice * signs
-    return search.x + grid.original(_stretched(step, search)) / _scale(search)
+    return search.x + search.threat.unpriced(grid.original(_stretched(step, search)))
 
 
 def _moved(best: Tensor, search: Search, grid: Grid, share: float, numbers: Tensor) -> Tensor:
     """The budget of a second window and what was unused goes into hills in a first one."""
     size = grid.size(share, odd=True)
     first, second = grid.window(numbers, *size), grid.window(numbers[:, 2:], *size)
-    step = grid.flat((best - search.x) * _scale(search))
+    step = grid.flat(search.threat.priced(best - search.x))
     radius = search.threat.radius(search.x).reshape(-1, 1, 1)
     unused = (radius**2 - step.square().sum(dim=(1, 2), keepdim=True)).clamp(min=0)
     inside = torch.zeros_like(step).scatter(2, first, 1.0).scatter(2, second, 1.0)
@@ -158,12 +158,7 @@ def _moved(best: Tensor, search: Search, grid: Grid, share: float, numbers: Tens
     new = new / _length(new, (2,)) * budget
     step = step.scatter(2, second, 0.0).scatter(2, first, new)
     image = step.reshape(-1, grid.channels, grid.height, grid.width)
-    return search.x + grid.original(_stretched(image, search)) / _scale(search)
-
-
-def _scale(search: Search) -> Tensor | float:
-    """What turns a change of x into the units of the norm."""
-    return 1.0 if search.threat.scale is None else search.threat.scale.to(search.x)
+    return search.x + search.threat.unpriced(grid.original(_stretched(image, search)))
 
 
 def _stretched(step: Tensor, search: Search) -> Tensor:

@@ -121,18 +121,17 @@ def _train(attack: UniversalPerturbation, access: Access, x: Tensor, y: Tensor, 
     threat = attack.threat
     ball = dataclasses.replace(threat, integer=None, groups=None, bounds=(-torch.inf, torch.inf))
     origin = x.new_zeros(1, *x.shape[1:])
-    scale = 1.0 if threat.scale is None else threat.scale.to(x)
     step, size = origin, threat.radius(x) / 10 if attack.step_size is None else attack.step_size
     for _ in range(attack.epochs):
         order = torch.randperm(len(x), generator=stream, device=stream.device).to(x.device)
         for rows in order.split(attack.batch_size) if len(x) else ():
             point = threat.project(x[rows] + step, x[rows])
             _, grad = access.gradient(point, y[rows])
-            slope = grad.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).sum(dim=0, keepdim=True) / scale
+            slope = threat.unpriced(grad.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).sum(dim=0, keepdim=True))
             peak = slope.abs().amax().clamp(min=torch.finfo(slope.dtype).tiny) if slope.numel() else 1
             slope = slope / peak
             unit = slope.sign() if threat.norm == "linf" else slope / slope.norm().clamp(min=1e-12)
-            step = ball.project(step + size * unit / scale, origin)
+            step = ball.project(step + threat.unpriced(size * unit), origin)
     return step
 
 
