@@ -1,5 +1,6 @@
 """Rows under a sequence of attacks: who stands, the worst point of each, what every stage did."""
 
+import torch
 from torch import Tensor
 
 from aidefend._core.stats import wilson
@@ -8,13 +9,17 @@ from aidefend.audit.robustness_result import CurvePoint, MaskingCheck, NormQuant
 
 
 class Cascade:
-    """Which rows stand, the worst point of each, and the stages so far."""
+    """Which rows stand, the worst point of each, the smallest distances, and the stages so far.
+
+    `distance` (N,): the smallest one that is known to fool the model; inf: none was found; NaN: none was sought.
+    """
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         self.correct = bench.correct
         self.robust = self.correct.clone()
         self.x_adv = bench.x.clone()
+        self.distance = torch.full((len(bench.x),), torch.nan, dtype=torch.float64, device=bench.x.device)
         self.stages: list[Stage] = []
         self._log("clean", len(bench.x), int((~self.correct).sum()), len(bench.x), 0)
 
@@ -33,12 +38,12 @@ class Cascade:
         self._log(name, len(rows), int(result.success.sum()), *passes)
         return result.success
 
-    def found(self, name: str, rows: Tensor, points: Tensor, broken: Tensor, forwards: int) -> None:
-        """Points that were found without a gradient: standing rows that they break are broken."""
+    def found(self, name: str, rows: Tensor, points: Tensor, broken: Tensor, forwards: int, backwards: int = 0) -> None:
+        """Points that were found on the way to something else: standing rows that they break are broken."""
         newly = broken & self.robust[rows]
         self.x_adv[rows[newly]] = points[newly]
         self.robust[rows[newly]] = False
-        self._log(name, len(rows), int(newly.sum()), forwards, 0)
+        self._log(name, len(rows), int(newly.sum()), forwards, backwards)
 
     def result(
         self,

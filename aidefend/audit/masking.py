@@ -74,7 +74,7 @@ def check_noise(by_noise: Tensor, by_gradient: Tensor) -> MaskingCheck:
 
 
 def black_box_leads(broken: int, n: int) -> bool:
-    """Whether queries broke more than 0.2 points (and more than one row) that every gradient attack left."""
+    """Whether queries broke more than 0.2 points (and more than one row) that the gradient attacks before left."""
     return broken > max(1.0, _BLACK_BOX_LEAD * n)
 
 
@@ -83,7 +83,10 @@ def check_black_box(broken: int | None, n: int) -> MaskingCheck:
     if broken is None:
         detail = "no attack without gradients is run in this norm"
         return MaskingCheck("black_box_beats_white_box", "not shown", None, _BLACK_BOX_LEAD, detail)
-    name, detail = "black_box_beats_white_box", "share of all rows that only attacks without gradients broke"
+    name, detail = (
+        "black_box_beats_white_box",
+        "share of all rows that attacks without gradients broke after those with gradients",
+    )
     outcome: Outcome = "fail" if black_box_leads(broken, n) else "pass"
     return MaskingCheck(name, outcome, broken / max(1, n), _BLACK_BOX_LEAD, detail)
 

@@ -49,12 +49,13 @@ def evaluate_robustness(
         data: (x, y) tensors, a Dataset, a DataLoader or an iterable of batches; read once, kept in memory.
         threat: What the adversary may do, in any norm, also on tables. An eps by sample follows the order of the data.
         budget: "quick": FGSM, PGD-10, APGD-20 (cross-entropy), APGD-30 (margin), 100 queries of Square. "standard":
-            FGSM, PGD-20, APGD-50, APGD-100, targeted APGD-50 against the nine likeliest classes, FMN-100, 500 queries
-            of Square. "thorough": FGSM, PGD-50, APGD-100, APGD-100 with 5 restarts each, targeted APGD-100, FMN-300,
-            5,000 queries of Square, and HopSkipJump-20 on 100 standing rows. In l0 Sigma-zero takes the place of FMN;
-            l1 and l0 have no attack by queries. Where Square breaks more than 0.2 points that no gradient attack broke,
-            it goes on with ten times the queries (thorough: twice). Where twice the steps break one of the rows that a
-            check tries, all rows that stand get them.
+            FGSM, PGD-20, APGD-50, APGD-100, FMN-100 inside the threat and free to leave it on its way, targeted APGD-50
+            against the four likeliest classes, 500 queries of Square. "thorough": FGSM, PGD-50, APGD-100, APGD-100 with
+            5 restarts each, FMN-300 in both ways, targeted APGD-100 against the nine likeliest classes, 5,000 queries
+            of Square, and HopSkipJump-20 on 100 standing rows. In l0 Sigma-zero takes the place of FMN; l1 and l0 have
+            no attack by queries. Where Square breaks more than 0.2 points that the gradient attacks before it left, it
+            goes on with ten times the queries (thorough: twice); where rows have no gradient, it comes right after PGD.
+            Where twice the steps break one of the rows that a check tries, all rows that stand get them.
         seed: Each row's random numbers come from this and the row's content: neither order nor batch size matters
             (up to the rounding of the model's own arithmetic).
         batch_size: Rows a pass.
@@ -66,9 +67,9 @@ def evaluate_robustness(
     Returns: Robustness.
     Raises: ConfigurationError, ThreatModelError: malformed arguments. AidefendError: the model raised.
     Cost: In forward and backward passes to the input, for a row that never breaks: quick about 60 and 100 forward,
-        standard about 720 and 500 forward, thorough about 6,500 and 10,000 forward; a row leaves when it breaks.
-        Checks, curve and smallest perturbations add at most, for each of 100, 200 or 1,000 rows, about ten times the
-        margin stage.
+        standard about 570 and 500 forward, thorough about 2,800 and 5,000 forward, with 6,800 more for each of the 100
+        rows of HopSkipJump; a row leaves when it breaks. Checks, curve and smallest perturbations add, for each of 100,
+        200 or 1,000 rows, about three times the margin stage.
     Source: Croce, Hein 2020 (ensemble, worst case by row); Carlini et al. 2019 (checks).
     Example:
         >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -90,9 +91,11 @@ def evaluate_robustness(
 
 
 def _evaluate(cascade: Cascade, budget: Budget, radii: tuple[float, ...], repeatable: MaskingCheck) -> Robustness:
-    effort = EFFORTS[budget]
-    by_gradient, by_query = _run_stages(cascade, effort)
-    checks = _run_checks(cascade, effort, repeatable, by_gradient)
+    effort, rows = EFFORTS[budget], _check_rows(cascade.bench, EFFORTS[budget])
+    zero, saturated = masking.check_gradients(cascade.bench, rows)
+    by_gradient, by_query = _run_stages(cascade, effort, blind=zero.outcome == "fail")
+    always = [*_basic_checks(cascade.bench, rows, repeatable), zero, saturated]
+    checks = {check.name: check for check in [*always, *_strength_checks(cascade, effort, rows, by_gradient)]}
     checks["black_box_beats_white_box"] = masking.check_black_box(by_query, len(cascade.robust))
     distances = _smallest_perturbations(cascade, effort)
     usual = _usual_curve(cascade.bench, distances)
@@ -105,36 +108,39 @@ def _check_rows(bench: Bench, effort: Effort) -> Tensor:
     return bench.subset(bench.correct.nonzero()[:, 0], effort.check_rows)
 
 
-def _run_stages(cascade: Cascade, effort: Effort) -> tuple[Tensor, int | None]:
-    """All stages, cheap first: rows that gradients broke, (N,) bool, and how many more broke to queries alone.
+def _run_stages(cascade: Cascade, effort: Effort, *, blind: bool) -> tuple[Tensor, int | None]:
+    """All stages, cheap first: rows that gradients broke, (N,) bool, and how many broke to queries after them.
 
-    None where there is no attack by queries.
+    None where there is no attack by queries. `blind`: there are rows without a gradient, so that queries come early.
     """
-    restarts = effort.restarts
+    restarts, threat, before = effort.restarts, cascade.bench.threat, cascade.robust.clone()
+    has_queries = threat.norm in ("linf", "l2")
     cascade.attack("FGSM", lambda threat: PGD(threat, steps=1, random_start=False))
     cascade.attack(f"PGD-{effort.pgd_steps}", lambda threat: PGD(threat, effort.pgd_steps, restarts=restarts))
+    by_query = _run_queries(cascade, effort) if has_queries and blind else torch.zeros_like(before)
     name = f"APGD-CE-{effort.apgd_steps}"
     cascade.attack(name, lambda threat: APGD(threat, effort.apgd_steps, restarts=restarts))
     cascade.attack(*_strongest(effort, effort.margin_steps))
-    if effort.targeted_steps:
-        cascade.attack(f"APGD-T-{effort.targeted_steps}", _targeted(effort.targeted_steps))
-        cascade.attack(*_minimum_norm(effort.norm_steps, cascade.bench.threat))
-    by_gradient = cascade.correct & ~cascade.robust
-    if cascade.bench.threat.norm not in ("linf", "l2"):
-        return by_gradient, None
-    return by_gradient, _run_queries(cascade, effort)
+    if effort.norm_steps:
+        cascade.attack(*_minimum_norm(effort.norm_steps, threat))
+        _seek_smallest(cascade, cascade.standing, effort.norm_steps)
+    if effort.targets:
+        cascade.attack(*_targeted(effort.targeted_steps, effort.targets))
+    if has_queries and not blind:
+        by_query = _run_queries(cascade, effort)
+    return before & ~cascade.robust & ~by_query, int(by_query.sum()) if has_queries else None
 
 
-def _run_queries(cascade: Cascade, effort: Effort) -> int:
-    """The stages that see outputs alone: how many rows they broke."""
-    by_query = int(cascade.attack(*_square(effort.queries)).sum())
-    if masking.black_box_leads(by_query, len(cascade.robust)):
-        by_query += int(cascade.attack(*_square(effort.more_queries)).sum())
+def _run_queries(cascade: Cascade, effort: Effort) -> Tensor:
+    """The stages that see outputs alone: the rows that they broke, (N,) bool."""
+    before = cascade.robust.clone()
+    broken = cascade.attack(*_square(effort.queries))
+    if masking.black_box_leads(int(broken.sum()), len(before)):
+        cascade.attack(*_square(effort.more_queries))
     if effort.decision_rows and cascade.bench.threat.bounded:
         rows = cascade.bench.subset(cascade.standing, effort.decision_rows)
-        broken = cascade.attack("HopSkipJump-20", lambda threat: HopSkipJump(threat, steps=20), rows)
-        by_query += int(broken.sum())
-    return by_query
+        cascade.attack("HopSkipJump-20", lambda threat: HopSkipJump(threat, steps=20), rows)
+    return before & ~cascade.robust
 
 
 def _square(queries: int) -> tuple[str, MakeAttack]:
@@ -147,8 +153,8 @@ def _strongest(effort: Effort, steps: int) -> tuple[str, MakeAttack]:
     return f"APGD-margin-{steps}", lambda threat: APGD(threat, steps, restarts=restarts, loss="margin")
 
 
-def _targeted(steps: int) -> MakeAttack:
-    return lambda threat: APGD(threat, steps, loss="dlr", targets=9)
+def _targeted(steps: int, targets: int) -> tuple[str, MakeAttack]:
+    return f"APGD-T-{steps}x{targets}", lambda threat: APGD(threat, steps, loss="dlr", targets=targets)
 
 
 def _minimum_norm(steps: int, threat: Threat) -> tuple[str, MakeAttack]:
@@ -157,28 +163,21 @@ def _minimum_norm(steps: int, threat: Threat) -> tuple[str, MakeAttack]:
     return f"FMN-{steps}", lambda allowed: FMN(allowed, steps)
 
 
-def _run_checks(
-    cascade: Cascade, effort: Effort, repeatable: MaskingCheck, by_gradient: Tensor
-) -> dict[str, MaskingCheck]:
-    """All checks; what they break on the way counts as broken."""
-    bench, rows = cascade.bench, _check_rows(cascade.bench, effort)
-    always = [
+def _basic_checks(bench: Bench, rows: Tensor, repeatable: MaskingCheck) -> list[MaskingCheck]:
+    """What the model itself shows, without an attack."""
+    return [
         masking.check_modes(bench),
         masking.check_logits_kind(bench),
         repeatable,
         masking.check_batch_mates(bench, rows, repeatable),
-        *masking.check_gradients(bench, rows),
     ]
-    if len(cascade.standing):
-        strength = _check_strength(cascade, effort, rows, by_gradient)
-    else:
-        strength = masking.nothing_stands()
-    return {check.name: check for check in [*always, *strength]}
 
 
-def _check_strength(cascade: Cascade, effort: Effort, rows: Tensor, by_gradient: Tensor) -> list[MaskingCheck]:
-    """Signs that the attacks were too weak for the rows that stand."""
+def _strength_checks(cascade: Cascade, effort: Effort, rows: Tensor, by_gradient: Tensor) -> list[MaskingCheck]:
+    """Signs that the attacks were too weak for the rows that stand; what they break on the way counts as broken."""
     bench = cascade.bench
+    if len(cascade.standing) == 0:
+        return masking.nothing_stands()
     by_single = _single_step(cascade, effort.check_rows)
     points, by_noise = bench.noise("noise", rows, effort.noise_draws)
     cascade.found("noise (check)", rows, points, by_noise, effort.noise_draws * len(rows))
@@ -215,23 +214,36 @@ def _more_steps(cascade: Cascade, effort: Effort) -> MaskingCheck:
     return masking.check_steps(before.value, before.low, len(rows), int(broken.sum()))
 
 
+def _seek_smallest(cascade: Cascade, rows: Tensor, steps: int) -> None:
+    """A minimum-norm attack whose path may leave the radius of the threat: the smallest distances, and what it breaks.
+
+    Not in train mode, whose layers may refuse the last row that stands, nor where the data has no finite range.
+    """
+    bench, radius = cascade.bench, masking.whole_radius(cascade.bench)
+    if radius is None or training_layers(bench.model):
+        return
+    name, make = _minimum_norm(steps, bench.threat)
+    result = bench.attack(f"{name} (smallest)", make, rows, bench.threat.with_eps(radius), goal="min_norm")
+    distance = bench.threat.distance(result.x_adv, bench.x[rows]).double()
+    inside = result.success & bench.threat.rows(bench.x, rows).contains(result.x_adv, bench.x[rows])
+    passes = int(result.forwards.sum()), int(result.backwards.sum())
+    cascade.found(f"{name} (smallest)", rows, result.x_adv, inside, *passes)
+    cascade.distance[rows] = torch.where(result.success, distance, torch.inf)
+
+
 def _smallest_perturbations(cascade: Cascade, effort: Effort) -> Tensor | None:
     """The smallest distance known to fool the model, on a part of the rows: 0 for wrong ones, inf where none was found.
 
-    None in train mode, whose layers may refuse the last row that stands, and where the data has no finite range.
+    None where none can be sought.
     """
     bench = cascade.bench
-    radius = masking.whole_radius(bench)
-    if radius is None or training_layers(bench.model):
+    rows = bench.subset(torch.arange(len(bench.x), device=bench.x.device), effort.curve_rows)
+    _seek_smallest(cascade, rows[cascade.distance[rows].isnan()], effort.curve_steps)
+    distance = cascade.distance[rows]
+    if bool(distance.isnan().any()):
         return None
-    rows = bench.subset(torch.arange(len(bench.x), device=bench.x.device), effort.norm_rows)
-    name, make = _minimum_norm(effort.norm_steps, bench.threat)
-    result = bench.attack(f"{name} (smallest)", make, rows, bench.threat.with_eps(radius), goal="min_norm")
-    distance = bench.threat.distance(result.x_adv, bench.x[rows])
-    inside = bench.threat.rows(bench.x, rows).contains(result.x_adv, bench.x[rows])
-    cascade.found(f"{name} (smallest)", rows, result.x_adv, result.success & inside, int(result.forwards.sum()))
     known = torch.where(cascade.robust[rows], torch.inf, bench.threat.distance(cascade.x_adv[rows], bench.x[rows]))
-    return torch.minimum(torch.where(result.success, distance, torch.inf), known).sort().values
+    return torch.minimum(distance, known).sort().values
 
 
 def _quantiles(distances: Tensor | None) -> tuple[NormQuantile, ...]:

@@ -62,7 +62,9 @@ def test_the_honest_model_is_trusted():
 def test_rounded_inputs_give_zero_gradients_and_queries_find_the_truth():
     result = judge(Wrapped(before=lambda x: (x * 512).round() / 512))
     assert {"zero_gradients", "black_box_beats_white_box"} <= failed(result)
-    by_gradient = next(stage for stage in result.stages if stage.name.startswith("APGD-margin")).accuracy
+    names = [stage.name.split("-")[0] for stage in result.stages]
+    assert names.index("Square") == names.index("PGD") + 1  # where gradients vanish, queries come early
+    by_gradient = next(stage for stage in result.stages if stage.name.startswith("PGD")).accuracy
     truth = judge(WORLD.model).robust_accuracy
     assert by_gradient > truth + 0.05 >= result.robust_accuracy
     assert not result.trustworthy

@@ -25,6 +25,8 @@ from aidefend.attacks.evasion.minimum_norm import (
 from aidefend.attacks.evasion.result import AttackResult
 from aidefend.attacks.evasion.search import Search
 
+_DIRECTION = {"linf": "linf", "l2": "l2", "l1": "l2", "l0": "l2"}
+
 
 @dataclasses.dataclass(frozen=True)
 class FMN:
@@ -34,7 +36,8 @@ class FMN:
     Args:
         threat: The set of allowed points, in any norm; for goal "min_norm" give an eps as large as you care for.
         steps: Steps, >= 1.
-        step_size: Euclidean length of the first step, in the units of x; it falls to a hundredth along a cosine.
+        step_size: Length of the first step as a share of the ball's radius, > 0; it falls to a hundredth along a
+            cosine. l0, whose radius is a number of features: Euclidean length in the units of x.
         shrink_rate: Share by which the ball shrinks or grows at first, in (0, 1); it falls to `final_rate`.
         final_rate: The share at the end, in (0, 1).
         loss: As for `PGD`. With another loss than "margin" the first estimate of the radius is not used.
@@ -43,7 +46,9 @@ class FMN:
     Raises: ConfigurationError: a field is malformed.
     Cost: `steps` forward and backward passes to the input for every goal, and the clean pass where it is not given.
     Source: Pintor et al. 2021. Differs: the threat caps the radius, the first estimate of the radius goes a little
-        beyond the boundary, and the clean point counts as distance 0 where it is wrong already.
+        beyond the boundary, and the clean point counts as distance 0 where it is wrong already. Steps are as long as
+        the ball says, linf steps follow the sign, and features that stand at a bound take no part: on robust nets the
+        published steps of one fixed Euclidean length end in corners of the box.
     Example:
         >>> from aidefend import Threat
         >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -58,7 +63,7 @@ class FMN:
     steps: int = 100
     step_size: float = 1.0
     _: dataclasses.KW_ONLY
-    shrink_rate: float = 0.05
+    shrink_rate: float = 0.15
     final_rate: float = 0.001
     loss: Loss = "margin"
     targeted: bool = False
@@ -114,15 +119,20 @@ class FMN:
                 return
             rate = cosine(done, self.steps, self.shrink_rate, self.final_rate)
             radius = self._radius(search, found, scored, grad, size, radius, rate)
-            step = cosine(done, self.steps, self.step_size, self.step_size / 100)
-            ahead = point + step * search.steepest(grad, "l2")
-            point = search.advance(ahead, as_rows(radius, point))
+            step = cosine(done, self.steps, self.step_size, self.step_size / 100) * self._unit(search, radius)
+            uphill = search.steepest(search.open_part(grad, point), _DIRECTION[search.threat.norm])
+            point = search.advance(point + as_rows(step, point) * uphill, as_rows(radius, point))
             keep = search.compact(done + 1)
             if keep is not None:
                 point, radius = point[keep], radius[keep]
                 found.take(keep)
             if search.active == 0:
                 return
+
+    def _unit(self, search: Search, radius: Tensor) -> Tensor:
+        """What `step_size` is a share of, (N,): the radius; one where that is no length or has no end."""
+        whole = ORDERS[search.threat.norm] == 0
+        return torch.where(radius.isfinite() & (not whole), radius, 1.0)
 
     def _radius(
         self, search: Search, found: Smallest, scored: Scored, grad: Tensor, size: Tensor, radius: Tensor, rate: float

@@ -112,13 +112,17 @@ class Search:
         """
         norm = self.threat.norm
         if norm == "l1":
-            low, high = self.threat.limits(self.x)
-            grad = torch.where(torch.where(grad > 0, point < high, point > low), grad, 0)
+            grad = self.open_part(grad, point)
         step = self.steepest(grad, norm, share)
         if norm == "linf" and self.threat.groups is not None:
             members = ~outside(self.threat.groups, grad.flatten(1)).reshape(grad.shape[1:])
             step = torch.where(members, _scaled(torch.where(members, grad, 0)), step)
         return step
+
+    def open_part(self, grad: Tensor, point: Tensor) -> Tensor:
+        """The gradient without the features that stand at a bound and would step across it."""
+        low, high = self.threat.limits(self.x)
+        return torch.where(torch.where(grad > 0, point < high, point > low), grad, 0)
 
     def unit(self) -> Tensor | float:
         """The radius in steps of `direction`.

@@ -52,6 +52,46 @@ def test_minimum_norm_reaches_the_closed_form(name, shape):
     assert torch.equal(result.x_adv[::5], world.x[::5])  # wrong already: distance 0
 
 
+def lopsided(offset: float) -> torch.nn.Module:
+    """Two classes; nearly all of the gradient lies in feature 0, which can go no further; nine others have a unit."""
+    model = torch.nn.Linear(10, 2, bias=True).double()
+    with torch.no_grad():
+        model.weight.zero_()
+        model.weight[1] = torch.tensor([1000.0, *[1.0] * 9], dtype=torch.float64)
+        model.bias.copy_(torch.tensor([1000.0 + offset, 0.0], dtype=torch.float64))
+    return model
+
+
+@pytest.mark.parametrize(("norm", "factor"), [("linf", 1.01), ("l2", 1.01), ("l1", 1.02)])
+def test_a_feature_at_its_bound_does_not_eat_the_step(norm, factor):
+    x = torch.tensor([[1.0, *[0.2] * 9]], dtype=torch.float64).repeat(4, 1)
+    attack = FMN(Threat(norm, 10.0), 200)  # bounds 0 and 1: the nine must rise by 1.8 in all
+    result = attack.run(lopsided(9 * 0.2 + 1.8), x, torch.zeros(4, dtype=torch.long), goal="min_norm")
+    needed = {"linf": 0.2, "l2": 0.2 * 3, "l1": 1.8}[norm]
+    assert result.success.all()
+    distance = attack.threat.distance(result.x_adv, x)
+    assert (distance >= needed * (1 - 1e-9)).all()
+    assert (distance <= needed * factor).all()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_the_unit_of_the_data_does_not_matter(norm):
+    world = linear_world(n=12)
+    bytes_model = torch.nn.Sequential(Times(1 / 256), world.model)
+    small = FMN(Threat(norm, 50.0, FREE), 50).run(world.model, world.x, world.y)
+    large = FMN(Threat(norm, 50.0 * 256, (-2560.0, 2560.0)), 50).run(bytes_model, world.x * 256, world.y)
+    torch.testing.assert_close(large.x_adv, small.x_adv * 256)
+
+
+class Times(torch.nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * self.factor
+
+
 @pytest.mark.parametrize("goal", ["max_loss", "first_success", "min_norm"])
 @pytest.mark.parametrize("name", CLOSE)
 def test_beyond_eps_the_best_allowed_point_comes_out(name, goal):
