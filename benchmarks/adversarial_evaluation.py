@@ -1,9 +1,11 @@
 """Robust accuracy and time of `evaluate_robustness` against AutoAttack, on five nets, interleaved in one run.
 
-python -m benchmarks.adversarial_evaluation [--data PATH] [--rows 1000] [--seeds 3] [--art-rows 100] [--quick]
+python -m benchmarks.adversarial_evaluation [--data PATH] [--eps 0.3] [--name NAME] [--rows 1000] [--seeds 3]
+    [--first-seed 0] [--epochs 6] [--art-rows 100] [--quick]
 The nets are trained in the run with the library's objectives: plain, Fast-AT (one step), PGD-AT, TRADES, and the plain
 net behind rounded pixels, whose input gradient is zero. Peers: torchattacks AutoAttack "standard" and, on few rows of
-one net, ART's. Writes benchmarks/results/adversarial_evaluation.json.
+one net, ART's. Fashion-MNIST: --data its file, --eps 0.1 --name adversarial_fashion_mnist. Writes
+benchmarks/results/NAME.json.
 """
 
 import argparse
@@ -21,8 +23,6 @@ from aidefend.attacks import PGD
 from aidefend.audit import evaluate_robustness
 from benchmarks.record import write_result
 
-EPS = 0.3
-THREAT = Threat("linf", EPS)
 ROBUST = ("fast", "pgd", "trades")
 Step = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
 
@@ -48,18 +48,20 @@ def mnist_net(seed: int) -> nn.Sequential:
         return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(32 * 7 * 7, 100), nn.ReLU(), nn.Linear(100, 10))
 
 
-def _inner(done: float, steps: int, size: float) -> PGD:
-    """The radius grows over the first fifth of the training, which keeps the net off the constant answer."""
-    share = min(1.0, done / 0.2)
-    return PGD(THREAT.with_eps(EPS * share), steps=steps, step_size=size * share)
+def objectives(threat: Threat) -> dict[str, Step]:
+    """The objectives of the nets at this threat; (model, x, y, share of the training done) -> loss."""
 
+    def inner(done: float, steps: int, share: float) -> PGD:
+        """The radius grows over the first fifth of the training, which keeps the net off the constant answer."""
+        eps = threat.eps * min(1.0, done / 0.2)
+        return PGD(threat.with_eps(eps), steps=steps, step_size=share * eps)
 
-OBJECTIVES: dict[str, Step] = {
-    "plain": lambda model, x, y, done: nn.functional.cross_entropy(model(x), y),
-    "fast": lambda model, x, y, done: PGDTraining(_inner(done, 1, 0.375))(model, x, y),
-    "pgd": lambda model, x, y, done: PGDTraining(_inner(done, 5, 0.1))(model, x, y),
-    "trades": lambda model, x, y, done: TRADES(_inner(done, 5, 0.1), beta=3.0)(model, x, y),
-}
+    return {
+        "plain": lambda model, x, y, done: nn.functional.cross_entropy(model(x), y),
+        "fast": lambda model, x, y, done: PGDTraining(inner(done, 1, 1.25))(model, x, y),
+        "pgd": lambda model, x, y, done: PGDTraining(inner(done, 5, 1 / 3))(model, x, y),
+        "trades": lambda model, x, y, done: TRADES(inner(done, 5, 1 / 3), beta=3.0)(model, x, y),
+    }
 
 
 def train(x: Tensor, y: Tensor, step: Step, epochs: int, seed: int) -> nn.Module:
@@ -79,28 +81,28 @@ def train(x: Tensor, y: Tensor, step: Step, epochs: int, seed: int) -> nn.Module
     return model.eval()
 
 
-def ours(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> tuple[float, float, Any]:
+def ours(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int) -> tuple[float, float, Any]:
     """(robust accuracy, seconds, result)."""
     start = time.perf_counter()
-    result = evaluate_robustness(model, (x, y), THREAT, "standard", seed, batch_size=1000)
+    result = evaluate_robustness(model, (x, y), threat, "standard", seed, batch_size=1000)
     return result.robust_accuracy, time.perf_counter() - start, result
 
 
-def auto_attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> tuple[float, float]:
+def auto_attack(model: nn.Module, x: Tensor, y: Tensor, eps: float, seed: int) -> tuple[float, float]:
     """The same with torchattacks."""
     import torchattacks
 
     start = time.perf_counter()
-    attack = torchattacks.AutoAttack(model, norm="Linf", eps=EPS, version="standard", n_classes=10, seed=seed)
+    attack = torchattacks.AutoAttack(model, norm="Linf", eps=eps, version="standard", n_classes=10, seed=seed)
     x_adv = attack(x, y)
     seconds = time.perf_counter() - start
-    inside = (x_adv - x).abs().flatten(1).amax(dim=1) <= EPS + 1e-6
+    inside = (x_adv - x).abs().flatten(1).amax(dim=1) <= eps + 1e-6
     with torch.no_grad():
         broken = (model(x_adv).argmax(dim=1) != y) & inside | (model(x).argmax(dim=1) != y)
     return float((~broken).float().mean()), seconds
 
 
-def art_auto_attack(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+def art_auto_attack(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> tuple[float, float]:
     """The same with ART."""
     from art.attacks.evasion import AutoAttack
     from art.estimators.classification import PyTorchClassifier
@@ -108,7 +110,7 @@ def art_auto_attack(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, floa
     loss, shape = nn.CrossEntropyLoss(), tuple(x.shape[1:])
     classifier = PyTorchClassifier(model, loss, shape, 10, clip_values=(0.0, 1.0), device_type="cpu")
     start = time.perf_counter()
-    x_adv = torch.from_numpy(AutoAttack(classifier, eps=EPS, eps_step=EPS / 4).generate(x.numpy(), y.numpy()))
+    x_adv = torch.from_numpy(AutoAttack(classifier, eps=eps, eps_step=eps / 4).generate(x.numpy(), y.numpy()))
     seconds = time.perf_counter() - start
     with torch.no_grad():
         return float((model(x_adv).argmax(dim=1) == y).float().mean()), seconds
@@ -118,8 +120,11 @@ def main() -> None:
     """Train, attack, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder or .npz with the full MNIST; default: the embedded subset")
+    parser.add_argument("--eps", type=float, default=0.3)
+    parser.add_argument("--name", default="adversarial_evaluation", help="of the file of results")
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--art-rows", type=int, default=100, help="0: without ART")
     parser.add_argument("--quick", action="store_true", help="one seed, 200 rows, embedded subset, without ART")
@@ -128,37 +133,41 @@ def main() -> None:
         options.rows, options.seeds, options.art_rows = 200, 1, 0
     images = datasets.load(options.data) if options.data else datasets.mnist_subset()
     x, y = images.test_x[: options.rows], images.test_y[: options.rows]
-    table = []
-    for seed in range(options.seeds):
+    threat, table = Threat("linf", options.eps), []
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    for seed in seeds:
         rows = images.train_x, images.train_y
-        nets = {name: train(*rows, step, options.epochs, seed) for name, step in OBJECTIVES.items()}
+        nets = {name: train(*rows, step, options.epochs, seed) for name, step in objectives(threat).items()}
         nets["masked"] = Rounded(nets["plain"])
         for place, (name, model) in enumerate(nets.items()):
-            row = _compare(name, model, x, y, seed, ours_first=(place + seed) % 2 == 0)
+            row = _compare(name, model, x, y, threat, seed, ours_first=(place + seed) % 2 == 0)
             table.append(row)
             print(_line(row), flush=True)
-        if seed == 0 and options.art_rows:
-            table_art = _with_art(nets["pgd"], x[: options.art_rows], y[: options.art_rows])
+        if seed == options.first_seed and options.art_rows:
+            table_art = _with_art(nets["pgd"], x[: options.art_rows], y[: options.art_rows], threat)
             print(f"ART on {options.art_rows} rows of the PGD net: {table_art}", flush=True)
     result = {"rows": table, "summary": _summary(table), "art": table_art if options.art_rows else None}
-    result |= {"data": images.source, "n": options.rows, "eps": EPS, "epochs": options.epochs}
+    result |= {"data": images.source, "n": options.rows, "eps": options.eps, "epochs": options.epochs}
     write_result(
-        "adversarial_evaluation",
+        options.name,
         result,
-        seeds=range(options.seeds),
+        seeds=seeds,
         packages=("torchattacks", "adversarial-robustness-toolbox"),
     )
     for line in result["summary"]:
         print(line)
 
 
-def _compare(name: str, model: nn.Module, x: Tensor, y: Tensor, seed: int, *, ours_first: bool) -> dict[str, Any]:
+def _compare(
+    name: str, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int, *, ours_first: bool
+) -> dict[str, Any]:
     """Both evaluations, in alternating order."""
-    peer = None if ours_first else auto_attack(model, x, y, seed)
-    accuracy, seconds, result = ours(model, x, y, seed)
-    peer = peer or auto_attack(model, x, y, seed)
+    eps = float(threat.eps)
+    peer = None if ours_first else auto_attack(model, x, y, eps, seed)
+    accuracy, seconds, result = ours(model, x, y, threat, seed)
+    peer = peer or auto_attack(model, x, y, eps, seed)
     with torch.no_grad():
-        naive = PGD(THREAT, 40, step_size=0.01)(model, x, y, generator=torch.Generator().manual_seed(seed))
+        naive = PGD(threat, 40, step_size=eps / 30)(model, x, y, generator=torch.Generator().manual_seed(seed))
         naive_accuracy = float((model(naive).argmax(dim=1) == y).float().mean())
     row = {"net": name, "seed": seed, "clean": result.clean_accuracy, "pgd_40": naive_accuracy}
     row |= {"ours": accuracy, "auto_attack": peer[0], "seconds": seconds, "auto_attack_seconds": peer[1]}
@@ -166,9 +175,9 @@ def _compare(name: str, model: nn.Module, x: Tensor, y: Tensor, seed: int, *, ou
     return row | {"stages": [(stage.name, stage.attacked, stage.broken) for stage in result.stages]}
 
 
-def _with_art(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
-    accuracy, seconds, _ = ours(model, x, y, 0)
-    peer, peer_seconds = art_auto_attack(model, x, y)
+def _with_art(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> dict[str, float]:
+    accuracy, seconds, _ = ours(model, x, y, threat, 0)
+    peer, peer_seconds = art_auto_attack(model, x, y, float(threat.eps))
     return {"ours": accuracy, "art": peer, "time_ratio": seconds / peer_seconds, "art_seconds": peer_seconds}
 
 

@@ -1,6 +1,7 @@
 """How close minimum-norm attacks come to the best known distance, ours beside adv-lib's, at equal numbers of passes.
 
-python -m benchmarks.adversarial_optimality [--data PATH] [--rows 200] [--passes 2000] [--seeds 3] [--quick]
+python -m benchmarks.adversarial_optimality [--data PATH] [--rows 200] [--passes 2000] [--seeds 3] [--epochs 6]
+    [--quick]
 Measure: area under accuracy over eps, from 0 to the largest distance that the best attack of each row needs; the
 optimality of an attack is 1 less its excess over the area of the envelope of all attacks, as a share of the largest
 possible excess (AttackBench, Cina et al. 2025). Forward and backward passes are counted at the model, each as one, on
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from aidefend import Threat, datasets
 from aidefend.attacks import APGD, DDN, FMN, SigmaZero
-from benchmarks.adversarial_evaluation import OBJECTIVES, train
+from benchmarks.adversarial_evaluation import objectives, train
 from benchmarks.record import write_result
 
 Run = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
@@ -141,6 +142,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--passes", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--quick", action="store_true", help="one seed, 50 rows, 400 passes")
     options = parser.parse_args()
     if options.quick:
@@ -150,7 +152,7 @@ def main() -> None:
     table = []
     for seed in range(options.seeds):
         for net in ("plain", "pgd"):
-            model = train(images.train_x, images.train_y, OBJECTIVES[net], 6, seed)
+            model = train(images.train_x, images.train_y, objectives(Threat("linf", 0.3))[net], options.epochs, seed)
             for norm in WHOLE:
                 runs = candidates(norm, options.passes)
                 found = {name: distances(run, model, x, y, norm, seed) for name, run in runs.items()}

@@ -87,6 +87,8 @@ class BoundGraph:
             unit: Unit roundoff of the model's own arithmetic, whose error widens every box; 0 in training.
             refine: Gives a second box for a node before it is used, or None; the intersection is taken.
         """
+        if not any(isinstance(node.operation, Normalised) for node in self.nodes):
+            box = dataclasses.replace(box, clean=None)  # nothing asks for the clean values
         found: list[Box] = [box]
         for place, node in enumerate(self.nodes[1:], 1):
             inputs = [found[i] for i in node.inputs]

@@ -28,10 +28,10 @@ class Cascade:
         """Rows that nothing has broken yet."""
         return self.robust.nonzero()[:, 0]
 
-    def attack(self, name: str, make: MakeAttack, rows: Tensor | None = None) -> Tensor:
+    def attack(self, name: str, make: MakeAttack, rows: Tensor | None = None, begin_at: Tensor | None = None) -> Tensor:
         """One stage on the standing rows, or on these of them: which of them it broke."""
         rows = self.standing if rows is None else rows
-        result = self.bench.attack(name, make, rows)
+        result = self.bench.attack(name, make, rows, begin_at=begin_at)
         self.x_adv[rows] = result.x_adv
         self.robust[rows] = ~result.success
         passes = int(result.forwards.sum()), int(result.backwards.sum())

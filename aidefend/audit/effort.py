@@ -35,7 +35,7 @@ EFFORTS: Mapping[Budget, Effort] = {
     ),
     "standard": Effort(
         pgd_steps=20, apgd_steps=50, margin_steps=100, norm_steps=100, targeted_steps=50, targets=4, queries=500,
-        more_queries=5000, restarts=1, curve_rows=100, curve_steps=30, check_rows=200, noise_draws=20,
+        more_queries=2500, restarts=1, curve_rows=100, curve_steps=30, check_rows=200, noise_draws=20,
         decision_rows=0,
     ),
     "thorough": Effort(

@@ -110,34 +110,46 @@ class Bench:
         return torch.cat(parts)
 
     def attack(
-        self, name: str, make: MakeAttack, rows: Tensor, threat: Threat | None = None, goal: Goal = "first_success"
+        self,
+        name: str,
+        make: MakeAttack,
+        rows: Tensor,
+        threat: Threat | None = None,
+        goal: Goal = "first_success",
+        begin_at: Tensor | None = None,
     ) -> AttackResult:
         """A goal on x[rows]; `name` selects the random numbers. Successes outside the threat do not count.
 
-        Where the outputs are random, a success counts only if it repeats in most of ten fresh passes.
+        Where the outputs are random, a success counts only if it repeats in most of ten fresh passes. `begin_at`: a
+        point for every row of x, for attacks that can begin at points.
         """
         allowed = threat or self.threat
         parts = [
-            self._attack_part(name, make, part, allowed, goal)
+            self._attack_part(name, make, part, allowed, goal, begin_at)
             for part in progress(rows.split(self.batch_size), f"attack: {name}")
         ]
         return AttackResult(*(torch.cat([getattr(part, field) for part in parts]) for field in _FIELDS))
 
-    def _attack_part(self, name: str, make: MakeAttack, rows: Tensor, threat: Threat, goal: Goal) -> AttackResult:
+    def _attack_part(
+        self, name: str, make: MakeAttack, rows: Tensor, threat: Threat, goal: Goal, begin_at: Tensor | None
+    ) -> AttackResult:
         local = threat.rows(self.x, rows)
         key = f"{name} {goal} {canonical_json(local.to_dict())}"
 
         def compute() -> dict[str, Tensor]:
-            return vars(self._attack_now(name, make(local), rows, local, goal))
+            return vars(self._attack_now(name, make(local), rows, local, goal, begin_at))
 
         found = self.parts.get(key, [self.ids[i] for i in rows.tolist()], compute)
         return AttackResult(**{field: found[field].to(self.x.device) for field in _FIELDS})
 
-    def _attack_now(self, name: str, attack: Attack, rows: Tensor, threat: Threat, goal: Goal) -> AttackResult:
+    def _attack_now(
+        self, name: str, attack: Attack, rows: Tensor, threat: Threat, goal: Goal, begin_at: Tensor | None
+    ) -> AttackResult:
         device = device_of(self.model, self.x.device)
         x, y, logits = (part[rows].to(device) for part in (self.x, self.y, self.logits))
         seeds = self.row_seeds(name, rows)
-        result = attack.run(self.model, x, y, goal=goal, logits=logits, row_seeds=seeds)
+        start: dict[str, Any] = {} if begin_at is None else {"begin_at": begin_at[rows].to(device)}
+        result = attack.run(self.model, x, y, goal=goal, logits=logits, row_seeds=seeds, **start)
         success = result.success & threat.contains(result.x_adv, x)
         return dataclasses.replace(result, success=success & self._repeats(result.x_adv, rows).to(device))
 

@@ -64,6 +64,7 @@ def test_rounded_inputs_give_zero_gradients_and_queries_find_the_truth():
     assert {"zero_gradients", "black_box_beats_white_box"} <= failed(result)
     names = [stage.name.split("-")[0] for stage in result.stages]
     assert names.index("Square") == names.index("PGD") + 1  # where gradients vanish, queries come early
+    assert names[names.index("Square") + 1] == "APGD"  # gradients go on from where the queries stand
     by_gradient = next(stage for stage in result.stages if stage.name.startswith("PGD")).accuracy
     truth = judge(WORLD.model).robust_accuracy
     assert by_gradient > truth + 0.05 >= result.robust_accuracy

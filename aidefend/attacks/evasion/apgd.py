@@ -20,6 +20,7 @@ from aidefend.attacks.evasion.targets import left_class, run_targets, towards
 
 _MOMENTUM = 0.75
 _ENOUGH_PROGRESS = 0.75
+_FIRST_FAR, _FIRST_NEAR = 2.0, 1 / 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +90,19 @@ class APGD:
         generator: torch.Generator | None = None,
         logits: Tensor | None = None,
         row_seeds: Tensor | None = None,
+        begin_at: Tensor | None = None,
     ) -> AttackResult:
-        """Attack with a goal and count the passes; arguments as for `PGD.run`."""
+        """Attack with a goal and count the passes; arguments as for `PGD.run`.
+
+        From points of your own the steps begin at a third of eps, where they begin at twice eps else; not with
+        `targets`.
+        """
         if self.targets is None:
-            return run(self, model, x, y, goal=goal, generator=generator, logits=logits, row_seeds=row_seeds)
+            return run(
+                self, model, x, y, goal=goal, generator=generator, logits=logits, row_seeds=row_seeds, begin_at=begin_at
+            )
+        if begin_at is not None:
+            raise refuse("no begin_at beside targets", "begin_at", begin_at, "Each target has a start of its own")
         check_choice(goal, GOALS, "goal")
         check_rows(self, x, y)
         one = dataclasses.replace(self, loss=towards, is_success=left_class, targets=None)
@@ -150,10 +160,11 @@ class _Path:
 
     @classmethod
     def begin(cls, search: Search, random_start: bool) -> "_Path":
+        first = _FIRST_NEAR if search.has_points else _FIRST_FAR
         point = search.start(random_start)
         scored, grad = search.gradient(point)
         climb = scored.ordered
-        size = torch.full((len(point), *[1] * (point.ndim - 1)), 2.0, dtype=point.dtype, device=point.device)
+        size = torch.full((len(point), *[1] * (point.ndim - 1)), first, dtype=point.dtype, device=point.device)
         improved = torch.zeros(len(point), dtype=torch.int64, device=point.device)
         return cls(point, point, climb, grad, point, climb, scored.hit, grad, size, improved, climb, size)
 

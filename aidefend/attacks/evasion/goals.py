@@ -80,17 +80,19 @@ def run(
     generator: torch.Generator | None,
     logits: Tensor | None,
     row_seeds: Tensor | None,
+    begin_at: Tensor | None = None,
 ) -> AttackResult:
-    """One goal, with counts."""
+    """One goal, with counts; `begin_at` is not for min_norm."""
     check_choice(goal, GOALS, "goal")
     check_rows(attack, x, y)
+    begin_at = None if begin_at is None else _check_points(begin_at, x, goal)
     _check_judged(attack, y)
     if logits is not None:
         check_tensor(logits, "logits", rows=len(x), finite=False)
     stream = make_stream(len(x), generator, row_seeds)
     if goal == "min_norm":
         return _smallest(attack, model, x.detach(), y, stream, logits)
-    with _search(attack, model, x, y, stream, stop=goal == "first_success") as search:
+    with _search(attack, model, x, y, stream, stop=goal == "first_success", begin_at=begin_at) as search:
         if goal == "first_success" and len(x):
             search.begin(logits)
         _climb_all(attack, search)
@@ -168,11 +170,19 @@ def _merge(best: AttackResult, probe: AttackResult, rows: Tensor) -> None:
 
 @contextmanager
 def _search(
-    attack: Climber, model: Model, x: Tensor, y: Tensor, stream: Stream, *, stop: bool = False, judge: bool = True
+    attack: Climber,
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    stream: Stream,
+    *,
+    stop: bool = False,
+    judge: bool = True,
+    begin_at: Tensor | None = None,
 ) -> Iterator[Search]:
     access = Access(model, attack.loss, targeted=attack.targeted, is_success=attack.is_success, judge=judge)
     with quiet_access(model):
-        yield Search(access, attack.threat, _own(x), _own(y), stream, stop_at_success=stop)
+        yield Search(access, attack.threat, _own(x), _own(y), stream, stop_at_success=stop, begin_at=begin_at)
 
 
 def _own(values: Tensor) -> Tensor:
@@ -192,6 +202,17 @@ def check_rows(attack: Climber, x: Any, y: Any) -> None:
     check_same_rows(("x", "y"), len(x), len(y))
     if not callable(attack.loss):
         check_labels(y, len(x))
+
+
+def _check_points(points: Any, x: Tensor, goal: Goal) -> Tensor:
+    """Points to begin at, one for each row of x."""
+    if goal == "min_norm":
+        raise refuse("no begin_at with min_norm", "begin_at", points, "Every radius has starts of its own")
+    check_tensor(points, "begin_at", rows=len(x))
+    if points.shape != x.shape:
+        raise refuse(f"points of shape {tuple(x.shape)}", "begin_at", tuple(points.shape), "Pass one point a row")
+    start: Tensor = points.detach().to(x)
+    return start
 
 
 def _check_judged(attack: Climber, y: Tensor) -> None:

@@ -89,6 +89,7 @@ class PGD:
         generator: torch.Generator | None = None,
         logits: Tensor | None = None,
         row_seeds: Tensor | None = None,
+        begin_at: Tensor | None = None,
     ) -> AttackResult:
         """Attack with a goal and count the passes.
 
@@ -102,9 +103,13 @@ class PGD:
                 radius at which the attack succeeds, found by 10 halvings of the radius, so within eps / 1024.
             logits: Clean outputs, if you have them; saves the clean pass of the last two goals.
             row_seeds: (N,) int64 in place of generator: the random numbers of a row then depend on its seed alone.
+            begin_at: (N, ...) points in place of the first start, such as those of an attack by queries; projected
+                into the threat. Not with "min_norm".
         Returns: AttackResult.
         """
-        return run(self, model, x, y, goal=goal, generator=generator, logits=logits, row_seeds=row_seeds)
+        return run(
+            self, model, x, y, goal=goal, generator=generator, logits=logits, row_seeds=row_seeds, begin_at=begin_at
+        )
 
     def with_loss(self, loss: Loss) -> "PGD":
         """The same attack on another loss."""

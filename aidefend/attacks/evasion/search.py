@@ -25,10 +25,19 @@ class Search:
     """
 
     def __init__(
-        self, access: Access, threat: Threat, x: Tensor, y: Tensor, stream: Stream, *, stop_at_success: bool = False
+        self,
+        access: Access,
+        threat: Threat,
+        x: Tensor,
+        y: Tensor,
+        stream: Stream,
+        *,
+        stop_at_success: bool = False,
+        begin_at: Tensor | None = None,
     ) -> None:
         self._access, self._stop = access, stop_at_success
         self.x, self.y, self.threat, self._stream = x, y, threat, stream
+        self._begin_at = begin_at
         self._index = torch.arange(len(x), device=x.device)
         self._found = x.clone()
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -39,9 +48,20 @@ class Search:
         self._turn = 0
         self._detour = x
 
+    @property
+    def has_points(self) -> bool:
+        """Whether the next start is at points that the run was given."""
+        return self._begin_at is not None
+
     def start(self, random: bool) -> Tensor:
-        """The first point of a restart, and the directions to take where there is no gradient."""
+        """The first point of a restart, and the directions to take where there is no gradient.
+
+        Points to begin at, where the run has them, take the place of the first start.
+        """
         self._detour = self._stream.normal(self.x)
+        if self._begin_at is not None:
+            first, self._begin_at = self.threat.project(self._begin_at, self.x), None
+            return first
         return self._stream.start(self.threat, self.x) if random else self.x.clone()
 
     def uniform(self, blocks: int, count: int) -> Tensor:
@@ -163,6 +183,7 @@ class Search:
         self.threat = self.threat.rows(self.x, keep)
         self.x, self.y, self._index = self.x[keep], self.y[keep], self._index[keep]
         self._stream, self._detour = self._stream.rows(keep), self._detour[keep]
+        self._begin_at = None if self._begin_at is None else self._begin_at[keep]
         return keep
 
     @property
