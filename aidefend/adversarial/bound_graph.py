@@ -54,6 +54,7 @@ class BoundGraph:
     """
 
     nodes: tuple[Node, ...]
+    traced: fx.GraphModule = dataclasses.field(repr=False, compare=False)
 
     @classmethod
     def of(cls, model: nn.Module) -> "BoundGraph":
@@ -70,7 +71,8 @@ class BoundGraph:
             raise IncompatibleModel("Expected a model whose layers do what their classes say.", changed)
         try:
             alone = type(inner).__module__.startswith("torch.nn.") and not list(inner.children())
-            traced = fx.symbolic_trace(nn.Sequential(inner) if alone else inner)
+            root = nn.Sequential(inner) if alone else inner
+            traced = fx.GraphModule(root, _Tracer().trace(root))
         except Exception as error:
             found = f"{type(model).__name__}: {type(error).__name__}: {error}"
             what = f"Expected a model that torch.fx can trace, got model={found}."
@@ -102,6 +104,24 @@ class BoundGraph:
         return found
 
 
+class _Proxy(fx.Proxy):
+    """Reads `h += 1` as the change in place that it is; torch.fx itself reads h + 1."""
+
+
+def _augmented(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    function = getattr(operator, name)
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
+    setattr(_Proxy, f"__{_name}__", _augmented(_name))
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
 class _Reader:
     """Turns a traced model into nodes; gathers what it cannot read."""
 
@@ -125,7 +145,7 @@ class _Reader:
                 self._operation(node)
         if self.offenders:
             raise IncompatibleModel("Expected a model of operations with known bounds.", self.offenders)
-        return BoundGraph(tuple(self.nodes[: last + 1]))
+        return BoundGraph(tuple(self.nodes[: last + 1]), self.traced)
 
     def _input(self, node: fx.Node) -> None:
         if self.nodes:
@@ -184,7 +204,8 @@ class _Reader:
         if node.op == "call_module":
             return bool(getattr(self.traced.get_submodule(str(node.target)), "inplace", False))
         name = _title(node)
-        return bool(node.kwargs.get("inplace")) or True in node.args or name.endswith("_") or name in _IN_PLACE
+        said = bool(node.kwargs.get("inplace")) or any(arg is True for arg in node.args)  # 1 == True, but says nothing
+        return said or name.endswith("_") or name in _IN_PLACE
 
     def _shares_memory(self, node: fx.Node) -> bool:
         """Whether the output may be its input's own memory."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv1d_input, conv2d_input
 
 from aidefend._core.checks import refuse
+from aidefend._core.errors import IncompatibleModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +233,9 @@ class Summed:
     def forward(self, boxes: Sequence[Box]) -> Box:
         """Ends add up; those of what is taken off change places."""
         a, b = boxes
+        if a.lower.shape != b.lower.shape:
+            shapes = f"{tuple(a.lower.shape[1:])} and {tuple(b.lower.shape[1:])}"
+            raise IncompatibleModel(f"Expected a model that adds tensors of one shape, got {shapes} for each sample.")
         low, high = (b.lower, b.upper) if self.sign > 0 else (-b.upper, -b.lower)
         clean = None if a.clean is None or b.clean is None else a.clean + self.sign * b.clean
         return Box(a.lower + low, a.upper + high, clean)
@@ -269,8 +273,11 @@ class Scaled:
 
     def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
         shape = like.shape[1:]
-        factor, shift = (torch.as_tensor(value()).to(like) for value in (self.factor, self.shift))
-        return torch.broadcast_to(_of_sample(factor, shape), shape), torch.broadcast_to(_of_sample(shift, shape), shape)
+        factor, shift = (_of_sample(torch.as_tensor(value()).to(like), shape) for value in (self.factor, self.shift))
+        if any(shape != torch.broadcast_shapes(value.shape, shape) for value in (factor, shift)):
+            found = f"{tuple(factor.shape)} and {tuple(shift.shape)} beside {tuple(shape)}"
+            raise IncompatibleModel(f"Expected constants no larger than one sample, got {found}.")
+        return torch.broadcast_to(factor, shape), torch.broadcast_to(shift, shape)
 
 
 class Bent:

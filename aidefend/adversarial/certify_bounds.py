@@ -131,6 +131,7 @@ def _certify(model: nn.Module, graph: BoundGraph, x: Tensor, y: Tensor, threat: 
         outputs = model(x)
     logits = check_logits(outputs, len(x))
     check_labels(y, len(x), logits.shape[1])
+    _check_same(graph, x, logits)
     unit = 2 * _unit(model, x)
     region = Region.around(x.double(), threat, slack=4 * torch.finfo(x.dtype).eps)
     form = margin_forms(y, logits.shape[1], torch.float64)
@@ -144,6 +145,15 @@ def _certify(model: nn.Module, graph: BoundGraph, x: Tensor, y: Tensor, threat: 
         margins = torch.maximum(margins, lowest(graph, tight, last, form, region, unit=unit))
     others = margins.scatter(1, y[:, None].to(margins.device), torch.inf)
     return others.amin(dim=1).nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+
+
+def _check_same(graph: BoundGraph, x: Tensor, logits: Tensor) -> None:
+    """The trace must answer as the model does: what it read wrongly in spite of all rules shows here."""
+    again = graph.traced(x)
+    size = logits.abs().amax() if logits.numel() else 0.0
+    if again.shape != logits.shape or bool(((again - logits).abs() > 1e-3 * size).any()):
+        found = "Expected a model that torch.fx reads as it runs; the outputs of the two differ."
+        raise IncompatibleModel(f"{found} Take changes in place and branches on values out of forward.")
 
 
 def _unit(model: nn.Module, x: Tensor) -> float:

@@ -33,8 +33,14 @@ class Module(nn.Module):
 
 def iadd(self, h):
     keep = h
-    h += 1.0
+    h += 1.5  # torch.fx alone reads h = h + 1.5
     return h * 2.0 + keep
+
+
+def isub(self, h):
+    keep = h.flatten(1)
+    h -= 1.5
+    return h + keep
 
 
 def in_place_then_read(self, h):
@@ -47,6 +53,7 @@ REUSED = {
     "positional": lambda self, h: functional.relu(h, True) + h,
     "method": lambda self, h: h.relu_() + h,
     "augmented": iadd,
+    "augmented, view": isub,
     "view": lambda self, h: self.act(h.flatten(1)) + h,
     "identity": lambda self, h: self.act(self.alike(h)) + h,
     "read before": lambda self, h: (h * 1.0 + 0.0) + self.act(h),
@@ -126,6 +133,20 @@ def test_a_changed_group_moves_two_features_for_one():
         logits = model(points).detach()
         reached = (logits[:, y[row]] - logits[:, 1 - y[row]]).min()
         assert all(margins[row] <= reached for margins in found.values())
+
+
+def test_arguments_that_equal_true_are_no_change_in_place():
+    assert certify_bounds(Body(Module(lambda self, h: torch.flatten(h, 1) * 1 + h)).eval(), *arguments()).n == 3
+
+
+def test_a_trace_that_answers_otherwise_is_refused():
+    """The planted violation: a net that behaves differently while it is traced, where no rule looks."""
+
+    def forward(self, h):
+        return h + (0.0 if isinstance(h, torch.Tensor) else 3.0)
+
+    with pytest.raises(IncompatibleModel, match="reads as it runs"):
+        certify_bounds(Body(Module(forward)).eval(), *arguments())
 
 
 def test_the_usual_ways_to_flatten():
