@@ -164,9 +164,14 @@ def check_tensor(
         raise refuse(f"{name} to hold integers", name, x, f"Convert it with {name}.long()")
     if rows is not None and len(x) != rows:
         raise refuse(f"{name} to have {rows} row(s)", name, x, "Pass one row for each sample")
-    if finite and x.is_floating_point() and not bool(torch.isfinite(x).all()):
+    if finite and x.is_floating_point() and x.numel() and not _all_finite(x):
         raise refuse(f"{name} to be finite", name, x, "Remove or repair the rows with NaN or infinity")
     return x
+
+
+def _all_finite(x: Tensor) -> bool:
+    """In one pass: the smallest and the largest value are NaN where any value is."""
+    return bool(torch.stack(tuple(x.detach().aminmax())).isfinite().all())
 
 
 def check_not_empty(n: int, name: str) -> int:
@@ -205,7 +210,12 @@ def check_inside(
     if x.numel() == 0:
         return
     slack = tolerance * max(1.0, float(torch.as_tensor(high).abs().max()), float(torch.as_tensor(low).abs().max()))
-    if bool((x < low - slack).any()) or bool((x > high + slack).any()):
+    if isinstance(low, Tensor) and low.numel() == 1 and isinstance(high, Tensor) and high.numel() == 1:
+        smallest, largest = x.detach().aminmax()  # one pass where one pair of bounds holds for all
+        outside = (smallest < low - slack) | (largest > high + slack)
+    else:
+        outside = (x < low - slack).any() | (x > high + slack).any()
+    if bool(outside):
         found = f"values in [{float(x.min()):.6g}, {float(x.max()):.6g}]"
         cure = "State the range of your data with Threat(bounds=(low, high)), or scale x into it"
         raise refuse(f"{name} inside the bounds of the threat", name, found, cure, ThreatModelError)

@@ -20,13 +20,13 @@ ORDERS = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 def nearest(threat: Threat, x_adv: Tensor, x: Tensor, eps: Tensor, change: Tensor | None) -> Tensor:
     """The nearest allowed point where only the features of `change` change, as if there were no groups."""
     low, high = threat.limits(x)
-    step = x_adv - x if change is None else (x_adv - x) * change.to(x.device)
     if threat.norm == "linf":
-        reach = threat.unpriced(eps)
-        point = torch.minimum(torch.maximum(x + step, x - reach), x + reach)
+        reach, target = threat.unpriced(eps), x_adv if change is None else torch.where(change.to(x.device), x_adv, x)
+        point = torch.clamp(target, x - reach, x + reach)
     else:
+        step = x_adv - x if change is None else (x_adv - x) * change.to(x.device)
         point = x + _shortened(threat, step, x - low, high - x, eps)
-    point = torch.minimum(torch.maximum(point, low), high)
+    point = torch.clamp(point, low, high)
     if threat.integer is None:
         return point
     return _whole(threat, point, x, eps, threat.integer.to(x.device).expand_as(x))
