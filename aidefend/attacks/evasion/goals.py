@@ -101,14 +101,20 @@ def run(
 
 @contextmanager
 def open_search(
-    attack: Climber, model: Model, x: Tensor, y: Tensor, stream: Stream, logits: Tensor | None
+    attack: Climber,
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    stream: Stream,
+    logits: Tensor | None,
+    begin_at: Tensor | None = None,
 ) -> Iterator[Search]:
     """Arguments checked, then the state of a run that keeps every row to its end."""
     check_rows(attack, x, y)
     _check_judged(attack, y)
     if logits is not None:
         check_tensor(logits, "logits", rows=len(x), finite=False)
-    with _search(attack, model, x.detach(), y, stream) as search:
+    with _search(attack, model, x.detach(), y, stream, begin_at=begin_at) as search:
         yield search
 
 

@@ -68,13 +68,14 @@ def run_shrinking(
     generator: torch.Generator | None,
     logits: Tensor | None,
     row_seeds: Tensor | None,
+    begin_at: Tensor | None = None,
 ) -> AttackResult:
-    """The goals of a shrinking attack: min_norm is its own; the others are those of every attack."""
+    """The goals of a shrinking attack: min_norm is its own, and may begin at points; the others are of every attack."""
     check_choice(goal, GOALS, "goal")
     if goal != "min_norm":
         return run(attack, model, x, y, goal=goal, generator=generator, logits=logits, row_seeds=row_seeds)
     stream = make_stream(len(x), generator, row_seeds)
-    with open_search(attack, model, x, y, stream, logits) as search:
+    with open_search(attack, model, x, y, stream, logits, begin_at) as search:
         found = Smallest(search)
         if len(x):
             found.offer(search.x, search.begin(logits), torch.zeros(len(x), dtype=torch.float64, device=x.device))

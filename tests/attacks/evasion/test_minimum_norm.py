@@ -27,7 +27,7 @@ def test_closed_form_distance(attack, slack):
     open_rows = needed > 0
     assert result.success.all()
     assert (found[open_rows] / needed[open_rows]).max() < slack
-    assert (found[open_rows] / needed[open_rows]).min() > 0.9999  # nothing is closer than the closed form
+    assert (found[open_rows] >= needed[open_rows] * 0.9999 - 1e-7).all()  # nothing is closer than the closed form
     assert torch.equal(found[~open_rows], torch.zeros(int((~open_rows).sum())).double())
 
 
@@ -48,7 +48,9 @@ def test_stays_inside_a_small_threat_and_says_who_broke(attack, slack):
 @every
 def test_counted_passes(attack, slack):
     result = attack.run(WORLD.model, WORLD.x, WORLD.y, goal="min_norm")
-    assert set(result.forwards.tolist()) == {attack.steps + 1} and set(result.backwards.tolist()) == {attack.steps}
+    clean = 2 if isinstance(attack, FMN) and attack.threat.norm == "l2" else 1  # it begins in linf
+    assert set(result.forwards.tolist()) == {attack.steps + clean}
+    assert set(result.backwards.tolist()) == {attack.steps}
     logits = WORLD.model(WORLD.x).detach()
     assert set(attack.run(WORLD.model, WORLD.x, WORLD.y, logits=logits).forwards.tolist()) == {attack.steps}
     early = attack.run(WORLD.model, WORLD.x, WORLD.y, goal="first_success")
