@@ -54,8 +54,8 @@ def evaluate_robustness(
             5 restarts each, FMN-300 in both ways, targeted APGD-100 against the nine likeliest classes, 5,000 queries
             of Square, and HopSkipJump-20 on 100 standing rows. In l0 Sigma-zero takes the place of FMN; l1 and l0 have
             no attack by queries. APGD goes on from the points of Square; where the two break more than 0.2 points that
-            the gradient attacks before them left, they run again with five times the queries (quick: ten; thorough:
-            twice). Where rows have no gradient, they come right after the first PGD.
+            the gradient attacks before them left, or a check fails, they run again with five times the queries (quick:
+            ten; thorough: twice). Where rows have no gradient, they come right after the first PGD.
             Where twice the steps break one of the rows that a check tries, all rows that stand get them.
         seed: Each row's random numbers come from this and the row's content: neither order nor batch size matters
             (up to the rounding of the model's own arithmetic).
@@ -97,6 +97,8 @@ def _evaluate(cascade: Cascade, budget: Budget, radii: tuple[float, ...], repeat
     by_gradient, by_query = _run_stages(cascade, effort, blind=zero.outcome == "fail")
     always = [*_basic_checks(cascade.bench, rows, repeatable), zero, saturated]
     checks = {check.name: check for check in [*always, *_strength_checks(cascade, effort, rows, by_gradient)]}
+    if by_query is not None and any(check.outcome == "fail" for check in checks.values()):
+        by_query += _more_queries(cascade, effort)
     checks["black_box_beats_white_box"] = masking.check_black_box(by_query, len(cascade.robust))
     distances = _smallest_perturbations(cascade, effort)
     usual = _usual_curve(cascade.bench, distances)
@@ -142,6 +144,14 @@ def _run_queries(cascade: Cascade, effort: Effort) -> Tensor:
         broken_rows = cascade.attack("HopSkipJump-20", lambda threat: HopSkipJump(threat, steps=20), rows)
         by_query[rows[broken_rows]] = True
     return by_query
+
+
+def _more_queries(cascade: Cascade, effort: Effort) -> int:
+    """Where gradients are in doubt: how many rows the deeper search by queries breaks, if it was not made yet."""
+    name, _ = _square(effort.more_queries)
+    if any(stage.name == name for stage in cascade.stages):
+        return 0
+    return int(_query_and_climb(cascade, effort, effort.more_queries)[0].sum())
 
 
 def _query_and_climb(cascade: Cascade, effort: Effort, queries: int) -> tuple[Tensor, int]:

@@ -107,6 +107,14 @@ def test_probabilities():
     assert "probability_outputs" not in failed(judge(Wrapped(after=lambda z: z.log_softmax(dim=1))))
 
 
+def test_where_a_check_fails_the_search_by_queries_goes_deeper():
+    def depths(result):
+        return [stage.name for stage in result.stages if stage.name.startswith("Square")]
+
+    assert depths(judge(WORLD.model)) == ["Square-100"]
+    assert depths(judge(Wrapped(after=lambda z: z.softmax(dim=1)))) == ["Square-100", "Square-1000"]
+
+
 def test_train_mode_layers_and_batch_mates():
     model = nn.Sequential(nn.BatchNorm1d(12), WORLD.model)
     model[0].train()
