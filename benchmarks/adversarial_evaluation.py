@@ -4,7 +4,8 @@ python -m benchmarks.adversarial_evaluation [--data PATH] [--eps 0.3] [--name NA
     [--first-seed 0] [--epochs 6] [--art-rows 100] [--quick]
 The nets are trained in the run with the library's objectives: plain, Fast-AT (one step), PGD-AT, TRADES, and the plain
 net behind rounded pixels, whose input gradient is zero. Peers: torchattacks AutoAttack "standard" and, on few rows of
-one net, ART's. Times are seconds of the processor, which other processes on a shared machine do not lengthen.
+one net, ART's. Rows of other seeds with the same settings stay in the file. Times are seconds of the processor, which
+other processes on a shared machine do not lengthen.
 Fashion-MNIST: --data its file, --eps 0.1 --name adversarial_fashion_mnist. Writes benchmarks/results/NAME.json.
 """
 
@@ -21,7 +22,7 @@ from aidefend import Threat, datasets
 from aidefend.adversarial import TRADES, PGDTraining
 from aidefend.attacks import PGD
 from aidefend.audit import evaluate_robustness
-from benchmarks.record import write_result
+from benchmarks.record import earlier, write_result
 
 ROBUST = ("fast", "pgd", "trades")
 Step = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
@@ -146,14 +147,13 @@ def main() -> None:
         if seed == options.first_seed and options.art_rows:
             table_art = _with_art(nets["pgd"], x[: options.art_rows], y[: options.art_rows], threat)
             print(f"ART on {options.art_rows} rows of the PGD net: {table_art}", flush=True)
-    result = {"rows": table, "summary": _summary(table), "art": table_art if options.art_rows else None}
-    result |= {"data": images.source, "n": options.rows, "eps": options.eps, "epochs": options.epochs}
-    write_result(
-        options.name,
-        result,
-        seeds=seeds,
-        packages=("torchattacks", "adversarial-robustness-toolbox"),
-    )
+    settings = {"data": images.source, "n": options.rows, "eps": options.eps, "epochs": options.epochs}
+    before = earlier(options.name, settings)
+    table = [row for row in before.get("rows", []) if row["seed"] not in seeds] + table
+    art = table_art if options.art_rows else before.get("art")
+    result = settings | {"rows": table, "summary": _summary(table), "art": art}
+    packages = ("torchattacks", "adversarial-robustness-toolbox")
+    write_result(options.name, result, seeds=sorted({row["seed"] for row in table}), packages=packages)
     for line in result["summary"]:
         print(line)
 

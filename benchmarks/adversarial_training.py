@@ -15,7 +15,6 @@ the others keep the rows of an earlier run with the same settings.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -30,7 +29,7 @@ from aidefend.adversarial import TRADES, PGDTraining
 from aidefend.attacks import PGD
 from aidefend.audit import evaluate_robustness
 from benchmarks.adversarial_evaluation import mnist_net
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import earlier, write_result
 
 EPS = 0.3
 THREAT = Threat("linf", EPS)
@@ -158,19 +157,12 @@ def main() -> None:
                 print(_line(table[-1]), flush=True)
     settings = {"epochs": options.epochs, "steps": options.steps, "eps": EPS, "published": PUBLISHED}
     settings |= {"data": images.source, "n": options.rows, "seeds": options.seeds}
-    table = _rows_of_other_methods(settings, {row["method"] for row in table}) + table
+    done = {row["method"] for row in table}
+    rows = earlier("adversarial_training", settings).get("rows", [])
+    table = [row for row in rows if row["method"] not in done] + table
     summary = _summary(table)
     write_result("adversarial_training", settings | {"rows": table, "summary": summary}, seeds=range(options.seeds))
     print(*summary, sep="\n")
-
-
-def _rows_of_other_methods(settings: dict[str, Any], done: set[str]) -> list[dict[str, Any]]:
-    """What an earlier run with the same settings found for the methods that this run leaves out."""
-    file = RESULTS / "adversarial_training.json"
-    earlier = json.loads(file.read_text())["result"] if file.exists() else {}
-    if any(earlier.get(name) != value for name, value in settings.items()):
-        return []
-    return [row for row in earlier["rows"] if row["method"] not in done]
 
 
 def _line(row: Mapping[str, Any]) -> str:

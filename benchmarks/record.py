@@ -1,5 +1,6 @@
 """Writes a benchmark's result with everything that the figures depend on."""
 
+import json
 import os
 import platform
 import subprocess
@@ -31,6 +32,13 @@ def write_result(name: str, result: Mapping[str, Any], *, seeds: Sequence[int], 
     setting = {"versions": versions, "seeds": list(seeds), "hardware": hardware(), "commit": _commit()}
     write_atomic(path, pretty_json({"benchmark": name, "setting": setting, "result": dict(result)}))
     return path
+
+
+def earlier(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The last result of a benchmark if its settings were these, else an empty one: for runs that add to it."""
+    path = RESULTS / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text())["result"] if path.exists() else {}
+    return found if all(found.get(key) == value for key, value in settings.items()) else {}
 
 
 def hardware() -> dict[str, Any]:
