@@ -14,7 +14,7 @@ from aidefend.audit.robustness_result import CurvePoint, MaskingCheck, Outcome
 
 _FEW = 0.05
 _NOISE_LEAD = 0.002
-_BLACK_BOX_LEAD = 0.002
+_BLACK_BOX_LEAD, _DEEPER_LEAD = 0.002, 0.005
 _DRIFT = 1e-3
 _ROUNDING = 1e-5
 
@@ -78,17 +78,19 @@ def black_box_leads(broken: int, n: int) -> bool:
     return broken > max(1.0, _BLACK_BOX_LEAD * n)
 
 
-def check_black_box(broken: int | None, n: int) -> MaskingCheck:
-    """Attacks without gradients must not do what attacks with gradients did not do; None: there were none."""
+def check_black_box(broken: int | None, n: int, deeper: int = 0) -> MaskingCheck:
+    """Attacks without gradients must not do what attacks with gradients did not do; None: there were none.
+
+    Broken: rows that the first search broke, `deeper`: those that a search with many more queries added. More effort
+    may find a little more: both together have the half point of the check of doubled steps.
+    """
     if broken is None:
         detail = "no attack without gradients is run in this norm"
         return MaskingCheck("black_box_beats_white_box", "not shown", None, _BLACK_BOX_LEAD, detail)
-    name, detail = (
-        "black_box_beats_white_box",
-        "share of all rows that attacks without gradients broke after those with gradients",
-    )
-    outcome: Outcome = "fail" if black_box_leads(broken, n) else "pass"
-    return MaskingCheck(name, outcome, broken / max(1, n), _BLACK_BOX_LEAD, detail)
+    name = "black_box_beats_white_box"
+    detail = "share of all rows that attacks without gradients broke where those with gradients before them failed"
+    failed = black_box_leads(broken, n) or broken + deeper > max(1.0, _DEEPER_LEAD * n)
+    return MaskingCheck(name, "fail" if failed else "pass", (broken + deeper) / max(1, n), _BLACK_BOX_LEAD, detail)
 
 
 def check_flat_curve(points: Sequence[CurvePoint]) -> MaskingCheck:

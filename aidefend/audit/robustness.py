@@ -97,9 +97,10 @@ def _evaluate(cascade: Cascade, budget: Budget, radii: tuple[float, ...], repeat
     by_gradient, by_query = _run_stages(cascade, effort, blind=zero.outcome == "fail")
     always = [*_basic_checks(cascade.bench, rows, repeatable), zero, saturated]
     checks = {check.name: check for check in [*always, *_strength_checks(cascade, effort, rows, by_gradient)]}
-    if by_query is not None and any(check.outcome == "fail" for check in checks.values()):
-        by_query += _more_queries(cascade, effort)
-    checks["black_box_beats_white_box"] = masking.check_black_box(by_query, len(cascade.robust))
+    first, deeper = (None, 0) if by_query is None else by_query
+    if first is not None and any(check.outcome == "fail" for check in checks.values()):
+        deeper += _more_queries(cascade, effort)
+    checks["black_box_beats_white_box"] = masking.check_black_box(first, len(cascade.robust), deeper)
     distances = _smallest_perturbations(cascade, effort)
     usual = _usual_curve(cascade.bench, distances)
     checks["flat_curve"] = masking.check_flat_curve(usual)
@@ -111,16 +112,19 @@ def _check_rows(bench: Bench, effort: Effort) -> Tensor:
     return bench.subset(bench.correct.nonzero()[:, 0], effort.check_rows)
 
 
-def _run_stages(cascade: Cascade, effort: Effort, *, blind: bool) -> tuple[Tensor, int | None]:
+def _run_stages(cascade: Cascade, effort: Effort, *, blind: bool) -> tuple[Tensor, tuple[int, int] | None]:
     """All stages, cheap first: rows that gradients broke, (N,) bool, and how many broke to queries after them.
 
-    None where there is no attack by queries. `blind`: there are rows without a gradient, so that queries come early.
+    The latter by the first and by the deeper search; None where there is no attack by queries. `blind`: there are rows
+    without a gradient, so that queries come early.
     """
     restarts, threat, before = effort.restarts, cascade.bench.threat, cascade.robust.clone()
     has_queries = threat.norm in ("linf", "l2")
     cascade.attack("FGSM", lambda threat: PGD(threat, steps=1, random_start=False))
     cascade.attack(f"PGD-{effort.pgd_steps}", lambda threat: PGD(threat, effort.pgd_steps, restarts=restarts))
-    by_query = _run_queries(cascade, effort) if has_queries and blind else torch.zeros_like(before)
+    by_query = torch.zeros_like(before)
+    if has_queries and blind:
+        by_query, counts = _run_queries(cascade, effort)
     name = f"APGD-CE-{effort.apgd_steps}"
     cascade.attack(name, lambda threat: APGD(threat, effort.apgd_steps, restarts=restarts))
     cascade.attack(*_strongest(effort, effort.margin_steps))
@@ -130,20 +134,21 @@ def _run_stages(cascade: Cascade, effort: Effort, *, blind: bool) -> tuple[Tenso
     if effort.targets:
         cascade.attack(*_targeted(effort.targeted_steps, effort.targets))
     if has_queries and not blind:
-        by_query = _run_queries(cascade, effort)
-    return before & ~cascade.robust & ~by_query, int(by_query.sum()) if has_queries else None
+        by_query, counts = _run_queries(cascade, effort)
+    return before & ~cascade.robust & ~by_query, counts if has_queries else None
 
 
-def _run_queries(cascade: Cascade, effort: Effort) -> Tensor:
-    """The stages that see outputs alone: the rows that they broke, (N,) bool."""
+def _run_queries(cascade: Cascade, effort: Effort) -> tuple[Tensor, tuple[int, int]]:
+    """The stages that see outputs alone: the rows that they broke, (N,) bool; by the first and the deeper search."""
     by_query, broken = _query_and_climb(cascade, effort, effort.queries)
+    deeper = torch.zeros_like(by_query)
     if masking.black_box_leads(broken, len(by_query)):
-        by_query = by_query | _query_and_climb(cascade, effort, effort.more_queries)[0]
+        deeper, _ = _query_and_climb(cascade, effort, effort.more_queries)
     if effort.decision_rows and cascade.bench.threat.bounded:
         rows = cascade.bench.subset(cascade.standing, effort.decision_rows)
         broken_rows = cascade.attack("HopSkipJump-20", lambda threat: HopSkipJump(threat, steps=20), rows)
         by_query[rows[broken_rows]] = True
-    return by_query
+    return by_query | deeper, (int(by_query.sum()), int(deeper.sum()))
 
 
 def _more_queries(cascade: Cascade, effort: Effort) -> int:

@@ -173,6 +173,7 @@ def test_flat_curve_rule():
 def test_black_box_rule():
     assert [check_black_box(broken, 1000).outcome for broken in (0, 1, 2, 3)] == ["pass", "pass", "pass", "fail"]
     assert [check_black_box(broken, 50).outcome for broken in (1, 2)] == ["pass", "fail"]
+    assert [check_black_box(1, 1000, deeper).outcome for deeper in (3, 4, 5)] == ["pass", "pass", "fail"]
 
 
 def test_lucky_flips_of_random_outputs_do_not_count():
