@@ -150,10 +150,13 @@ def test_the_demo_prints_json_alone(tmp_path, monkeypatch, capsys):
     assert json.loads(said.out) == {"seed": 3} and "a line for readers" in said.err
 
 
-@pytest.mark.parametrize("seconds", [0.5, 6.0])
+@pytest.mark.parametrize("seconds", [0.0, 0.5, 6.0])
 def test_ctrl_c_leaves_a_message_and_no_file(tmp_path, seconds):
-    call = [sys.executable, "-m", "aidefend", "demo", "--out", str(tmp_path / "out")]
+    # from "up" on a signal meets our code: before, on a busy machine, it could meet the start of Python itself
+    started = "import sys; from aidefend.__main__ import main; print('up', flush=True); sys.exit(main(sys.argv[1:]))"
+    call = [sys.executable, "-c", started, "demo", "--out", str(tmp_path / "out")]
     running = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert running.stdout is not None and running.stdout.readline() == "up\n"
     time.sleep(seconds)
     running.send_signal(signal.SIGINT)
     _, said = running.communicate(timeout=60)
