@@ -1,16 +1,18 @@
 """Randomness: seeded streams of our own, never the user's global ones, and secure bits of the operating system."""
 
 import hashlib
-import os
+import math
 import secrets
+import ssl
 
 import numpy as np
 import torch
-from scipy.special import ndtri
 from torch import Tensor
 
 from aidefend._core.checks import check_int, check_kind
 from aidefend._core.projection import project_l0
+
+_NOISE_BLOCK = 1 << 17  # numbers at a time: they stay in the processor's cache
 
 
 def make_generator(generator: torch.Generator | None = None, seed: int | None = None) -> torch.Generator:
@@ -71,9 +73,18 @@ def few_step(x: Tensor, low: Tensor, high: Tensor, change: Tensor, count: Tensor
     return step * project_l0(rank.flatten(1), count).reshape(x.shape)
 
 
+def secure_bytes(count: int) -> bytes:
+    """`count` bytes of a cryptographic stream that the operating system keys. Cannot be seeded or replayed.
+
+    OpenSSL's deterministic generator (AES-256 in counter mode, NIST SP 800-90A): it takes its key from the operating
+    system, takes a new one in a forked process, and costs a tenth of a system call's time for each byte.
+    """
+    return ssl.RAND_bytes(count)
+
+
 def secure_uniform(count: int) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
-    """`count` uniforms in (0, 1), float64, 53 bits each, from the operating system. Cannot be seeded or replayed."""
-    bits = np.frombuffer(os.urandom(8 * count), dtype=np.uint64) >> np.uint64(11)
+    """`count` uniforms in (0, 1), float64, 53 bits each, from `secure_bytes`."""
+    bits = np.frombuffer(secure_bytes(8 * count), dtype=np.uint64) >> np.uint64(11)
     values: np.ndarray[tuple[int], np.dtype[np.float64]] = (bits.astype(np.float64) + 0.5) * 2.0**-53
     return values
 
@@ -81,7 +92,24 @@ def secure_uniform(count: int) -> "np.ndarray[tuple[int], np.dtype[np.float64]]"
 def secure_normal(
     shape: tuple[int, ...], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Standard normal noise from the operating system's stream, by inversion in float64."""
-    count = int(np.prod(shape, dtype=np.int64))
-    values = torch.from_numpy(ndtri(secure_uniform(count)))
+    """Standard normal noise from `secure_bytes`; drawn on the processor, at least 96 bits for each pair of numbers.
+
+    Source: Box, Muller 1958. The radius comes from 63 bits in float64 and so reaches 9.4 standard deviations.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    values = torch.empty(math.prod(shape), dtype=wide)
+    for part in values.split(_NOISE_BLOCK) if len(values) else ():
+        _fill_with_normal(part)
     return values.reshape(shape).to(device=device, dtype=dtype)
+
+
+def _fill_with_normal(part: Tensor) -> None:
+    pairs, width = (len(part) + 1) // 2, part.element_size()
+    bits = bytearray(secure_bytes((8 + width) * pairs))
+    turns = torch.frombuffer(bits, dtype=torch.int64 if width == 8 else torch.int32, offset=8 * pairs)
+    uniforms = torch.frombuffer(bits, dtype=torch.int64, count=pairs).bitwise_and_(2**63 - 1).double()
+    radius = uniforms.add_(0.5).mul_(2.0**-63).log_().mul_(-2).sqrt_().to(part.dtype)
+    angle = turns.to(part.dtype).mul_(math.pi / 2 ** (8 * width - 1))
+    torch.mul(radius, angle.cos(), out=part[:pairs])
+    rest = len(part) - pairs
+    torch.mul(radius[:rest], angle[:rest].sin_(), out=part[pairs:])

@@ -1,6 +1,7 @@
 """The sum of clipped per-example gradients: the one quantity that noise is added to."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import torch
@@ -12,16 +13,22 @@ from aidefend.privacy.layer_gradients import gradient_parts
 from aidefend.privacy.recorder import Calls, Recorder
 from aidefend.privacy.step_book import Ticket
 
+Parts = dict[str, list[GradientPart]]
 _STABILITY = 0.01
 _ROUNDING = 1 - 1e-5  # a clipped gradient stays within the bound in spite of float32
 
 
 @dataclasses.dataclass
 class ClippedSum:
-    """Sums by parameter name, and how many rows had no finite gradient."""
+    """Sums by parameter name.
+
+    `masked` rows had no finite gradient; `balance` is half the difference between the rows within the bound and those
+    beyond it: one row moves it by at most a half.
+    """
 
     sums: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     masked: int = 0
+    balance: float = 0.0
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
         """Add the part of one block."""
@@ -45,25 +52,26 @@ def clipped_sum(recorder: Recorder, losses: Tensor, ticket: Ticket, bound: float
 def clip_block(
     calls: Calls, layers: Mapping[str, nn.Module], bound: float, clipping: Clipping, total: ClippedSum
 ) -> None:
-    """Add one block of rows to the total."""
+    """Add one block of rows to the total. The calls are used up: their memory is free as soon as a layer is done."""
     parts = parts_of(calls, layers)
     if not parts:
         return
-    squared = norms_squared(parts)
-    finite = torch.isfinite(squared)
-    if not bool(finite.all()):
-        total.masked += int((~finite).sum())
-        if bool(finite.any()):
-            rows = torch.nonzero(finite)[:, 0]
-            healthy = {path: [call.rows(rows) for call in each] for path, each in calls.items()}
-            clip_block(healthy, layers, bound, clipping, total)
-        return
-    total.add(weighted_sums(parts, _factors(squared.sqrt(), bound, clipping)))
+    squared = {path: norms_squared({path: each}) for path, each in parts.items()}
+    whole = torch.stack([length.to(next(iter(squared.values()))) for length in squared.values()]).sum(dim=0)
+    broken = ~torch.isfinite(whole)
+    masked = broken if bool(broken.any()) else None
+    factors = _factors(squared, whole, bound, clipping, len(layers))
+    for path in reversed(list(parts)):  # the last layers' activations are of no use to any other
+        weights = factors[path].masked_fill(broken, 0)
+        total.add(weighted_sums({path: parts.pop(path)}, weights, masked))
+    total.masked += int(broken.sum())
+    inside = whole.sqrt() <= bound
+    total.balance += 0.5 * (int((inside & ~broken).sum()) - int((~inside & ~broken).sum()))
 
 
-def parts_of(calls: Calls, layers: Mapping[str, nn.Module]) -> dict[str, list[GradientPart]]:
-    """The per-example gradients of each layer that took part."""
-    return {path: gradient_parts(layers[path], each) for path, each in calls.items()}
+def parts_of(calls: Calls, layers: Mapping[str, nn.Module]) -> Parts:
+    """The per-example gradients of each layer that took part. The calls are used up."""
+    return {path: gradient_parts(layers[path], calls.pop(path)) for path in list(calls)}
 
 
 def norms_squared(parts: Mapping[str, list[GradientPart]]) -> Tensor:
@@ -72,17 +80,29 @@ def norms_squared(parts: Mapping[str, list[GradientPart]]) -> Tensor:
     return torch.stack([length.to(lengths[0]) for length in lengths]).sum(dim=0)
 
 
-def weighted_sums(parts: Mapping[str, list[GradientPart]], weights: Tensor) -> dict[str, Tensor]:
-    """Sum over the rows of weights[i] * gradient[i], by full parameter name."""
+def weighted_sums(
+    parts: Mapping[str, list[GradientPart]], weights: Tensor, masked: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Sum over the rows of weights[i] * gradient[i], by full parameter name; masked rows count as zero."""
     sums: dict[str, Tensor] = {}
     for path, each in parts.items():
         for part in each:
-            for name, value in part.weighted_sum(weights).items():
+            for name, value in part.weighted_sum(weights, masked).items():
                 sums[f"{path}.{name}" if path else name] = value
     return sums
 
 
-def _factors(norms: Tensor, bound: float, clipping: Clipping) -> Tensor:
+def _factors(
+    squared: Mapping[str, Tensor], whole: Tensor, bound: float, clipping: Clipping, layers: int
+) -> dict[str, Tensor]:
+    """What each row's gradient is multiplied with, by layer. All layers together stay within the bound."""
+    if clipping == "per_layer":
+        share = bound / math.sqrt(layers)
+        return {path: _down_to(share, own.sqrt()) for path, own in squared.items()}
     if clipping == "automatic":
-        return bound * _ROUNDING / (norms + _STABILITY)
+        return dict.fromkeys(squared, bound * _ROUNDING / (whole.sqrt() + _STABILITY))
+    return dict.fromkeys(squared, _down_to(bound, whole.sqrt()))
+
+
+def _down_to(bound: float, norms: Tensor) -> Tensor:
     return (bound * _ROUNDING / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1.0)

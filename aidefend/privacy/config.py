@@ -10,7 +10,8 @@ from aidefend._core.errors import PrivacyError
 from aidefend._core.storage import canonical_json
 from aidefend.privacy.accounting import NEIGHBORING, Neighboring, Spent, solve_noise_multiplier, spent
 
-Clipping = Literal["flat", "automatic"]
+Clipping = Literal["flat", "per_layer", "automatic", "adaptive"]
+CLIPPING = ("flat", "per_layer", "automatic", "adaptive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,11 @@ class PrivacyConfig:
         noise_multiplier: > 0; standard deviation of the noise in units of max_grad_norm. Give exactly one of the two.
         neighboring: "add_remove": what is hidden is whether a row is there; "replace_one": what a row says, where its
             presence is public. The second costs about twice the epsilon.
-        clipping: "flat": longer gradients are scaled down to max_grad_norm; "automatic": every gradient is scaled to
-            nearly max_grad_norm, g * max_grad_norm / (|g| + 0.01), so that the norm needs no tuning.
+        clipping: "flat": longer gradients are scaled down to max_grad_norm; "per_layer": the part of each of L layers
+            is scaled down to max_grad_norm / sqrt(L); "automatic": every gradient is scaled to nearly max_grad_norm,
+            g * max_grad_norm / (|g| + 0.01), so that the norm needs no tuning; "adaptive": flat, with a bound that
+            starts at max_grad_norm and follows the median length, of which a noisy count is taken within the same
+            epsilon (1 % more noise on the sum).
         microbatch: Rows in memory at a time, >= 1; changes nothing but memory, at the cost of one more forward pass.
         steps_per_pass: Steps of one pass of the loader, for epoch loops; None: all that remain.
         insecure_seed: For tests only: a seed for batches and noise. Whoever knows it undoes the noise: epsilon is inf.
@@ -42,7 +46,8 @@ class PrivacyConfig:
         large for public_size.
     Cost: Solving for target_epsilon takes 0.1 to 1 s.
 
-    Source: automatic clipping: Bu, Wang, Zha, Karypis 2023 (AUTO-S, stability constant 0.01).
+    Source: automatic clipping: Bu, Wang, Zha, Karypis 2023 (AUTO-S, stability constant 0.01); adaptive clipping:
+        Andrew, Thakkar, McMahan, Ramaswamy 2021.
 
     Example:
         >>> config = PrivacyConfig(
@@ -125,7 +130,7 @@ class PrivacyConfig:
         check_number(self.max_grad_norm, "max_grad_norm", 0.0, open_low=True)
         check_probability(self.delta, "delta")
         check_choice(self.neighboring, NEIGHBORING, "neighboring")
-        check_choice(self.clipping, ("flat", "automatic"), "clipping")
+        check_choice(self.clipping, CLIPPING, "clipping")
         check_choice(self.insecure_no_noise, (True, False), "insecure_no_noise")
         for name, low in (("microbatch", 1), ("steps_per_pass", 1), ("insecure_seed", 0)):
             if getattr(self, name) is not None:

@@ -1,13 +1,13 @@
 """Forms in which one layer's per-example gradients are held: their lengths, and their weighted sum over the rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-KEPT_NUMBERS = 1 << 24  # per-example gradients up to this size are kept between the two uses, larger ones made twice
-_BLOCK_NUMBERS = 1 << 22
+KEPT_NUMBERS = 1 << 25  # per-example gradients up to this size are kept between the two uses, larger ones made twice
+_BLOCK_NUMBERS = 1 << 21
 
 
 class GradientPart(Protocol):
@@ -17,8 +17,8 @@ class GradientPart(Protocol):
         """Squared length of each row's gradient, (n,); never below the true one by more than rounding."""
         ...
 
-    def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
-        """Sum over the rows of weights[i] * gradient[i], by parameter name."""
+    def weighted_sum(self, weights: Tensor, masked: Tensor | None = None) -> dict[str, Tensor]:
+        """Sum over the rows of weights[i] * gradient[i], by parameter name; masked rows count as zero, even if NaN."""
         ...
 
 
@@ -35,11 +35,11 @@ class Rows:
 
     def norm_squared(self) -> Tensor:
         """See `GradientPart`."""
-        return self._gradients.flatten(1).square().sum(dim=1)
+        return _lengths(self._gradients.flatten(1)).square()
 
-    def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
+    def weighted_sum(self, weights: Tensor, masked: Tensor | None = None) -> dict[str, Tensor]:
         """See `GradientPart`."""
-        return {self._name: torch.einsum("n,n...->...", weights, self._gradients)}
+        return {self._name: torch.einsum("n,n...->...", weights, without(self._gradients, masked))}
 
 
 class Outer:
@@ -50,18 +50,19 @@ class Outer:
 
     def norm_squared(self) -> Tensor:
         """See `GradientPart`."""
-        return self._inputs.square().sum(dim=1) * self._outputs.square().sum(dim=1)
+        return (_lengths(self._inputs) * _lengths(self._outputs)).square()
 
-    def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
+    def weighted_sum(self, weights: Tensor, masked: Tensor | None = None) -> dict[str, Tensor]:
         """See `GradientPart`."""
-        return {self._name: (self._outputs * weights[:, None]).T @ self._inputs}
+        weighted = without(self._outputs, masked) * weights[:, None]
+        return {self._name: weighted.T @ without(self._inputs, masked)}
 
 
 class Gram:
     """A matrix weight that each row used at several positions, by inner products of positions: (n, P, in), (n, P, out).
 
-    Positions may cancel. Inner products are taken in float64, and the rounding of the final float32 sum is added to the
-    length, so that not even a row built to cancel gets past its bound.
+    Positions may cancel, and rounding may then hide a gradient that is there: the largest error that the arithmetic can
+    make is added to the length, so that not even a row built to cancel gets past its bound.
     """
 
     def __init__(self, name: str, inputs: Tensor, outputs: Tensor) -> None:
@@ -69,15 +70,20 @@ class Gram:
 
     def norm_squared(self) -> Tensor:
         """See `GradientPart`."""
-        a, g = self._inputs.double(), self._outputs.double()
-        squared = (a @ a.mT * (g @ g.mT)).sum(dim=(1, 2)).clamp(min=0)
-        size = (a.norm(dim=2) * g.norm(dim=2)).sum(dim=1)
-        return guarded(squared, size, self._inputs.dtype)
+        positions, width = self._inputs.shape[1], self._inputs.shape[2] + self._outputs.shape[2]
+        numbers = positions * (2 * positions + width)
+        lengths = []
+        for rows in row_blocks(len(self._inputs), numbers):
+            a, g = exact(self._inputs[rows]), exact(self._outputs[rows])
+            products = torch.bmm(a, a.mT).mul_(torch.bmm(g, g.mT))
+            size = (_lengths(a) * _lengths(g)).sum(dim=1)
+            lengths.append(guarded(products.sum(dim=(1, 2)), size, a.dtype, positions + width, self._inputs.dtype))
+        return torch.cat(lengths)
 
-    def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
+    def weighted_sum(self, weights: Tensor, masked: Tensor | None = None) -> dict[str, Tensor]:
         """See `GradientPart`."""
-        weighted = self._outputs * weights[:, None, None]
-        return {self._name: weighted.flatten(0, 1).T @ self._inputs.flatten(0, 1)}
+        weighted = without(self._outputs, masked) * weights[:, None, None]
+        return {self._name: weighted.flatten(0, 1).T @ without(self._inputs, masked).flatten(0, 1)}
 
 
 class Lookup:
@@ -88,28 +94,39 @@ class Lookup:
 
     def norm_squared(self) -> Tensor:
         """See `GradientPart`."""
-        g = self._outputs.double()
-        same = self._ids[:, :, None] == self._ids[:, None, :]
-        squared = (g @ g.mT * same).sum(dim=(1, 2)).clamp(min=0)
-        return guarded(squared, g.norm(dim=2).sum(dim=1), self._outputs.dtype)
+        positions, width = self._outputs.shape[1:]
+        lengths = []
+        for rows in row_blocks(len(self._ids), positions * (2 * positions + width)):
+            g, ids = exact(self._outputs[rows]), self._ids[rows]
+            products = torch.bmm(g, g.mT).mul_(ids[:, :, None] == ids[:, None, :])
+            size = _lengths(g).sum(dim=1)
+            lengths.append(guarded(products.sum(dim=(1, 2)), size, g.dtype, positions + width, self._outputs.dtype))
+        return torch.cat(lengths)
 
-    def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
+    def weighted_sum(self, weights: Tensor, masked: Tensor | None = None) -> dict[str, Tensor]:
         """See `GradientPart`."""
-        weighted = (self._outputs * weights[:, None, None]).flatten(0, 1)
+        weighted = (without(self._outputs, masked) * weights[:, None, None]).flatten(0, 1)
         total = weighted.new_zeros(self._entries, weighted.shape[1])
         return {self._name: total.index_add_(0, self._ids.flatten(), weighted)}
 
 
 class Blocks:
-    """Gradients that are made by `make(rows)` as {name: (k, *shape)}, a block of rows at a time.
+    """Gradients that are made by `make(rows)` as {name: (k, ...)}, a block of rows at a time.
 
-    `numbers` is what one row needs in memory. The same numbers serve for the lengths and for the sum.
+    `numbers` is how many one row's gradients are, `needed` what making them takes in memory; `shapes` puts a sum into
+    the shape of its parameter where that is another one. The same numbers serve for the lengths and for the sum.
     """
 
-    def __init__(self, make: Callable[[slice], dict[str, Tensor]], rows: int, numbers: int) -> None:
-        self._make, self._rows = make, rows
-        size = max(1, _BLOCK_NUMBERS // max(1, numbers))
-        self._slices = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    def __init__(
+        self,
+        make: Callable[[slice], dict[str, Tensor]],
+        rows: int,
+        numbers: int,
+        needed: int = 0,
+        shapes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> None:
+        self._make, self._shapes = make, shapes or {}
+        self._slices = row_blocks(rows, max(numbers, needed))
         self._keep = rows * numbers <= KEPT_NUMBERS or len(self._slices) == 1
         self._kept: list[dict[str, Tensor]] = []
 
@@ -118,23 +135,54 @@ class Blocks:
         lengths = []
         for rows in self._slices:
             block = self._make(rows)
-            lengths.append(torch.stack([g.flatten(1).square().sum(dim=1) for g in block.values()]).sum(dim=0))
+            lengths.append(torch.stack([_lengths(g.flatten(1)).square() for g in block.values()]).sum(dim=0))
             if self._keep:
                 self._kept.append(block)
         return torch.cat(lengths)
 
-    def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
+    def weighted_sum(self, weights: Tensor, masked: Tensor | None = None) -> dict[str, Tensor]:
         """See `GradientPart`."""
         total: dict[str, Tensor] = {}
         for index, rows in enumerate(self._slices):
             block = self._kept[index] if self._kept else self._make(rows)
-            for name, gradients in block.items():
+            for name, made in block.items():
+                gradients = without(made, None if masked is None else masked[rows])
                 part = (weights[rows] @ gradients.flatten(1)).reshape(gradients.shape[1:])
                 total[name] = total[name] + part if name in total else part
-        return total
+        return {name: self._shapes[name](value) if name in self._shapes else value for name, value in total.items()}
 
 
-def guarded(squared: Tensor, size: Tensor, dtype: torch.dtype) -> Tensor:
-    """The squared length, enlarged by what rounding in `dtype` can add to a sum of terms of total length `size`."""
-    slack = 8 * torch.finfo(dtype).eps
-    return (squared.sqrt() + slack * size).square().to(dtype)
+def without(tensor: Tensor, masked: Tensor | None) -> Tensor:
+    """The tensor with zeros in the masked rows."""
+    return tensor if masked is None else tensor.masked_fill(masked.reshape(-1, *[1] * (tensor.ndim - 1)), 0)
+
+
+def row_blocks(rows: int, numbers: int) -> list[slice]:
+    """Slices of rows so that a block of `numbers` for each row stays small."""
+    size = max(1, _BLOCK_NUMBERS // max(1, numbers))
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """The tensor in a type whose matrix products keep its digits: products of float32 may run in fewer bits."""
+    return tensor if torch.get_float32_matmul_precision() == "highest" else tensor.double()
+
+
+def guarded(squared: Tensor, size: Tensor, dtype: torch.dtype, terms: int, summed: torch.dtype) -> Tensor:
+    """The squared length, enlarged by what rounding can hide of it where positions cancel.
+
+    Args:
+        squared: (n,) as computed.
+        size: (n,) the sum of the lengths of the positions' parts, which are what cancels.
+        dtype: In which it was computed.
+        terms: Number of products in a sum.
+        summed: The type in which the weighted sum will run.
+    """
+    hidden = (terms + 16) * torch.finfo(dtype).eps * size.square()
+    slack = 64 * torch.finfo(summed).eps * size
+    return ((squared.clamp(min=0) + hidden).sqrt() + slack).square().to(summed)
+
+
+def _lengths(values: Tensor) -> Tensor:
+    found: Tensor = torch.linalg.vector_norm(values, dim=-1)
+    return found

@@ -11,6 +11,10 @@ from torch.nn import functional
 
 from aidefend.privacy.gradient_parts import Blocks, GradientPart, Gram, Lookup, Outer, Rows, wide
 
+_Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Normalisation = nn.GroupNorm | nn.LayerNorm | nn.RMSNorm
+_KEPT_SHARE = 0.05  # of the squares that must be variance: less of it, and float32 loses digits in the difference
+
 
 class Call(NamedTuple):
     """One run of a layer: its positional inputs and the gradient of its output, rows first in each tensor."""
@@ -24,16 +28,32 @@ class Call(NamedTuple):
         return Call(tuple(v[index] if _by_row(v, n) else v for v in self.inputs), self.gradient[index])
 
 
-def gradient_parts(layer: nn.Module, calls: Sequence[Call]) -> list[GradientPart]:
+class Summed(NamedTuple):
+    """A run of a normalisation, of which only its per-example gradients are kept: of the weight and of the bias."""
+
+    scale: Tensor
+    gradient: Tensor
+
+    def rows(self, index: Any) -> "Summed":
+        """The gradients of some of its rows."""
+        return Summed(self.scale[index], self.gradient[index])
+
+
+def summed(layer: Normalisation, call: Call) -> Summed:
+    """A call whose inputs need not be kept: the gradients of a normalisation are small."""
+    return Summed(_scale_gradients(layer, call), _per_feature(layer, wide(call.gradient)))
+
+
+def gradient_parts(layer: nn.Module, calls: Sequence[Any]) -> list[GradientPart]:
     """What all calls of a layer in one step add to the gradients of its own trainable parameters.
 
-    Linear, Conv1d, Conv2d, Embedding and the normalisations have forms of their own; any other layer that treats rows
+    Linear, convolutions, Embedding and the normalisations have forms of their own; any other layer that treats rows
     alike goes through a vectorised vector-Jacobian product of its forward function.
     """
     trainable = own_parameters(layer)
     if isinstance(layer, nn.Linear):
         return _linear(trainable, calls)
-    if isinstance(layer, nn.Conv2d | nn.Conv1d):
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return _convolution(layer, trainable, calls)
     if isinstance(layer, nn.Embedding):
         return _embedding(layer, calls)
@@ -62,10 +82,11 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _linear(trainable: dict[str, nn.Parameter], calls: Sequence[Call]) -> list[GradientPart]:
     inputs = _joined([_positions(wide(call.inputs[0])) for call in calls])
     outputs = _joined([_positions(wide(call.gradient)) for call in calls])
-    parts: list[GradientPart] = [Rows("bias", outputs.sum(dim=1))] if "bias" in trainable else []
+    n, positions, width_in = inputs.shape
+    summed = outputs[:, 0] if positions == 1 else outputs.sum(dim=1)
+    parts: list[GradientPart] = [Rows("bias", summed)] if "bias" in trainable else []
     if "weight" not in trainable:
         return parts
-    n, positions, width_in = inputs.shape
     width_out = outputs.shape[2]
     if positions == 1:
         return [*parts, Outer("weight", inputs[:, 0], outputs[:, 0])]
@@ -88,50 +109,73 @@ def _positions(tensor: Tensor) -> Tensor:
     return tensor.flatten(1, -2) if tensor.ndim > 2 else tensor.unsqueeze(1)
 
 
-def _convolution(
-    layer: nn.Conv2d | nn.Conv1d, trainable: dict[str, nn.Parameter], calls: Sequence[Call]
-) -> list[GradientPart]:
+def _convolution(layer: _Convolution, trainable: dict[str, nn.Parameter], calls: Sequence[Call]) -> list[GradientPart]:
     n = len(calls[0].gradient)
     parts: list[GradientPart] = []
     if "bias" in trainable:
-        summed = torch.stack([wide(call.gradient).flatten(2).sum(dim=2) for call in calls]).sum(dim=0)
-        parts.append(Rows("bias", summed))
+        parts.append(Rows("bias", _total([wide(call.gradient).flatten(2).sum(dim=2) for call in calls])))
     if "weight" not in trainable:
         return parts
 
     def make(rows: slice) -> dict[str, Tensor]:
-        return {"weight": torch.stack([_kernel_gradients(layer, call.rows(rows)) for call in calls]).sum(dim=0)}
+        return {"weight": _total([_kernel_gradients(layer, call.rows(rows)) for call in calls])}
+
+    def shape(sums: Tensor) -> Tensor:
+        return sums.reshape(layer.out_channels, *layer.kernel_size, -1).movedim(-1, 1)
 
     patch = math.prod(layer.kernel_size) * layer.in_channels
     spatial = max(call.gradient[0, 0].numel() for call in calls)
-    return [*parts, Blocks(make, n, max(patch * spatial, layer.weight.numel()))]
+    return [*parts, Blocks(make, n, layer.weight.numel(), patch * spatial, {"weight": shape})]
 
 
-def _kernel_gradients(layer: nn.Conv2d | nn.Conv1d, call: Call) -> Tensor:
-    """(k, *weight.shape): the patches that each output position saw, times the gradients of these positions."""
+def _total(values: Sequence[Tensor]) -> Tensor:
+    """The sum over the calls of a layer; one call is not copied."""
+    return values[0] if len(values) == 1 else torch.stack(list(values)).sum(dim=0)
+
+
+def _kernel_gradients(layer: _Convolution, call: Call) -> Tensor:
+    """(k, channels out, kernel * channels in): the gradients of each position times the patch that it saw.
+
+    The channels of a patch come last: it is copied in runs of many numbers, which is several times as fast as the
+    order of the weight.
+    """
     outputs = wide(call.gradient).flatten(2)
-    rows, groups = len(outputs), layer.groups
     patches = _patches(layer, wide(call.inputs[0]))
-    patches = patches.reshape(rows, groups, -1, patches.shape[-1])
-    grouped = outputs.reshape(rows, groups, -1, outputs.shape[-1])
-    return (grouped @ patches.mT).reshape(rows, *layer.weight.shape)
+    if layer.groups == 1:
+        return outputs @ patches.flatten(2)
+    rows, groups = len(outputs), layer.groups
+    grouped = patches.unflatten(3, (groups, -1)).movedim(3, 1)
+    products = outputs.unflatten(1, (groups, -1)) @ grouped.reshape(rows, groups, outputs.shape[2], -1)
+    found: Tensor = products.flatten(1, 2)
+    return found
 
 
-def _patches(layer: nn.Conv2d | nn.Conv1d, x: Tensor) -> Tensor:
-    """(k, channels * kernel, positions), padded as the layer does; a signal is an image of height one."""
+def _patches(layer: _Convolution, x: Tensor) -> Tensor:
+    """(k, positions, kernel, channels): what each output position saw, padded as the layer does."""
+    last = _padded(layer, x)
+    rows, channels, spatial = len(x), x.shape[1], last.shape[1:-1]
+    taken = zip(spatial, layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    counts = [(size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, dilation in taken]
+    steps = last.stride()[1:-1]
+    jumps = [step * stride for step, stride in zip(steps, layer.stride, strict=True)]
+    reach = [step * dilation for step, dilation in zip(steps, layer.dilation, strict=True)]
+    view = last.as_strided((rows, *counts, *layer.kernel_size, channels), (last.stride(0), *jumps, *reach, 1))
+    patches: Tensor = view.reshape(rows, math.prod(counts), math.prod(layer.kernel_size), channels)
+    return patches
+
+
+def _padded(layer: _Convolution, x: Tensor) -> Tensor:
+    """(k, *spatial, channels), contiguous, with the padding of the layer around it."""
+    sides = layer._reversed_padding_repeated_twice
     if layer.padding_mode != "zeros":
-        x = functional.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-        padding: tuple[int, ...] = (0,) * len(layer.kernel_size)
-    elif isinstance(layer.padding, str):
-        x = functional.pad(x, layer._reversed_padding_repeated_twice)
-        padding = (0,) * len(layer.kernel_size)
-    else:
-        padding = tuple(layer.padding)
-    shape: tuple[Any, Any, Any, Any] = (layer.kernel_size, layer.dilation, padding, layer.stride)
-    if isinstance(layer, nn.Conv1d):
-        kernel, dilation, pad, stride = ((neutral, size[0]) for neutral, size in zip((1, 1, 0, 1), shape, strict=True))
-        return functional.unfold(x.unsqueeze(2), kernel, dilation, pad, stride)
-    return functional.unfold(x, *shape)
+        return functional.pad(x, sides, mode=layer.padding_mode).movedim(1, -1).contiguous()
+    before, after = sides[0::2][::-1], sides[1::2][::-1]
+    sizes = [size + low + high for size, low, high in zip(x.shape[2:], before, after, strict=True)]
+    padded = x.new_zeros(len(x), *sizes, x.shape[1])
+    inside = [slice(low, low + size) for low, size in zip(before, x.shape[2:], strict=True)]
+    place = (slice(None), *inside)
+    padded[place] = x.movedim(1, -1)
+    return padded
 
 
 def _embedding(layer: nn.Embedding, calls: Sequence[Call]) -> list[GradientPart]:
@@ -143,19 +187,41 @@ def _embedding(layer: nn.Embedding, calls: Sequence[Call]) -> list[GradientPart]
 
 
 def _normalisation(
-    layer: nn.GroupNorm | nn.LayerNorm | nn.RMSNorm, trainable: dict[str, nn.Parameter], calls: Sequence[Call]
+    layer: Normalisation, trainable: dict[str, nn.Parameter], calls: Sequence[Call | Summed]
 ) -> list[GradientPart]:
-    parts: list[GradientPart] = []
-    if "weight" in trainable:
-        scaled = [wide(call.gradient) * _normalised(layer, wide(call.inputs[0])) for call in calls]
-        parts.append(Rows("weight", sum(_per_feature(layer, value) for value in scaled)))  # type: ignore[arg-type]
-    if "bias" in trainable:
-        shifts = [_per_feature(layer, wide(call.gradient)) for call in calls]
-        parts.append(Rows("bias", sum(shifts)))  # type: ignore[arg-type]  # there is at least one call
-    return parts
+    each = [call if isinstance(call, Summed) else summed(layer, call) for call in calls]
+    found = {"weight": [run.scale for run in each], "bias": [run.gradient for run in each]}
+    return [Rows(name, _total(runs)) for name, runs in found.items() if name in trainable]
 
 
-def _normalised(layer: nn.GroupNorm | nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:
+def _scale_gradients(layer: Normalisation, call: Call) -> Tensor:
+    """(n, features): the normalised input times the gradient of the output, summed over the positions."""
+    x, gradient = wide(call.inputs[0]), wide(call.gradient)
+    if not isinstance(layer, nn.GroupNorm) or x.ndim == 2:
+        return _per_feature(layer, gradient * _normalised(layer, x))
+    found, exact = _from_sums(layer, x.flatten(2), gradient.flatten(2))
+    if not bool(exact.all()):
+        rows = torch.nonzero(~exact)[:, 0]
+        found[rows] = _per_feature(layer, gradient[rows] * _normalised(layer, x[rows]))
+    return found
+
+
+def _from_sums(layer: nn.GroupNorm, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, channels) from the sums of x, x^2 and x * gradient, without a normalised copy; and which rows kept digits."""
+    n, channels = x.shape[:2]
+    groups = x.reshape(n, layer.num_groups, -1)
+    mean = groups.mean(dim=2)
+    square = torch.linalg.vector_norm(groups, dim=2).square() / groups.shape[2]
+    variance = square - mean.square()
+    exact = (variance >= _KEPT_SHARE * square).all(dim=1)
+    products = torch.bmm(x.reshape(n * channels, 1, -1), gradient.reshape(n * channels, -1, 1)).reshape(n, channels)
+    center, rate = (
+        value.repeat_interleave(channels // layer.num_groups, dim=1) for value in (mean, (variance + layer.eps).rsqrt())
+    )
+    return (products - center * gradient.sum(dim=2)) * rate, exact
+
+
+def _normalised(layer: Normalisation, x: Tensor) -> Tensor:
     if isinstance(layer, nn.GroupNorm):
         return functional.group_norm(x, layer.num_groups, eps=layer.eps)
     if isinstance(layer, nn.LayerNorm):
@@ -163,7 +229,7 @@ def _normalised(layer: nn.GroupNorm | nn.LayerNorm | nn.RMSNorm, x: Tensor) -> T
     return functional.rms_norm(x, layer.normalized_shape, eps=layer.eps)
 
 
-def _per_feature(layer: nn.GroupNorm | nn.LayerNorm | nn.RMSNorm, values: Tensor) -> Tensor:
+def _per_feature(layer: Normalisation, values: Tensor) -> Tensor:
     """Sum over everything but the row and the features that have a weight each."""
     if isinstance(layer, nn.GroupNorm):
         return values.flatten(2).sum(dim=2) if values.ndim > 2 else values

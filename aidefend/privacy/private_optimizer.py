@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from aidefend._core.checks import refuse
 from aidefend._core.random import derive_seed, secure_normal
+from aidefend.privacy.clip_bound import ClipBound
 from aidefend.privacy.config import PrivacyConfig
 from aidefend.privacy.layer_gradients import trainable_parameters
-from aidefend.privacy.step_book import StepBook, refused
+from aidefend.privacy.step_book import StepBook, Ticket, refused
 
 _OWN = "Let gradients come from private.loss(...).backward() or private.backward(losses) alone: no clipping, scaling, "
 _OWN += "penalty or backward of your own between backward and step"
@@ -50,31 +51,38 @@ class ParameterGuard:
 class Noise:
     """Gaussian noise from the operating system's stream, or, by a name that says so, from a seed or not at all."""
 
-    def __init__(self, config: PrivacyConfig) -> None:
-        self._config = config
+    def __init__(self, config: PrivacyConfig, bound: ClipBound) -> None:
+        self._config, self._bound = config, bound
 
     def like(self, parameter: Tensor, name: str, step: int) -> Tensor:
-        """Noise for one parameter at one step, in the units of the clipped sum, float32 or wider."""
+        """Noise for one parameter at one step, in the units of the clipped sum, float32 or wider; the caller's own."""
         dtype = parameter.dtype if parameter.dtype == torch.float64 else torch.float32
         shape, device = tuple(parameter.shape), parameter.device
         if self._config.insecure_no_noise:
             return torch.zeros(shape, dtype=dtype, device=device)
-        scale = self._config.noise * self._config.max_grad_norm
+        scale = self._bound.noise_deviation
         if self._config.insecure_seed is None:
-            return secure_normal(shape, device, dtype) * scale
+            return secure_normal(shape, device, dtype).mul_(scale)
         stream = torch.Generator().manual_seed(derive_seed(self._config.insecure_seed, "noise", step, name))
-        return torch.randn(shape, generator=stream, dtype=dtype).to(device) * scale
+        return torch.randn(shape, generator=stream, dtype=dtype).to(device).mul_(scale)
 
 
 class PrivateOptimizer(torch.optim.Optimizer):
-    """The user's optimizer; `step` adds the noise, divides by the expected batch size, and steps. Schedulers take it.
+    """The user's optimizer; its gradients are clipped, noisy and divided by the public batch size. Schedulers take it.
 
+    The noise is added when the sums arrive, once for each batch, so that `.grad` never holds anything but what is
+    released anyway.
     Whatever the inner optimizer does with the noisy gradient (momentum, weight decay, adaptive rates) is
     post-processing and costs nothing.
     """
 
     def __init__(
-        self, inner: torch.optim.Optimizer, config: PrivacyConfig, book: StepBook, guard: ParameterGuard
+        self,
+        inner: torch.optim.Optimizer,
+        config: PrivacyConfig,
+        book: StepBook,
+        guard: ParameterGuard,
+        bound: ClipBound,
     ) -> None:
         # The parent's constructor would make a second set of groups and state: both are the inner optimizer's own.
         self.inner = inner
@@ -82,8 +90,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._optimizer_step_pre_hooks = inner._optimizer_step_pre_hooks
         self._optimizer_step_post_hooks = inner._optimizer_step_post_hooks
         self._config, self._book, self._guard = config, book, guard
-        self._noise = Noise(config)
-        self._sums: dict[str, Tensor] = {}
+        self._noise = Noise(config, bound)
         self._holders: dict[str, tuple[Tensor, int]] = {}
         self.on_step: Callable[[], None] = lambda: None
 
@@ -97,12 +104,16 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """The state of the inner optimizer."""
         return self.inner.state
 
-    def accept(self, sums: dict[str, Tensor]) -> None:
-        """Take the clipped sums of the open batch; `.grad` holds zeros until the step, so that no raw sum is seen."""
-        self._sums = sums
+    @torch.no_grad()
+    def accept(self, sums: dict[str, Tensor], ticket: Ticket) -> None:
+        """Take the clipped sums of the open batch, which are used up: `.grad` is theirs plus noise."""
+        ticket.graded = ticket.released = True
         for name, parameter in self._guard.trainable.items():
+            noisy = self._noise.like(parameter, name, ticket.number)
+            if name in sums:
+                noisy += sums.pop(name)
             if parameter.grad is None or self._is_own(name, parameter.grad):
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = noisy.div_(self._config.expected_batch_size).to(parameter.dtype)
                 self._holders[name] = (parameter.grad, parameter.grad._version)
 
     @torch.no_grad()
@@ -117,19 +128,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
         ticket = self._book.begin_step()
         self._guard.check()
         self._refuse_foreign()
-        for name, parameter in self._guard.trainable.items():
-            noisy = self._noise.like(parameter, name, ticket.number)
-            if name in self._sums:
-                noisy += self._sums[name]
-            self._holders[name][0].copy_(noisy / self._config.expected_batch_size)
-        self._sums = {}
         ticket.closed = True
         self.on_step()
         self.inner.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients, also sums that wait for their step."""
-        self._sums = {}
+        """Drop all gradients; a batch whose gradient is dropped stays charged."""
         self._book.discard()
         self.inner.zero_grad(set_to_none)
 

@@ -6,7 +6,7 @@ evaluations) get none and so cannot disturb, and no parameter gradient is ever c
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,21 +15,42 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from aidefend._core.errors import IncompatibleModel, Offender
-from aidefend.privacy.layer_gradients import Call, own_parameters
+from aidefend.privacy.layer_gradients import Call, Normalisation, Summed, own_parameters, summed
 from aidefend.privacy.random_streams import current_streams, replayed
 from aidefend.privacy.step_book import Ticket, refused
 
-Calls = dict[str, list[Call]]
+Calls = dict[str, list[Call | Summed]]
 Places = list[list[Tensor | None]]
 
 
-class Tap(NamedTuple):
+class Tap:
     """One run of one layer inside a forward pass."""
 
-    path: str
-    inputs: tuple[Any, ...]
-    versions: tuple[int, ...]
-    edge: GradientEdge
+    def __init__(self, path: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        self.path, self.edge = path, get_gradient_edge(output)
+        self._layer: Any = layer
+        self._inputs = tuple(value.detach() if isinstance(value, Tensor) else value for value in inputs)
+        self._versions = self._now()
+        self._summed: Summed | None = None
+
+    def arrive(self, gradient: Tensor) -> None:
+        """The gradient of a normalisation's output is there: it is done with now, its inputs are not kept."""
+        call = self.call(gradient)
+        if isinstance(call, Call):
+            self._summed, self._inputs = summed(self._layer, call), ()
+
+    def call(self, gradient: Tensor) -> Call | Summed:
+        """The run with the gradient of its output; refuses inputs that have changed since."""
+        if self._summed is not None:
+            return self._summed
+        if self._now() != self._versions:
+            cure = "Replace the in-place operation that follows the use of this tensor"
+            rule = f"inputs of {self.path or 'the model'} unchanged until backward"
+            raise refused(rule, "versions", self._now(), cure)
+        return Call(self._inputs, gradient.detach())
+
+    def _now(self) -> tuple[int, ...]:
+        return tuple(value._version for value in self._inputs if isinstance(value, Tensor))
 
 
 class Deferred(NamedTuple):
@@ -73,7 +94,7 @@ class Recorder:
         self._microbatch = microbatch
         self.layers = {path: layer for path, layer in model.named_modules() if own_parameters(layer)}
         self._passes: list[ForwardPass] = []
-        self._collecting = False
+        self._collecting = self._last_pass = False
 
     def run(self, ticket: Ticket, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One forward pass, remembered."""
@@ -90,18 +111,26 @@ class Recorder:
         self._passes = []
 
     def example_calls(self, losses: Tensor, ticket: Ticket) -> Iterator[Calls]:
-        """What each layer saw and got, by blocks of rows that together are the batch."""
-        passes = self.passes(ticket)
-        gradients = self.gradients(losses.sum(), passes)
-        used = [(record, grads) for record, grads in zip(passes, gradients, strict=True) if any_given(grads)]
-        self._check(used, passes, ticket)
+        """What each layer saw and got, by blocks of rows that together are the batch. All passes are used up."""
+        used = self._used(losses, ticket)
+        self.clear()
         if all(record.deferred is None for record, _ in used):
-            yield _check_rows(tapped_calls(used), ticket.rows)
+            calls = _check_rows(tapped_calls(used), ticket.rows)
+            used.clear()  # what a layer is done with must be free while the next one is at work
+            yield calls
             return
         size = self._microbatch or ticket.rows
         for start in range(0, ticket.rows, size):
             stop = min(start + size, ticket.rows)
             yield _check_rows(self._block(used, slice(start, stop)), stop - start)
+
+    def _used(self, losses: Tensor, ticket: Ticket) -> list[tuple[ForwardPass, list[Tensor | None]]]:
+        """The passes that the losses depend on, with the gradients at their edges."""
+        passes = self.passes(ticket)
+        gradients = self.gradients(losses.sum(), passes)
+        used = [(record, grads) for record, grads in zip(passes, gradients, strict=True) if any_given(grads)]
+        self._check(used, passes, ticket)
+        return used
 
     def gradients(
         self, total: Tensor, passes: Sequence[ForwardPass], retain: bool = False
@@ -109,7 +138,7 @@ class Recorder:
         """The gradients of `total` at the edges of each pass."""
         edges = [edge for record in passes for edge in record.edges]
         edges += [record.consumed for record in passes if record.consumed is not None]
-        with self._ours():
+        with self._ours(last=not retain):
             flat = torch.autograd.grad(total, edges, allow_unused=True, retain_graph=retain) if edges else ()
         places: Iterator[Tensor | None] = iter(flat)
         split: Places = [[next(places) for _ in record.edges] for record in passes]
@@ -139,9 +168,9 @@ class Recorder:
                     "Expected layers from tensors to one tensor.",
                     [Offender(path, reason, "Call it with positional arguments, or wrap it in layers that do")],
                 )
-            kept = tuple(value.detach() if isinstance(value, Tensor) else value for value in inputs)
-            versions = tuple(value._version for value in kept if isinstance(value, Tensor))
-            taps.append(Tap(path, kept, versions, get_gradient_edge(output)))
+            taps.append(Tap(path, layer, inputs, output))
+            if isinstance(layer, Normalisation):
+                output.register_hook(self._arrival(weakref.ref(taps[-1])))
 
         handles = []
         try:
@@ -152,6 +181,17 @@ class Recorder:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _arrival(self, tap: "weakref.ref[Tap]") -> Callable[[Tensor], None]:
+        recorder = weakref.ref(self)
+
+        def arrive(gradient: Tensor) -> None:
+            seen, owner = tap(), recorder()
+            if seen is not None and owner is not None and owner._last_pass:
+                with torch.no_grad():
+                    seen.arrive(gradient)
+
+        return arrive
 
     def _deferred(self, record: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         outputs, streams = [], []
@@ -216,17 +256,18 @@ class Recorder:
             args, kwargs = (_slice(part, record.rows, rows) for part in (deferred.args, deferred.kwargs))
             output = self._tapped(taps, args, kwargs)
         seed = gradient[rows] if gradient is not None else torch.zeros_like(output)
-        with self._ours():
+        with self._ours(last=True):
             found = torch.autograd.grad(output, [tap.edge for tap in taps], seed, allow_unused=True)
         return _calls(taps, list(found))
 
     @contextmanager
-    def _ours(self) -> Iterator[None]:
-        self._collecting = True
+    def _ours(self, last: bool = False) -> Iterator[None]:
+        """While a backward pass of our own runs; the last one through its graph."""
+        self._collecting, self._last_pass = True, last
         try:
             yield
         finally:
-            self._collecting = False
+            self._collecting = self._last_pass = False
 
 
 def tapped_calls(used: Sequence[tuple[ForwardPass, list[Tensor | None]]]) -> Calls:
@@ -241,13 +282,8 @@ def tapped_calls(used: Sequence[tuple[ForwardPass, list[Tensor | None]]]) -> Cal
 def _calls(taps: Sequence[Tap], gradients: Sequence[Tensor | None]) -> Calls:
     calls: Calls = {}
     for tap, gradient in zip(taps, gradients, strict=True):
-        if gradient is None:
-            continue
-        now = tuple(value._version for value in tap.inputs if isinstance(value, Tensor))
-        if now != tap.versions:
-            cure = "Replace the in-place operation that follows the use of this tensor"
-            raise refused(f"inputs of {tap.path or 'the model'} unchanged until backward", "versions", now, cure)
-        calls.setdefault(tap.path, []).append(Call(tap.inputs, gradient.detach()))
+        if gradient is not None:
+            calls.setdefault(tap.path, []).append(tap.call(gradient))
     return calls
 
 

@@ -13,7 +13,8 @@ class Ticket:
 
     def __init__(self, number: int, rows: int) -> None:
         self.number, self.rows = number, rows
-        self.graded = False
+        self.graded = False  # its gradient waits for the step
+        self.released = False  # its noisy gradient was made, and may have been seen
         self.closed = False
 
 
@@ -68,7 +69,7 @@ class StepBook:
             self._stray = True
             return None
         self._refuse_stale()
-        if ticket.graded:
+        if ticket.released:
             cure = "Add up all losses of a batch and call backward once"
             raise refused("one backward pass for each batch", "backward passes", 2, cure)
         if losses != ticket.rows:

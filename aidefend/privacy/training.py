@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aidefend._core.checks import check_int, expected, refuse
+from aidefend._core.checks import check_int, check_number, expected, refuse
 from aidefend._core.errors import IncompatibleModel, Offender, PrivacyError
 from aidefend._core.modules import device_of, preserve
 from aidefend.privacy.checkpoint import load_run, read_facts, save_run
-from aidefend.privacy.clipping import clipped_sum
+from aidefend.privacy.clip_bound import ClipBound
+from aidefend.privacy.clipping import ClippedSum, clipped_sum
 from aidefend.privacy.config import PrivacyConfig
 from aidefend.privacy.first_step import verify_losses
 from aidefend.privacy.ledger import PrivacyLedger
@@ -24,7 +25,7 @@ from aidefend.privacy.private_optimizer import ParameterGuard, PrivateOptimizer
 from aidefend.privacy.readiness import Problem, dynamic_problems, static_problems
 from aidefend.privacy.recorder import Recorder
 from aidefend.privacy.statement import PrivacyStatement, make_statement
-from aidefend.privacy.step_book import StepBook, refused
+from aidefend.privacy.step_book import StepBook, Ticket, refused
 
 _PROBE_ROWS = 4
 _CLAIMED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -131,7 +132,8 @@ class PrivateTraining:
         self._recorder = Recorder(model, config.microbatch)
         self.loader = PoissonLoader(source, config, self._book)
         self.model = PrivateModel(model, self._book, self._recorder, self._approve, self._empty_outputs)
-        self.optimizer = PrivateOptimizer(optimizer, config, self._book, self._guard)
+        self._bound = ClipBound(config)
+        self.optimizer = PrivateOptimizer(optimizer, config, self._book, self._guard, self._bound)
         self.optimizer.on_step = self._recorder.clear
         _CLAIMED.update(model.modules())
 
@@ -165,15 +167,15 @@ class PrivateTraining:
         if ticket is None:
             return
         if len(losses) == 0:
-            self._take({}, ticket)
+            self._take(ClippedSum(), ticket)
             return
         self._guard.check()
         if not self._verified:
             seed = secrets.randbits(62)
             self._verified = verify_losses(self._recorder, losses, ticket, self._guard.trainable, seed)
-        found = clipped_sum(self._recorder, losses, ticket, self.config.max_grad_norm, self.config.clipping)
+        found = clipped_sum(self._recorder, losses, ticket, self._bound.value, self.config.clipping)
         self.masked_rows += found.masked
-        self._take(found.sums, ticket)
+        self._take(found, ticket)
 
     def epsilon(self) -> float:
         """What the charged steps have spent, at config.delta. Before the first: 0."""
@@ -186,7 +188,7 @@ class PrivateTraining:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights, optimizer state and spent steps to one file, whole or not at all. No random state is kept."""
         facts = {"digest": self.config.digest(), "config": self.config.to_dict(), "run": self._run}
-        save_run(path, self._module, self.optimizer.inner, {**facts, "charged": self._book.charged})
+        save_run(path, self._module, self.optimizer.inner, {**facts, **self._state()})
 
     def resume(self, path: str | os.PathLike[str]) -> None:
         """Take up a saved run: same configuration, fresh noise, spent steps stay spent.
@@ -203,6 +205,7 @@ class PrivateTraining:
             cure = "Resume with the very PrivacyConfig of the saved run; another one is another run"
             raise refused("the configuration of the saved run", "config", self.config, cure)
         charged = check_int(facts.get("charged"), "charged", 0, self.config.steps)
+        bound = check_number(facts.get("clip_bound"), "clip_bound", 0.0, open_low=True)
         run = str(facts.get("run"))
         if self._ledger is not None:
             charged = max(charged, self._ledger.reserved(run, self.config.digest()))
@@ -210,7 +213,7 @@ class PrivateTraining:
         if self._ledger is not None:
             self._ledger.close_run(self._run, 0)
         self._run, self._covered = run, charged
-        self._book.charged = charged
+        self._book.charged, self._bound.value = charged, bound
 
     def release(self) -> None:
         """End the run: the model is free for another one, and the ledger gets unused steps back."""
@@ -223,10 +226,13 @@ class PrivateTraining:
         if self._ledger is not None:
             self._ledger.close_run(self._run, self._book.charged)
 
-    def _take(self, sums: dict[str, Tensor], ticket: Any) -> None:
-        self.optimizer.accept(sums)
-        ticket.graded = True
+    def _state(self) -> dict[str, Any]:
+        return {"charged": self._book.charged, "clip_bound": self._bound.value}
+
+    def _take(self, found: ClippedSum, ticket: Ticket) -> None:
         self._recorder.clear()
+        self.optimizer.accept(found.sums, ticket)
+        self._bound.follow(found.balance, ticket.number)
 
     def _reserve(self, steps: int) -> None:
         self._recorder.clear()

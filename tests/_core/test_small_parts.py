@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 import sqlite3
 
@@ -23,6 +24,7 @@ from aidefend._core.random import (
     make_generator,
     normal,
     row_generator,
+    secure_bytes,
     secure_normal,
     secure_uniform,
     uniform,
@@ -123,6 +125,36 @@ def test_secure_noise_is_standard_normal_and_never_repeats():
     assert scipy_stats.kstest(first.flatten().numpy(), "norm").pvalue > 1e-6
     values = secure_uniform(10_000)
     assert values.min() > 0 and values.max() < 1 and secure_normal((0, 3)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_secure_noise_of_every_size_is_uncorrelated_and_has_long_tails(dtype):
+    """Half of the numbers are cosines and half are sines of the same draws: pairs must be independent."""
+    for size in (0, 1, 2, 3, 7, (1 << 17) + 1):
+        assert secure_normal((size,), dtype=dtype).shape == (size,)
+    values = secure_normal((400_001,), dtype=dtype).double()
+    assert bool(torch.isfinite(values).all())
+    cosines, sines = values[:200_001][:131_072].chunk(2)  # one block: its first half and its second
+    for a, b in ((cosines, sines), (cosines.square(), sines.square())):
+        correlation = float(torch.corrcoef(torch.stack([a, b]))[0, 1])
+        assert abs(correlation) < 6 / len(a) ** 0.5
+    assert 4 < float(values.abs().max()) < 7
+    assert float((values > 3).double().mean()) == pytest.approx(scipy_stats.norm.sf(3), rel=0.3)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_has_noise_of_its_own():
+    secure_normal((4,))
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writing, secure_bytes(32))
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reading, 32) != secure_bytes(32)
+    os.close(reading)
+    os.close(writing)
 
 
 def test_canonical_json_is_one_text():

@@ -87,7 +87,7 @@ def test_linear_takes_the_cheaper_form(positions, form):
     st.sampled_from([0, 1, "same"]),
     st.integers(1, 2),
     st.booleans(),
-    st.sampled_from(["zeros", "reflect", "circular"]),
+    st.sampled_from(["zeros", "reflect", "circular", "replicate"]),
     st.integers(1, 2),
 )
 def test_convolution(n, groups, kernel, stride, padding, dilation, bias, mode, passes):
@@ -96,6 +96,14 @@ def test_convolution(n, groups, kernel, stride, padding, dilation, bias, mode, p
     make = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "bias": bias}
     check(seeded(lambda: nn.Conv2d(2, 4, kernel, padding_mode=mode, **make)), inputs(n, 2, 6, 7, passes=passes))
     check(seeded(lambda: nn.Conv1d(2, 4, kernel, padding_mode=mode, **make)), inputs(n, 2, 8, passes=passes))
+    check(seeded(lambda: nn.Conv3d(2, 4, kernel, padding_mode=mode, **make)), inputs(n, 2, 5, 6, 5, passes=passes))
+
+
+def test_convolution_with_sides_of_its_own():
+    make = {"stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)}
+    check(seeded(lambda: nn.Conv2d(3, 4, (2, 3), **make)), inputs(3, 3, 7, 6))
+    check(seeded(lambda: nn.Conv2d(4, 8, 3, groups=4, padding=1)), inputs(2, 4, 5, 5))  # depthwise
+    check(seeded(lambda: nn.Conv3d(2, 3, (1, 2, 3), padding=(0, 1, 1))), inputs(2, 2, 3, 4, 5))
 
 
 @FEW
@@ -118,7 +126,6 @@ NORMS = {
 }
 OTHERS = {
     "transposed convolution": (lambda: nn.ConvTranspose2d(2, 3, 3, stride=2), (2, 4, 4)),
-    "convolution in space": (lambda: nn.Conv3d(1, 2, 2), (1, 3, 3, 3)),
     "learned slope": (lambda: nn.PReLU(3), (3, 4)),
     "bilinear": (lambda: Halves(nn.Bilinear(2, 3, 4)), (5,)),
     "bag of words": (lambda: Words(nn.EmbeddingBag(4, 3)), (6,)),
@@ -180,6 +187,36 @@ def test_a_layer_used_twice_in_one_pass_adds_up():
     check(seeded(Twice), inputs(3, 4, passes=2))
 
 
+@pytest.mark.parametrize("moved", [(0,), (0, 1, 2)])
+def test_group_norm_of_bright_images_keeps_its_digits(moved):
+    """A mean far above the deviation: the difference of two sums would lose what the normalised copy keeps."""
+    x = inputs(3, 4, 5, 5)[0]
+    for row in moved:
+        x[row] += 3000.0
+    parts = recorded(nn.GroupNorm(2, 4), [x], lambda outputs: outputs[0].sin().flatten(1).sum(1))
+    exact = recorded(nn.GroupNorm(2, 4).double(), [x.double()], lambda outputs: outputs[0].sin().flatten(1).sum(1))
+    torch.testing.assert_close(norms_squared(parts).double(), norms_squared(exact), rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("row", [0, 2])
+def test_masked_rows_count_as_zero_in_every_form(row):
+    bag = nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2), nn.Flatten(2), nn.Linear(9, 30), nn.Flatten())
+    model = seeded(lambda: nn.Sequential(bag, nn.Linear(60, 3)))
+    x, weights = inputs(3, 1, 5, 5)[0], torch.tensor([0.5, 1.0, 2.0])
+    masked = torch.arange(3) == row
+    broken = x.clone()
+    broken[row] = torch.nan
+
+    def objective(outputs):
+        return outputs[0].sin().sum(1)
+
+    clean = recorded(model, [x], objective)
+    expected = weighted_sums(clean, weights.masked_fill(masked, 0))
+    found = weighted_sums(recorded(model, [broken], objective), weights.masked_fill(masked, 0), masked)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["weight", "bias"])
 @pytest.mark.parametrize(
     "case",
@@ -225,6 +262,21 @@ def test_positions_built_to_cancel_cannot_hide_their_rounding():
     assert float(careless.norm()) > 2 * bound
     guarded = part.weighted_sum((bound / part.norm_squared().sqrt()).clamp(max=1))["weight"]
     assert float(guarded.norm()) <= bound
+
+
+def test_the_guard_against_rounding_costs_next_to_nothing():
+    """What it adds to the length of rows that do not cancel: utility, not privacy."""
+    stream = torch.Generator().manual_seed(0)
+    a, g = torch.randn(50, 32, 128, generator=stream), torch.randn(50, 32, 128, generator=stream)
+    true = (g.mT @ a).flatten(1).double().norm(dim=1)
+    found = Gram("weight", a, g).norm_squared().double().sqrt()
+    assert bool((found >= true * (1 - 1e-6)).all()) and bool((found <= 1.002 * true).all())
+
+
+def test_products_in_fewer_bits_are_not_trusted_with_lengths(monkeypatch):
+    assert forms.exact(torch.ones(2)).dtype == torch.float32
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert forms.exact(torch.ones(2)).dtype == torch.float64
 
 
 def test_the_same_word_twice_counts_as_one_gradient():

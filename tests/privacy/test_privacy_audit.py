@@ -63,7 +63,7 @@ def test_planted_half_of_the_noise(monkeypatch, honest_scores):
 
 
 def test_planted_no_clipping(monkeypatch, honest_scores):
-    monkeypatch.setattr(clipping, "_factors", lambda norms, bound, kind: torch.ones_like(norms))
+    monkeypatch.setattr(clipping, "_down_to", lambda bound, norms: torch.ones_like(norms))
     assert separation(scores(True), honest_scores[1]) > 1 / SIGMA
 
 

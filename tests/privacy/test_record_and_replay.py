@@ -74,6 +74,24 @@ def test_one_row_more_moves_the_sum_by_the_clip_norm(outlier, objective, microba
         assert move > 0.05
 
 
+@pytest.mark.parametrize("outlier", OUTLIERS)
+@pytest.mark.parametrize("kind", ["per_layer", "automatic", "adaptive"])
+def test_every_kind_of_clipping_keeps_the_clip_norm(kind, outlier):
+    x, y = images()
+    data = with_row((x, y), 5, x[5] * OUTLIERS[outlier], y[5])
+    assert largest_move(small_cnn(), data, without(data, 5), clipping=kind, steps=1) <= 1 + 1e-4
+    other = with_row((x, y), 5, -1e3 * x[5], (y[5] + 1) % 3)
+    assert 0.05 < largest_move(small_cnn(), (x, y), other, clipping=kind, steps=1) <= 2 + 1e-4
+
+
+def test_planted_whole_bound_for_each_layer(monkeypatch):
+    """Without the division by the root of the number of layers a row moves the sum by that root."""
+    monkeypatch.setattr(clipping.math, "sqrt", lambda layers: 1.0)
+    x, y = images()
+    data = with_row((x, y), 5, x[5] * 1e3, y[5])
+    assert largest_move(small_cnn(), data, without(data, 5), clipping="per_layer", steps=1) > 1.2
+
+
 @pytest.mark.parametrize("objective", [None, two_forwards])
 def test_one_row_exchanged_moves_it_by_twice_the_clip_norm(objective):
     data = images()
@@ -103,7 +121,7 @@ def unchecked(monkeypatch):
 
 
 def test_planted_no_clipping(monkeypatch):
-    monkeypatch.setattr(clipping, "_factors", lambda norms, bound, kind: torch.ones_like(norms))
+    monkeypatch.setattr(clipping, "_down_to", lambda bound, norms: torch.ones_like(norms))
     data = images()
     data = with_row(data, 5, data[0][5] * 1e2, data[1][5])
     assert largest_move(small_cnn(), data, without(data, 5)) > 10
@@ -166,9 +184,8 @@ def test_planted_scale_by_the_size_of_the_batch(monkeypatch):
 
     honest = PrivateOptimizer.accept
 
-    def leaky(self, sums):
-        rows = self._book.open_ticket.rows
-        honest(self, {name: value * 24 / rows * 20 for name, value in sums.items()})
+    def leaky(self, sums, ticket):
+        honest(self, {name: value * 24 / ticket.rows * 20 for name, value in sums.items()}, ticket)
 
     data = rows()
     assert largest_move(nn.Linear(6, 3), data, without(data, 5)) <= 1 + 1e-4

@@ -437,10 +437,15 @@ def test_gradients_touched_between_backward_and_step_are_refused(interfere):
 
 
 def test_the_raw_sum_is_never_seen():
-    private = private_run()
+    """What `.grad` holds before the step is the noisy gradient, and a batch has one of them."""
+    private = private_run(config=settings(noise_multiplier=1000.0))
     x, y = drawn(private)
     private.loss(private.model(x), y).backward()
-    assert all(not parameter.grad.any() for parameter in private.model.parameters())
+    length = torch.stack([parameter.grad.norm() for parameter in private.model.parameters()]).norm()
+    assert length > 100 * 24 * 0.7 / 8  # the clean one is at most 24 rows * max_grad_norm / expected_batch_size
+    private.optimizer.zero_grad()
+    with pytest.raises(PrivacyError, match="one backward pass for each batch"):
+        private.loss(private.model(x), y).backward()
 
 
 def test_plain_backward_through_the_model_is_not_stepped():
