@@ -88,7 +88,8 @@ def weighted_sums(
     for path, each in parts.items():
         for part in each:
             for name, value in part.weighted_sum(weights, masked).items():
-                sums[f"{path}.{name}" if path else name] = value
+                full = f"{path}.{name}" if path else name
+                sums[full] = sums[full] + value if full in sums else value  # parts may be rows of one parameter
     return sums
 
 

@@ -152,6 +152,31 @@ class Blocks:
         return {name: self._shapes[name](value) if name in self._shapes else value for name, value in total.items()}
 
 
+class Placed:
+    """A part whose gradients are some rows of larger parameters: {name in it: (name, rows or None, shape)}."""
+
+    def __init__(
+        self, part: GradientPart, targets: Mapping[str, tuple[str, tuple[int, int] | None, torch.Size]]
+    ) -> None:
+        self._part, self._targets = part, targets
+
+    def norm_squared(self) -> Tensor:
+        """See `GradientPart`."""
+        return self._part.norm_squared()
+
+    def weighted_sum(self, weights: Tensor, masked: Tensor | None = None) -> dict[str, Tensor]:
+        """See `GradientPart`."""
+        found = {}
+        for role, value in self._part.weighted_sum(weights, masked).items():
+            name, rows, shape = self._targets[role]
+            if rows is not None:
+                whole = value.new_zeros(shape)
+                whole[slice(*rows)] = value
+                value = whole
+            found[name] = value
+        return found
+
+
 def without(tensor: Tensor, masked: Tensor | None) -> Tensor:
     """The tensor with zeros in the masked rows."""
     return tensor if masked is None else tensor.masked_fill(masked.reshape(-1, *[1] * (tensor.ndim - 1)), 0)

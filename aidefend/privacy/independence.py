@@ -87,7 +87,11 @@ class Probe:
     def gradients_are_explained(self) -> Found:
         """Per-example gradients from the layers equal those of one backward pass for each example."""
         ticket, recorder = Ticket(0, len(self._x)), Recorder(self._model)
+        base = self._fixed_outputs()
         outputs = self._replayed(lambda: recorder.run(ticket, (self._x,), {}))
+        if any(_differ(a, b) for a, b in zip(_by_row(outputs, len(self._x)), base, strict=bool(base))):
+            reason = "the model answers otherwise while its attention or recurrent layers are taken apart"
+            return [("unsupported-layer", "", reason, "Use these layers as torch.nn has them, in a common precision")]
         losses = checked_losses(self._losses(outputs, self._y), len(self._x))
         trainable = trainable_parameters(self._model)
         passes = recorder.passes(ticket)
@@ -155,6 +159,12 @@ class Probe:
             for handle in handles:
                 handle.remove()
         return outputs
+
+    @torch.no_grad()
+    def _fixed_outputs(self) -> list[Tensor]:
+        """What the model answers by itself; nothing where chance has a part in it."""
+        base = _by_row(self._outputs(self._x), len(self._x))
+        return [] if self._is_random(base) else base
 
     def _is_random(self, base: list[Tensor]) -> bool:
         """Whether other random numbers give other outputs."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aidefend.privacy.gradient_parts import Blocks, GradientPart, Gram, Lookup, Outer, Rows, wide
+from aidefend.privacy.decomposed import Product, form_of
+from aidefend.privacy.gradient_parts import Blocks, GradientPart, Gram, Lookup, Outer, Placed, Rows, wide
 
 _Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Normalisation = nn.GroupNorm | nn.LayerNorm | nn.RMSNorm
@@ -21,11 +22,13 @@ class Call(NamedTuple):
 
     inputs: tuple[Any, ...]
     gradient: Tensor
+    product: Product | None = None  # for a layer that was taken apart
 
     def rows(self, index: Any) -> "Call":
         """The call for some of its rows."""
         n = len(self.gradient)
-        return Call(tuple(v[index] if _by_row(v, n) else v for v in self.inputs), self.gradient[index])
+        inputs = tuple(v[index] if _by_row(v, n) else v for v in self.inputs)
+        return Call(inputs, self.gradient[index], self.product)
 
 
 class Summed(NamedTuple):
@@ -51,6 +54,8 @@ def gradient_parts(layer: nn.Module, calls: Sequence[Any]) -> list[GradientPart]
     alike goes through a vectorised vector-Jacobian product of its forward function.
     """
     trainable = own_parameters(layer)
+    if form_of(layer) is not None:
+        return _products(trainable, calls)
     if isinstance(layer, nn.Linear):
         return _linear(trainable, calls)
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -97,6 +102,21 @@ def _linear(trainable: dict[str, nn.Parameter], calls: Sequence[Call]) -> list[G
         return {"weight": outputs[rows].mT @ inputs[rows]}
 
     return [*parts, Blocks(make, n, width_in * width_out)]
+
+
+def _products(trainable: dict[str, nn.Parameter], calls: Sequence[Call]) -> list[GradientPart]:
+    """Of a layer that was taken apart: each of its products is a linear layer on some rows of two parameters."""
+    by_product: dict[Product, list[Call]] = {}
+    for call in calls:
+        if call.product is not None:
+            by_product.setdefault(call.product, []).append(call)
+    parts: list[GradientPart] = []
+    for product, own in by_product.items():
+        places = {"weight": (product.weight, product.rows), "bias": (product.bias or "", product.bias_rows)}
+        used = {role: trainable[name] for role, (name, _) in places.items() if name in trainable}
+        targets = {role: (places[role][0], places[role][1], used[role].shape) for role in used}
+        parts += [Placed(part, targets) for part in _linear(used, own)]
+    return parts
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -108,10 +108,9 @@ def _of_module(path: str, module: nn.Module) -> list[Problem]:
     ):
         reason = f"{kind} with max_norm or scale_grad_by_freq changes with the other rows of a batch"
         return [Problem("coupled-embedding", path, reason, "Leave both options out")]
-    if isinstance(module, nn.modules.rnn.RNNBase | nn.MultiheadAttention):
-        replacement = "DPMultiheadAttention" if isinstance(module, nn.MultiheadAttention) else f"DP{kind}"
-        cure = f"Replace it with opacus.layers.{replacement}"
-        return [Problem("unsupported-layer", path, f"{kind} hides the per-example gradients of its weights", cure)]
+    if isinstance(module, nn.MultiheadAttention) and (module.bias_k is not None or module.add_zero_attn):
+        reason = f"{kind} with add_bias_kv or add_zero_attn hides the gradients of its weights"
+        return [Problem("unsupported-layer", path, reason, "Leave both options out")]
     return []
 
 

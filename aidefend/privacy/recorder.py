@@ -7,7 +7,8 @@ evaluations) get none and so cannot disturb, and no parameter gradient is ever c
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from aidefend._core.errors import IncompatibleModel, Offender
+from aidefend.privacy.decomposed import Product, form_of, product_of
 from aidefend.privacy.layer_gradients import Call, Normalisation, Summed, own_parameters, summed
 from aidefend.privacy.random_streams import current_streams, replayed
 from aidefend.privacy.step_book import Ticket, refused
@@ -26,8 +28,15 @@ Places = list[list[Tensor | None]]
 class Tap:
     """One run of one layer inside a forward pass."""
 
-    def __init__(self, path: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        self.path, self.edge = path, get_gradient_edge(output)
+    def __init__(
+        self,
+        path: str,
+        layer: nn.Module,
+        inputs: tuple[Any, ...],
+        output: Tensor,
+        product: Product | None = None,
+    ) -> None:
+        self.path, self.edge, self._product = path, get_gradient_edge(output), product
         self._layer: Any = layer
         self._inputs = tuple(value.detach() if isinstance(value, Tensor) else value for value in inputs)
         self._versions = self._now()
@@ -47,7 +56,7 @@ class Tap:
             cure = "Replace the in-place operation that follows the use of this tensor"
             rule = f"inputs of {self.path or 'the model'} unchanged until backward"
             raise refused(rule, "versions", self._now(), cure)
-        return Call(self._inputs, gradient.detach())
+        return Call(self._inputs, gradient.detach(), self._product)
 
     def _now(self) -> tuple[int, ...]:
         return tuple(value._version for value in self._inputs if isinstance(value, Tensor))
@@ -172,15 +181,17 @@ class Recorder:
             if isinstance(layer, Normalisation):
                 output.register_hook(self._arrival(weakref.ref(taps[-1])))
 
-        handles = []
-        try:
+        with ExitStack() as stack:
             for path, layer in self.layers.items():
-                hook = _hook(keep, path)
-                handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
+                form = form_of(layer)
+                if form is not None:
+                    stack.enter_context(
+                        _taken_apart(layer, partial(form, layer, partial(_multiply, taps, path, layer)))
+                    )
+                    continue
+                handle = layer.register_forward_hook(_hook(keep, path), prepend=True, with_kwargs=True)
+                stack.callback(handle.remove)
             return self._model(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _arrival(self, tap: "weakref.ref[Tap]") -> Callable[[Tensor], None]:
         recorder = weakref.ref(self)
@@ -268,6 +279,28 @@ class Recorder:
             yield
         finally:
             self._collecting = self._last_pass = False
+
+
+def _multiply(taps: list[Tap], path: str, layer: nn.Module, product: Product, x: Tensor) -> Tensor:
+    """One product of a layer that is taken apart, remembered."""
+    output = product_of(layer, product, x)
+    if output.requires_grad:
+        taps.append(Tap(path, layer, (x,), output, product))
+    return output
+
+
+@contextmanager
+def _taken_apart(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward for one layer, as long as the pass runs."""
+    before = layer.__dict__.get("forward")
+    layer.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del layer.__dict__["forward"]
+        else:
+            layer.__dict__["forward"] = before
 
 
 def tapped_calls(used: Sequence[tuple[ForwardPass, list[Tensor | None]]]) -> Calls:

@@ -132,7 +132,11 @@ BAD_MODELS = {
     "lazy": (with_middle(nn.LazyLinear(5)), "lazy-parameters", "1.weight"),
     "embedding renormalised": (nn.Sequential(nn.Embedding(9, 3, max_norm=1.0)), "coupled-embedding", "0"),
     "branching layer": (with_middle(Branching()), "unsupported-layer", "1"),
-    "LSTM": (nn.Sequential(nn.LSTM(6, 3)), "unsupported-layer", "0"),
+    "attention with keys of its own": (
+        nn.Sequential(nn.MultiheadAttention(6, 2, add_bias_kv=True)),
+        "unsupported-layer",
+        "0",
+    ),
 }
 
 
