@@ -6,6 +6,7 @@ import torch
 
 from aidefend._core.random import derive_seed, secure_normal
 from aidefend.privacy.config import PrivacyConfig
+from aidefend.privacy.ranks import Ranks
 
 _LEARNING_RATE = 0.2
 _SUM_SHARE = 1.01  # the noise of the sum grows by this factor, which pays for the count
@@ -24,8 +25,8 @@ class ClipBound:
     theorem 1 and algorithm 1 (geometric update); the noise of the count follows z here in place of the batch size.
     """
 
-    def __init__(self, config: PrivacyConfig) -> None:
-        self._config = config
+    def __init__(self, config: PrivacyConfig, ranks: Ranks) -> None:
+        self._config, self._ranks = config, ranks
         self.value = config.max_grad_norm
 
     @property
@@ -42,7 +43,7 @@ class ClipBound:
         """Move the bound after a step in which `balance` is the sum of +1/2 for each row within it and -1/2 beyond."""
         if not self._adaptive:
             return
-        share = (balance + self._count_noise(step)) / self._config.expected_batch_size
+        share = self._ranks.number(balance + self._count_noise(step)) / self._config.expected_batch_size
         first = self._config.max_grad_norm
         moved = self.value * math.exp(-_LEARNING_RATE * max(-10.0, min(10.0, share)))
         self.value = max(first / _FURTHEST, min(first * _FURTHEST, moved))
@@ -52,7 +53,7 @@ class ClipBound:
         return self._config.clipping == "adaptive"
 
     def _count_noise(self, step: int) -> float:
-        if self._config.insecure_no_noise:
+        if self._config.insecure_no_noise or not self._ranks.first:
             return 0.0
         if self._config.insecure_seed is None:
             return float(secure_normal((1,), dtype=torch.float64)) * self.count_deviation

@@ -13,6 +13,7 @@ from aidefend._core.batches import as_dataset
 from aidefend._core.checks import check_not_empty, refuse
 from aidefend._core.random import derive_seed, secure_uniform
 from aidefend.privacy.config import PrivacyConfig
+from aidefend.privacy.ranks import Ranks
 from aidefend.privacy.step_book import StepBook, refused
 
 _PROBES = 8
@@ -107,8 +108,9 @@ class PoissonLoader:
     Cost: Eight bytes from the operating system for each row of the data set and step.
     """
 
-    def __init__(self, source: RowSource, config: PrivacyConfig, book: StepBook) -> None:
+    def __init__(self, source: RowSource, config: PrivacyConfig, book: StepBook, ranks: Ranks) -> None:
         self._source, self._config, self._book = source, config, book
+        self._mine = ranks.mine(len(source))
         self.unreadable = 0
 
     def __len__(self) -> int:
@@ -121,7 +123,7 @@ class PoissonLoader:
 
     def _pass(self, batches: int) -> Iterator[tuple[Tensor, Tensor]]:
         for _ in range(batches):
-            indices = np.flatnonzero(self._uniforms() < self._config.rate).tolist()
+            indices = np.flatnonzero((self._uniforms() < self._config.rate) & self._mine).tolist()
             x, y, lost = self._source.batch(indices)
             self._book.draw(len(x))
             self.unreadable += lost

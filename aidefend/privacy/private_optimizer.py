@@ -11,6 +11,7 @@ from aidefend._core.random import derive_seed, secure_normal
 from aidefend.privacy.clip_bound import ClipBound
 from aidefend.privacy.config import PrivacyConfig
 from aidefend.privacy.layer_gradients import trainable_parameters
+from aidefend.privacy.ranks import Ranks
 from aidefend.privacy.step_book import StepBook, Ticket, refused
 
 _OWN = "Let gradients come from private.loss(...).backward() or private.backward(losses) alone: no clipping, scaling, "
@@ -49,16 +50,19 @@ class ParameterGuard:
 
 
 class Noise:
-    """Gaussian noise from the operating system's stream, or, by a name that says so, from a seed or not at all."""
+    """Gaussian noise from the operating system's stream, or, by a name that says so, from a seed or not at all.
 
-    def __init__(self, config: PrivacyConfig, bound: ClipBound) -> None:
-        self._config, self._bound = config, bound
+    Of several processes the first one adds it; the others add nothing.
+    """
+
+    def __init__(self, config: PrivacyConfig, bound: ClipBound, ranks: Ranks) -> None:
+        self._config, self._bound, self._ranks = config, bound, ranks
 
     def like(self, parameter: Tensor, name: str, step: int) -> Tensor:
         """Noise for one parameter at one step, in the units of the clipped sum, float32 or wider; the caller's own."""
         dtype = parameter.dtype if parameter.dtype == torch.float64 else torch.float32
         shape, device = tuple(parameter.shape), parameter.device
-        if self._config.insecure_no_noise:
+        if self._config.insecure_no_noise or not self._ranks.first:
             return torch.zeros(shape, dtype=dtype, device=device)
         scale = self._bound.noise_deviation
         if self._config.insecure_seed is None:
@@ -83,6 +87,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         book: StepBook,
         guard: ParameterGuard,
         bound: ClipBound,
+        ranks: Ranks,
     ) -> None:
         # The parent's constructor would make a second set of groups and state: both are the inner optimizer's own.
         self.inner = inner
@@ -90,7 +95,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._optimizer_step_pre_hooks = inner._optimizer_step_pre_hooks
         self._optimizer_step_post_hooks = inner._optimizer_step_post_hooks
         self._config, self._book, self._guard = config, book, guard
-        self._noise = Noise(config, bound)
+        self._noise = Noise(config, bound, ranks)
+        self._ranks = ranks
         self._holders: dict[str, tuple[Tensor, int]] = {}
         self.on_step: Callable[[], None] = lambda: None
 
@@ -112,6 +118,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             noisy = self._noise.like(parameter, name, ticket.number)
             if name in sums:
                 noisy += sums.pop(name)
+            self._ranks.add_up(noisy)
             if parameter.grad is None or self._is_own(name, parameter.grad):
                 parameter.grad = noisy.div_(self._config.expected_batch_size).to(parameter.dtype)
                 self._holders[name] = (parameter.grad, parameter.grad._version)

@@ -22,6 +22,7 @@ from aidefend.privacy.poisson_loader import PoissonLoader, RowSource
 from aidefend.privacy.private_loss import PerExampleLoss, checked_losses, example_losses, scalar_with
 from aidefend.privacy.private_model import PrivateModel, zero_rows
 from aidefend.privacy.private_optimizer import ParameterGuard, PrivateOptimizer
+from aidefend.privacy.ranks import Ranks
 from aidefend.privacy.readiness import Problem, dynamic_problems, static_problems
 from aidefend.privacy.recorder import Recorder
 from aidefend.privacy.statement import PrivacyStatement, make_statement
@@ -39,6 +40,7 @@ def make_private(
     config: PrivacyConfig,
     *,
     ledger: PrivacyLedger | None = None,
+    group: Any = None,
 ) -> "PrivateTraining":
     """Wrap model, optimizer, data and loss so that the user's own loop is differentially private.
 
@@ -52,7 +54,11 @@ def make_private(
         dataset: Map-style, samples (x, y); or tensors (x, y). Its length serves to draw batches and nothing else.
         per_example_loss: (outputs, targets) -> (N,), loss i from row i alone.
         config: The public numbers.
-        ledger: The ledger of this data set, if runs are to compose.
+        ledger: The ledger of this data set, if runs are to compose. Of several processes the first one keeps it.
+        group: The `torch.distributed` process group whose members share the run, each with the plain model and the
+            whole data set: `torch.distributed.group.WORLD`. They start from the first one's weights, draw from rows of
+            their own and take the same steps; expected_batch_size is that of all together. An error in one process
+            leaves the others waiting for the group's timeout.
     Returns: `PrivateTraining`, with `.loader .model .optimizer .loss .backward` for the loop.
     Raises: IncompatibleModel: lists every module or parameter that cannot be trained privately. PrivacyError: another
         part of the set-up voids the guarantee. BudgetExceeded: the ledger has no room for the run.
@@ -95,7 +101,8 @@ def make_private(
     _check_optimizer(model, optimizer)
     probe = tuple(part.to(device_of(model)) for part in source.probe(_PROBE_ROWS))
     refuse_problems(dynamic_problems(model, per_example_loss, probe[0], probe[1]))
-    return PrivateTraining(model, optimizer, source, per_example_loss, config, ledger, (probe[0], probe[1]))
+    ranks = Ranks(group, model)
+    return PrivateTraining(model, optimizer, source, per_example_loss, config, ledger, (probe[0], probe[1]), ranks)
 
 
 class PrivateTraining:
@@ -118,22 +125,26 @@ class PrivateTraining:
         config: PrivacyConfig,
         ledger: PrivacyLedger | None,
         probe: tuple[Tensor, Tensor],
+        ranks: Ranks,
     ) -> None:
         self.config = config
         self.masked_rows = 0
         self._module, self._per_example_loss, self._probe = model, per_example_loss, probe
-        self._ledger = ledger
-        self._run = secrets.token_hex(16) if ledger is None else ledger.open_run(config)
+        self._ranks = ranks
+        self._ledger = ledger if ranks.first else None
+        ranks.begin(model, config.digest())
+        self._run = secrets.token_hex(16)
+        ranks.by_first(self._open_run)
         self._covered = 0
         self._verified = False
         self._approved = {_shape_of(model)}
         self._book = StepBook(config.steps, self._reserve)
         self._guard = ParameterGuard(model, optimizer)
         self._recorder = Recorder(model, config.microbatch)
-        self.loader = PoissonLoader(source, config, self._book)
+        self.loader = PoissonLoader(source, config, self._book, ranks)
         self.model = PrivateModel(model, self._book, self._recorder, self._approve, self._empty_outputs)
-        self._bound = ClipBound(config)
-        self.optimizer = PrivateOptimizer(optimizer, config, self._book, self._guard, self._bound)
+        self._bound = ClipBound(config, ranks)
+        self.optimizer = PrivateOptimizer(optimizer, config, self._book, self._guard, self._bound, ranks)
         self.optimizer.on_step = self._recorder.clear
         _CLAIMED.update(model.modules())
 
@@ -186,7 +197,12 @@ class PrivateTraining:
         return make_statement(self.config, self._book.charged)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write weights, optimizer state and spent steps to one file, whole or not at all. No random state is kept."""
+        """Write weights, optimizer state and spent steps to one file, whole or not at all. No random state is kept.
+
+        Of several processes the first one writes.
+        """
+        if not self._ranks.first:
+            return
         facts = {"digest": self.config.digest(), "config": self.config.to_dict(), "run": self._run}
         save_run(path, self._module, self.optimizer.inner, {**facts, **self._state()})
 
@@ -207,8 +223,7 @@ class PrivateTraining:
         charged = check_int(facts.get("charged"), "charged", 0, self.config.steps)
         bound = check_number(facts.get("clip_bound"), "clip_bound", 0.0, open_low=True)
         run = str(facts.get("run"))
-        if self._ledger is not None:
-            charged = max(charged, self._ledger.reserved(run, self.config.digest()))
+        charged = self._ranks.by_first(lambda: max(charged, self._reserved(run)))
         load_run(path, self._module, self.optimizer.inner, header, tensors)
         if self._ledger is not None:
             self._ledger.close_run(self._run, 0)
@@ -234,10 +249,22 @@ class PrivateTraining:
         self.optimizer.accept(found.sums, ticket)
         self._bound.follow(found.balance, ticket.number)
 
+    def _open_run(self) -> int:
+        if self._ledger is not None:
+            self._run = self._ledger.open_run(self.config)
+        return 0
+
+    def _reserved(self, run: str) -> int:
+        return 0 if self._ledger is None else self._ledger.reserved(run, self.config.digest())
+
     def _reserve(self, steps: int) -> None:
         self._recorder.clear()
-        if self._ledger is not None and steps > self._covered:
-            self._covered = self._ledger.reserve(self._run, steps)
+        if steps > self._covered:
+            self._covered = self._ranks.by_first(lambda: self._cover(steps))
+
+    def _cover(self, steps: int) -> int:
+        """On disk before they are taken; without a ledger nothing has to be."""
+        return self.config.steps if self._ledger is None else self._ledger.reserve(self._run, steps)
 
     def _approve(self, model: nn.Module) -> None:
         """Another train/eval mode or another module since the last look is looked at again."""

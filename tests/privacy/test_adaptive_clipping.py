@@ -7,12 +7,17 @@ import torch
 from torch import nn
 
 from aidefend.privacy.clip_bound import ClipBound
+from aidefend.privacy.ranks import Ranks
 from tests.privacy.private_worlds import one_step, private_run, quiet, rows, settings
+
+
+def bound_of(config):
+    return ClipBound(config, Ranks(None, nn.Linear(1, 1)))
 
 
 def test_sum_and_count_together_are_the_noise_multiplier_of_the_configuration():
     for noise in (0.5, 1.0, 7.3):
-        bound = ClipBound(settings(clipping="adaptive", noise_multiplier=noise))
+        bound = bound_of(settings(clipping="adaptive", noise_multiplier=noise))
         of_sum = bound.noise_deviation / bound.value
         together = 1 / math.sqrt(1 / of_sum**2 + (0.5 / bound.count_deviation) ** 2)
         assert together == pytest.approx(noise, rel=1e-12)
@@ -21,7 +26,7 @@ def test_sum_and_count_together_are_the_noise_multiplier_of_the_configuration():
 
 def test_other_kinds_have_the_noise_as_it_is_and_a_bound_that_stays():
     for kind in ("flat", "per_layer", "automatic"):
-        bound = ClipBound(settings(clipping=kind, noise_multiplier=2.0))
+        bound = bound_of(settings(clipping=kind, noise_multiplier=2.0))
         bound.follow(10.0, 1)
         assert bound.noise_deviation == 2.0 * 0.7 and bound.value == 0.7
 
@@ -50,11 +55,11 @@ def test_the_bound_finds_the_median_length(start):
 def test_the_count_is_noisy_and_never_the_same_twice():
     moved = set()
     for _ in range(3):
-        bound = ClipBound(settings(clipping="adaptive"))
+        bound = bound_of(settings(clipping="adaptive"))
         bound.follow(0.0, 1)
         moved.add(bound.value)
     assert len(moved) == 3
-    seeded = [ClipBound(settings(clipping="adaptive", insecure_seed=1)) for _ in range(2)]
+    seeded = [bound_of(settings(clipping="adaptive", insecure_seed=1)) for _ in range(2)]
     for bound in seeded:
         bound.follow(1.0, 1)
     assert seeded[0].value == seeded[1].value != 0.7
@@ -84,7 +89,7 @@ def test_one_row_moves_the_count_by_a_half():
 
 
 def test_an_extreme_step_does_not_run_away():
-    bound = ClipBound(settings(clipping="adaptive", insecure_no_noise=True, insecure_seed=0))
+    bound = bound_of(settings(clipping="adaptive", insecure_no_noise=True, insecure_seed=0))
     for step in range(1000):
         bound.follow(-1e9, step)
     assert bound.value == pytest.approx(0.7e6)
