@@ -32,12 +32,12 @@ class ClipBound:
     @property
     def noise_deviation(self) -> float:
         """Standard deviation of the noise of the clipped sum."""
-        return self._config.noise * self.value * (_SUM_SHARE if self._adaptive else 1.0)
+        return self._config.multiplier * self.value * (_SUM_SHARE if self._adaptive else 1.0)
 
     @property
     def count_deviation(self) -> float:
         """Standard deviation of the noise of the count of rows, each -1/2 or +1/2."""
-        return self._config.noise / (2 * math.sqrt(1 - 1 / _SUM_SHARE**2))
+        return self._config.multiplier / (2 * math.sqrt(1 - 1 / _SUM_SHARE**2))
 
     def follow(self, balance: float, step: int) -> None:
         """Move the bound after a step in which `balance` is the sum of +1/2 for each row within it and -1/2 beyond."""

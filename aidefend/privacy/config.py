@@ -9,7 +9,9 @@ from aidefend._core.checks import check_choice, check_int, check_number, check_p
 from aidefend._core.errors import PrivacyError
 from aidefend._core.storage import canonical_json
 from aidefend.privacy.accounting import NEIGHBORING, Neighboring, Spent, solve_noise_multiplier, spent
+from aidefend.privacy.banded_noise import participations
 
+Noise = Literal["independent", "banded"]
 Clipping = Literal["flat", "per_layer", "automatic", "adaptive"]
 CLIPPING = ("flat", "per_layer", "automatic", "adaptive")
 
@@ -40,6 +42,11 @@ class PrivacyConfig:
             epsilon (1 % more noise on the sum).
         microbatch: Rows in memory at a time, >= 1; changes nothing but memory, at the cost of one more forward pass.
         steps_per_pass: Steps of one pass of the loader, for epoch loops; None: all that remain.
+        noise: "independent": fresh noise at each step; "banded": the noise of a step takes back part of that of the
+            bands - 1 steps before, which moves the weights less at the same epsilon where a run has few passes over
+            the data. Rows are then divided at random into `bands` groups that take turns, each row joining with
+            bands * sample_rate when its group's turn comes. Keeps bands - 1 copies of the parameters in memory.
+        bands: Width of the band, >= 2, with bands * sample_rate <= 1. Only, and always, with noise="banded".
         insecure_seed: For tests only: a seed for batches and noise. Whoever knows it undoes the noise: epsilon is inf.
         insecure_no_noise: For tests only: adds no noise. Epsilon is inf.
     Raises: ConfigurationError: a number out of range, or not exactly one of each pair. PrivacyError: delta too
@@ -47,7 +54,7 @@ class PrivacyConfig:
     Cost: Solving for target_epsilon takes 0.1 to 1 s.
 
     Source: automatic clipping: Bu, Wang, Zha, Karypis 2023 (AUTO-S, stability constant 0.01); adaptive clipping:
-        Andrew, Thakkar, McMahan, Ramaswamy 2021.
+        Andrew, Thakkar, McMahan, Ramaswamy 2021; banded noise: Choquette-Choo et al. 2023 (cyclic Poisson sampling).
 
     Example:
         >>> config = PrivacyConfig(
@@ -58,7 +65,7 @@ class PrivacyConfig:
         ...     delta=1e-5,
         ...     target_epsilon=3.0,
         ... )
-        >>> round(config.noise, 2), config.spent(1_000).epsilon <= 3.0
+        >>> round(config.multiplier, 2), config.spent(1_000).epsilon <= 3.0
         (0.64, True)
     """
 
@@ -76,7 +83,9 @@ class PrivacyConfig:
     steps_per_pass: int | None = None
     insecure_seed: int | None = None
     insecure_no_noise: bool = False
-    noise: float = dataclasses.field(init=False, repr=False)
+    noise: Noise = "independent"
+    bands: int | None = None
+    multiplier: float = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._check_ranges()
@@ -86,11 +95,13 @@ class PrivacyConfig:
             raise refuse(
                 f"delta < 1 / public_size = {1 / self.public_size:.3g}", "delta", self.delta, cure, PrivacyError
             )
-        noise = self.noise_multiplier
-        if noise is None:
+        self._check_bands()
+        found = self.noise_multiplier
+        if found is None:
             target = float(self.target_epsilon or math.nan)
-            noise = solve_noise_multiplier(target, self.delta, self.rate, self.steps, self.neighboring)
-        object.__setattr__(self, "noise", float(noise))
+            rate, steps = self._accounted(self.steps)
+            found = solve_noise_multiplier(target, self.delta, rate, steps, self.neighboring)
+        object.__setattr__(self, "multiplier", float(found))
 
     @property
     def rate(self) -> float:
@@ -109,7 +120,22 @@ class PrivacyConfig:
     def history(self, steps: int) -> list[tuple[float, float, int]]:
         """The first `steps` steps as `epsilon` takes them."""
         check_int(steps, "steps", 0)
-        return [(0.0 if self.insecure else self.noise, self.rate, steps)]
+        rate, repeats = self._accounted(steps)
+        return [(0.0 if self.insecure else self.multiplier, rate, repeats)]
+
+    def _accounted(self, steps: int) -> tuple[float, int]:
+        """(sample rate, steps) of the independent steps that cost as much.
+
+        With banded noise a row takes part once in a cycle, and its parts of different cycles meet noise that is
+        independent after multiplication with the strategy matrix, whose columns have length one.
+        """
+        if self.bands is None:
+            return self.rate, steps
+        return min(1.0, self.rate * self.bands), participations(steps, self.bands)
+
+    def whole_cycles(self, steps: int) -> int:
+        """So many steps, with banded noise to the end of their cycle: a run that is taken up has other groups."""
+        return steps if self.bands is None else min(self.steps, participations(steps, self.bands) * self.bands)
 
     def spent(self, steps: int) -> Spent:
         """Epsilon after `steps` steps, and its accountant."""
@@ -135,6 +161,21 @@ class PrivacyConfig:
         for name, low in (("microbatch", 1), ("steps_per_pass", 1), ("insecure_seed", 0)):
             if getattr(self, name) is not None:
                 check_int(getattr(self, name), name, low, 2**63 - 1)
+
+    def _check_bands(self) -> None:
+        check_choice(self.noise, ("independent", "banded"), "noise")
+        if (self.noise == "banded") != (self.bands is not None):
+            cure = 'Pass noise="banded" with bands=8, or neither'
+            raise refuse('bands with noise="banded" and with no other', "bands", self.bands, cure)
+        if self.bands is None:
+            return
+        check_int(self.bands, "bands", 2, self.steps)
+        if self.bands * self.rate > 1 + 1e-9:
+            cure = f"Take at most {int(1 / self.rate)} bands, or smaller batches"
+            raise refuse("bands * sample_rate <= 1", "bands", self.bands, cure)
+        if self.clipping == "adaptive":
+            cure = 'Use clipping="flat" or "automatic": the noise of several steps needs one scale'
+            raise refuse("a clip norm that stays, with banded noise", "clipping", self.clipping, cure)
 
     def _check_pairs(self) -> None:
         _exactly_one(

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from aidefend._core.batches import as_dataset
 from aidefend._core.checks import check_not_empty, refuse
 from aidefend._core.random import derive_seed, secure_uniform
+from aidefend.privacy.banded_noise import groups_of
 from aidefend.privacy.config import PrivacyConfig
 from aidefend.privacy.ranks import Ranks
 from aidefend.privacy.step_book import StepBook, refused
@@ -103,7 +104,8 @@ class PoissonLoader:
     """Iterate over it in the training loop: each pass gives `steps_per_pass` batches, or all that remain.
 
     Guarantee: at each step every row joins with probability `sample_rate`, independently of all others and of all other
-        steps. Batches vary in size and may be empty; an empty one needs its step like any other. `len()` is public.
+        steps; with banded noise at the turns of its group alone, with `bands * sample_rate`. Batches vary in size and
+        may be empty; an empty one needs its step like any other. `len()` is public.
     Raises: BudgetExceeded: at the start of a pass with nothing left.
     Cost: Eight bytes from the operating system for each row of the data set and step.
     """
@@ -111,6 +113,7 @@ class PoissonLoader:
     def __init__(self, source: RowSource, config: PrivacyConfig, book: StepBook, ranks: Ranks) -> None:
         self._source, self._config, self._book = source, config, book
         self._mine = ranks.mine(len(source))
+        self._groups = None if config.bands is None else groups_of(self._uniforms("groups"), config.bands)
         self.unreadable = 0
 
     def __len__(self) -> int:
@@ -123,14 +126,20 @@ class PoissonLoader:
 
     def _pass(self, batches: int) -> Iterator[tuple[Tensor, Tensor]]:
         for _ in range(batches):
-            indices = np.flatnonzero((self._uniforms() < self._config.rate) & self._mine).tolist()
-            x, y, lost = self._source.batch(indices)
+            x, y, lost = self._source.batch(np.flatnonzero(self._joins(self._book.charged) & self._mine).tolist())
             self._book.draw(len(x))
             self.unreadable += lost
             yield x, y
 
-    def _uniforms(self) -> Any:
+    def _joins(self, before: int) -> Any:
+        """Which rows join the next batch, after `before` others."""
+        uniforms = self._uniforms("batch", before + 1)
+        if self._groups is None or self._config.bands is None:
+            return uniforms < self._config.rate
+        return (uniforms < self._config.rate * self._config.bands) & (self._groups == before % self._config.bands)
+
+    def _uniforms(self, *names: object) -> Any:
         if self._config.insecure_seed is None:
             return secure_uniform(len(self._source))
-        seed = derive_seed(self._config.insecure_seed, "batch", self._book.charged + 1)
+        seed = derive_seed(self._config.insecure_seed, *names)
         return torch.rand(len(self._source), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).numpy()

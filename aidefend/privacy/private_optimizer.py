@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from aidefend._core.checks import refuse
 from aidefend._core.random import derive_seed, secure_normal
+from aidefend.privacy.banded_noise import BandedNoise, band_coefficients
 from aidefend.privacy.clip_bound import ClipBound
 from aidefend.privacy.config import PrivacyConfig
 from aidefend.privacy.layer_gradients import trainable_parameters
@@ -57,9 +58,16 @@ class Noise:
 
     def __init__(self, config: PrivacyConfig, bound: ClipBound, ranks: Ranks) -> None:
         self._config, self._bound, self._ranks = config, bound, ranks
+        self._band: BandedNoise | None = None
+        if config.bands is not None:
+            self._band = BandedNoise(band_coefficients(config.bands, config.steps))
 
     def like(self, parameter: Tensor, name: str, step: int) -> Tensor:
         """Noise for one parameter at one step, in the units of the clipped sum, float32 or wider; the caller's own."""
+        fresh = self._fresh(parameter, name, step)
+        return fresh if self._band is None else self._band.correlated(fresh, name, step)
+
+    def _fresh(self, parameter: Tensor, name: str, step: int) -> Tensor:
         dtype = parameter.dtype if parameter.dtype == torch.float64 else torch.float32
         shape, device = tuple(parameter.shape), parameter.device
         if self._config.insecure_no_noise or not self._ranks.first:

@@ -126,16 +126,18 @@ def make_statement(config: PrivacyConfig, steps_taken: int) -> PrivacyStatement:
     """The statement of a run with this configuration."""
     now, planned = config.spent(steps_taken), config.spent(config.steps)
     source = config.insecure or "the operating system's cryptographic stream, never stored, never replayed"
+    if config.bands is not None:
+        source += f"; correlated over {config.bands} steps (banded matrix factorisation)"
     return PrivacyStatement(
         epsilon=now.epsilon,
         delta=config.delta,
         neighboring=config.neighboring,
         unit=_UNITS[config.neighboring],
         accountant=planned.accountant,
-        sampler="full batch" if config.rate == 1 else "Poisson: each row joins each step independently",
+        sampler=_sampler(config),
         sample_rate=config.rate,
         expected_batch_size=config.expected_batch_size,
-        noise_multiplier=0.0 if config.insecure_no_noise else config.noise,
+        noise_multiplier=0.0 if config.insecure_no_noise else config.multiplier,
         max_grad_norm=config.max_grad_norm,
         clipping=config.clipping,
         steps_taken=steps_taken,
@@ -147,6 +149,12 @@ def make_statement(config: PrivacyConfig, steps_taken: int) -> PrivacyStatement:
         not_covered=_NOT_COVERED,
         versions=_versions(),
     )
+
+
+def _sampler(config: PrivacyConfig) -> str:
+    if config.bands is not None:
+        return f"cyclic Poisson: {config.bands} random groups take turns, whose rows join independently"
+    return "full batch" if config.rate == 1 else "Poisson: each row joins each step independently"
 
 
 def _versions() -> dict[str, str]:

@@ -207,7 +207,7 @@ class PrivateTraining:
         save_run(path, self._module, self.optimizer.inner, {**facts, **self._state()})
 
     def resume(self, path: str | os.PathLike[str]) -> None:
-        """Take up a saved run: same configuration, fresh noise, spent steps stay spent.
+        """Take up a saved run: same configuration, fresh noise, spent steps stay spent (banded noise: whole cycles).
 
         Steps between the save and a crash are charged if the run has a ledger; without one they are unknown here.
         Raises: PrivacyError: another configuration, model or optimizer, a damaged file, or a run that has begun.
@@ -223,7 +223,7 @@ class PrivateTraining:
         charged = check_int(facts.get("charged"), "charged", 0, self.config.steps)
         bound = check_number(facts.get("clip_bound"), "clip_bound", 0.0, open_low=True)
         run = str(facts.get("run"))
-        charged = self._ranks.by_first(lambda: max(charged, self._reserved(run)))
+        charged = self._ranks.by_first(lambda: self.config.whole_cycles(max(charged, self._reserved(run))))
         load_run(path, self._module, self.optimizer.inner, header, tensors)
         if self._ledger is not None:
             self._ledger.close_run(self._run, 0)

@@ -62,15 +62,15 @@ def test_misspelt_and_positional_arguments_are_refused():
 
 def test_target_is_solved_and_kept():
     config = settings(noise_multiplier=None, target_epsilon=2.0, steps=30, delta=1e-5)
-    assert epsilon(config.history(30), 1e-5) <= 2.0 < epsilon([(config.noise - 2e-4, config.rate, 30)], 1e-5)
+    assert epsilon(config.history(30), 1e-5) <= 2.0 < epsilon([(config.multiplier - 2e-4, config.rate, 30)], 1e-5)
     assert config.spent(0).epsilon == 0.0
     longer = dataclasses.replace(config, steps=60)
-    assert longer.noise > config.noise and longer.spent(60).epsilon <= 2.0
+    assert longer.multiplier > config.multiplier and longer.spent(60).epsilon <= 2.0
 
 
 def test_replaced_rows_need_more_noise():
     base = {"noise_multiplier": None, "target_epsilon": 2.0, "steps": 30, "delta": 1e-5}
-    assert settings(neighboring="replace_one", **base).noise > 1.5 * settings(**base).noise
+    assert settings(neighboring="replace_one", **base).multiplier > 1.5 * settings(**base).multiplier
 
 
 def test_frozen_hashable_and_picklable():
