@@ -34,12 +34,9 @@ def band_coefficients(bands: int, steps: int) -> tuple[float, ...]:
         found = float(np.log(column @ column) + np.log(remaining @ response**2))
         return found if math.isfinite(found) else 1e9
 
-    root: Array = np.cumprod([1.0, *((2 * k - 1) / (2 * k) for k in range(1, bands))])
-    best: Array = (
-        minimize(error, root[1:], method="L-BFGS-B", bounds=[(0.0, 1.0)] * (bands - 1)).x if bands > 1 else root[1:]
-    )
-    rest = best if error(best) <= error(root[1:]) else root[1:]
-    column = np.concatenate([[1.0], rest])
+    root: Array = np.cumprod([(2 * k - 1) / (2 * k) for k in range(1, bands)], dtype=np.float64)
+    best: Array = minimize(error, root, method="L-BFGS-B", bounds=[(0.0, 1.0)] * (bands - 1)).x
+    column = np.concatenate([[1.0], best if error(best) <= error(root) else root])
     return tuple(float(value) for value in column / np.linalg.norm(column) * (1 - 1e-12))
 
 

@@ -136,7 +136,7 @@ def test_batches_are_poisson():
 
 
 def test_planted_shuffled_batches(monkeypatch):
-    def shuffled(self):
+    def shuffled(self, *names):
         order = np.random.default_rng(self._book.charged // 3).permutation(60)
         third = self._book.charged % 3
         picked = np.ones(60)

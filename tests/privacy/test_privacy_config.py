@@ -78,7 +78,7 @@ def test_frozen_hashable_and_picklable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.steps = 100
     assert pickle.loads(pickle.dumps(config)) == config and hash(config) == hash(settings())
-    assert config.to_dict()["noise"] == 1.0
+    assert config.to_dict()["multiplier"] == 1.0
 
 
 def test_the_digest_names_what_may_not_change():
