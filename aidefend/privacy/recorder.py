@@ -102,6 +102,11 @@ class Recorder:
         self._model = model
         self._microbatch = microbatch
         self.layers = {path: layer for path, layer in model.named_modules() if own_parameters(layer)}
+        self._apart = [
+            (path, layer, form)
+            for path, layer in model.named_modules()
+            if (form := form_of(layer)) is not None and any(p.requires_grad for p in layer.parameters())
+        ]
         self._passes: list[ForwardPass] = []
         self._collecting = self._last_pass = False
 
@@ -182,16 +187,21 @@ class Recorder:
                 output.register_hook(self._arrival(weakref.ref(taps[-1])))
 
         with ExitStack() as stack:
+            for path, layer, form in self._apart:
+                forward = partial(form, layer, partial(self._multiply, taps, path, layer))
+                stack.enter_context(_taken_apart(layer, forward))
             for path, layer in self.layers.items():
-                form = form_of(layer)
-                if form is not None:
-                    stack.enter_context(
-                        _taken_apart(layer, partial(form, layer, partial(_multiply, taps, path, layer)))
-                    )
-                    continue
-                handle = layer.register_forward_hook(_hook(keep, path), prepend=True, with_kwargs=True)
-                stack.callback(handle.remove)
+                if form_of(layer) is None:
+                    handle = layer.register_forward_hook(_hook(keep, path), prepend=True, with_kwargs=True)
+                    stack.callback(handle.remove)
             return self._model(*args, **kwargs)
+
+    def _multiply(self, taps: list[Tap], path: str, layer: nn.Module, product: Product, x: Tensor) -> Tensor:
+        """One product of a layer that is taken apart, remembered if the layer has something to learn from it."""
+        output = product_of(layer, product, x)
+        if output.requires_grad and path in self.layers:
+            taps.append(Tap(path, layer, (x,), output, product))
+        return output
 
     def _arrival(self, tap: "weakref.ref[Tap]") -> Callable[[Tensor], None]:
         recorder = weakref.ref(self)
@@ -279,14 +289,6 @@ class Recorder:
             yield
         finally:
             self._collecting = self._last_pass = False
-
-
-def _multiply(taps: list[Tap], path: str, layer: nn.Module, product: Product, x: Tensor) -> Tensor:
-    """One product of a layer that is taken apart, remembered."""
-    output = product_of(layer, product, x)
-    if output.requires_grad:
-        taps.append(Tap(path, layer, (x,), output, product))
-    return output
 
 
 @contextmanager

@@ -161,6 +161,19 @@ def test_attention(case, batch_first):
         check(model, [x])
 
 
+@pytest.mark.parametrize("frozen", ["in_proj_weight", "in_proj_bias", "out_proj.weight", "in_proj", "out_proj"])
+def test_half_frozen_attention(frozen):
+    model = seeded(lambda: ToItself(nn.MultiheadAttention(4, 2, batch_first=True)))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(f"layer.{frozen}"))
+    check(model, inputs(3, 5, 4, passes=2))
+
+
+def test_frozen_layers_run_their_own_kernel():
+    model = First(nn.LSTM(3, 4, batch_first=True)).requires_grad_(False)
+    assert Recorder(model)._apart == []
+
+
 def test_the_weights_that_attention_returns_are_the_kernels():
     model = nn.MultiheadAttention(4, 2, batch_first=True)
     x = inputs(3, 5, 4)[0]
@@ -271,16 +284,21 @@ def test_packed_sequences_are_refused():
         private_run(Packed(), (torch.randn(24, 4, 3), torch.randint(0, 3, (24,))))
 
 
+def test_an_error_in_the_middle_leaves_no_trace():
+    model = nn.Sequential(First(nn.GRU(3, 4, batch_first=True)), nn.Linear(5, 2))
+    with pytest.raises(RuntimeError):
+        Recorder(model).run(Ticket(1, 2), (torch.zeros(2, 4, 3),), {})
+    assert all("forward" not in module.__dict__ and not module._forward_hooks for module in model.modules())
+
+
 def test_planted_missing_product_is_noticed(monkeypatch):
     """A form that forgets one weight's product: the probe at wrap time refuses the model."""
-    from aidefend.privacy import recorder
+    honest = Recorder._multiply
 
-    honest = recorder._multiply
+    def forgetful(self, taps, path, layer, product, x):
+        return honest(self, [] if product.weight.startswith("weight_hh") else taps, path, layer, product, x)
 
-    def forgetful(taps, path, layer, product, x):
-        return honest([] if product.weight.startswith("weight_hh") else taps, path, layer, product, x)
-
-    monkeypatch.setattr(recorder, "_multiply", forgetful)
+    monkeypatch.setattr(Recorder, "_multiply", forgetful)
     with pytest.raises(IncompatibleModel):
         private_run(Reader(), (torch.randint(0, 12, (24, 6)), torch.randint(0, 3, (24,))))
 
