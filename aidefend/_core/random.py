@@ -105,11 +105,13 @@ def secure_normal(
 
 def _fill_with_normal(part: Tensor) -> None:
     pairs, width = (len(part) + 1) // 2, part.element_size()
-    bits = bytearray(secure_bytes((8 + width) * pairs))
-    turns = torch.frombuffer(bits, dtype=torch.int64 if width == 8 else torch.int32, offset=8 * pairs)
-    uniforms = torch.frombuffer(bits, dtype=torch.int64, count=pairs).bitwise_and_(2**63 - 1).double()
-    radius = uniforms.add_(0.5).mul_(2.0**-63).log_().mul_(-2).sqrt_().to(part.dtype)
-    angle = turns.to(part.dtype).mul_(math.pi / 2 ** (8 * width - 1))
+    bits = secure_bytes((8 + width) * pairs)
+    halves = (np.frombuffer(bits, dtype=np.uint64, count=pairs) >> np.uint64(1)).view(np.int64)
+    turns = np.frombuffer(bits, dtype=np.int64 if width == 8 else np.int32, offset=8 * pairs)
+    radius = torch.from_numpy(halves).double().add_(0.5).mul_(2.0**-63).log_().mul_(-2).sqrt_().to(part.dtype)
+    angle = torch.from_numpy(turns.astype(np.float64 if width == 8 else np.float32)).mul_(
+        math.pi / 2 ** (8 * width - 1)
+    )
     torch.mul(radius, angle.cos(), out=part[:pairs])
     rest = len(part) - pairs
     torch.mul(radius[:rest], angle[:rest].sin_(), out=part[pairs:])
