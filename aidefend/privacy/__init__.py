@@ -1,6 +1,8 @@
 """Differentially private training around your own loop, and the account of what it cost."""
 
+from aidefend.privacy.accounting import calibrate_noise as calibrate_noise
 from aidefend.privacy.accounting import epsilon as epsilon
+from aidefend.privacy.accounting import max_steps_within as max_steps_within
 from aidefend.privacy.config import PrivacyConfig as PrivacyConfig
 from aidefend.privacy.ledger import LedgerRun as LedgerRun
 from aidefend.privacy.ledger import PrivacyLedger as PrivacyLedger
@@ -17,7 +19,9 @@ __all__ = [
     "PrivacyStatement",
     "PrivateTraining",
     "Problem",
+    "calibrate_noise",
     "check_private_ready",
     "epsilon",
     "make_private",
+    "max_steps_within",
 ]

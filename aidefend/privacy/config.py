@@ -8,7 +8,7 @@ from typing import Any, Literal
 from aidefend._core.checks import check_choice, check_int, check_number, check_probability, refuse
 from aidefend._core.errors import PrivacyError
 from aidefend._core.storage import canonical_json
-from aidefend.privacy.accounting import NEIGHBORING, Neighboring, Spent, solve_noise_multiplier, spent
+from aidefend.privacy.accounting import NEIGHBORING, Neighboring, Spent, calibrate_noise, spent
 from aidefend.privacy.banded_noise import participations
 
 Noise = Literal["independent", "banded"]
@@ -100,7 +100,7 @@ class PrivacyConfig:
         if found is None:
             target = float(self.target_epsilon or math.nan)
             rate, steps = self._accounted(self.steps)
-            found = solve_noise_multiplier(target, self.delta, rate, steps, self.neighboring)
+            found = calibrate_noise(target, self.delta, rate, steps, self.neighboring)
         object.__setattr__(self, "multiplier", float(found))
 
     @property

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from aidefend import ConfigurationError
-from aidefend.privacy import epsilon
-from aidefend.privacy.accounting import solve_noise_multiplier, spent
+from aidefend.privacy import calibrate_noise, epsilon, max_steps_within
+from aidefend.privacy.accounting import spent
 from aidefend.privacy.privacy_loss import Mechanism, _discretise, _interval_masses, _pair, _thresholds, composed_epsilon
 
 TABLE = [  # (noise multiplier, sample rate, steps, delta): research notes, section 5
@@ -249,14 +249,14 @@ def test_a_grid_without_its_upward_rounding_would_be_caught(monkeypatch):
     ],
 )
 def test_the_solved_noise_is_the_least_that_serves(target, delta, q, steps, neighboring):
-    noise = solve_noise_multiplier(target, delta, q, steps, neighboring)
+    noise = calibrate_noise(target, delta, q, steps, neighboring)
     assert epsilon([(noise, q, steps)], delta, neighboring) <= target
     assert epsilon([(noise - 2e-4, q, steps)], delta, neighboring) > target
 
 
 def test_published_noise_levels():
-    assert solve_noise_multiplier(3.0, 1e-5, 1.0, 50, "add_remove") == pytest.approx(9.83, abs=0.01)
-    assert solve_noise_multiplier(1.0, 1e-5, 1.0, 50, "add_remove") == pytest.approx(26.4, abs=0.05)
+    assert calibrate_noise(3.0, 1e-5, 1.0, 50, "add_remove") == pytest.approx(9.83, abs=0.01)
+    assert calibrate_noise(1.0, 1e-5, 1.0, 50, "add_remove") == pytest.approx(26.4, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -281,4 +281,45 @@ def test_bad_arguments(arguments):
 
 def test_an_unreachable_target_is_named():
     with pytest.raises(ConfigurationError, match="target_epsilon"):
-        solve_noise_multiplier(1e-9, 1e-9, 1.0, 10**6, "add_remove")
+        calibrate_noise(1e-9, 1e-9, 1.0, 10**6, "add_remove")
+
+
+@pytest.mark.parametrize("neighboring", ["add_remove", "replace_one"])
+@pytest.mark.parametrize(
+    ("target", "noise", "rate", "delta"),
+    [
+        (2.0, 1.1, 0.01, 1e-5),
+        (0.5, 4.0, 1.0, 1e-5),
+        (8.0, 0.7, 0.2, 1e-3),
+        (0.01, 1.0, 0.5, 1e-6),
+        (1.0, 0.05, 0.1, 1e-5),
+    ],
+)
+def test_one_step_more_than_fits_exceeds_the_target(target, noise, rate, delta, neighboring):
+    steps = max_steps_within(target, noise, rate, delta, neighboring)
+    assert steps == 0 or epsilon([(noise, rate, steps)], delta, neighboring) <= target
+    assert epsilon([(noise, rate, steps + 1)], delta, neighboring) > target
+
+
+def test_steps_without_end_are_counted_to_a_limit():
+    assert max_steps_within(1.0, 1e6, 1e-3) == 10**8
+    for bad in ({"target_epsilon": 0.0}, {"noise_multiplier": 0.0}, {"sample_rate": 1.5}, {"delta": 1.0}):
+        with pytest.raises(ConfigurationError, match=next(iter(bad))):
+            max_steps_within(**{"target_epsilon": 1.0, "noise_multiplier": 1.0, "sample_rate": 0.1, **bad})
+    with pytest.raises(ConfigurationError, match="steps"):
+        calibrate_noise(1.0, 1e-5, 0.1, 0)
+
+
+@pytest.mark.parametrize("row", TABLE)
+def test_what_is_reported_is_the_smallest_of_the_valid_answers(row):
+    """The privacy loss distribution, wherever its grid fits, is below Rényi's answer; full batches are exact."""
+    from aidefend.privacy.accounting import _exact_gaussian, _renyi
+
+    sigma, q, steps, delta = row
+    for neighboring in ("add_remove", "replace_one"):
+        found = spent([(sigma, q, steps)], delta, neighboring)
+        assert found.epsilon <= _renyi((Mechanism(sigma, q, steps),), delta, neighboring)
+        whole = (Mechanism(sigma, 1.0, 3),)
+        exact = _exact_gaussian(whole, delta, neighboring)
+        assert spent([(sigma, 1.0, 3)], delta, neighboring) == (exact, "exact Gaussian")
+        assert exact <= _renyi(whole, delta, neighboring)
