@@ -4,6 +4,7 @@ from aidefend.privacy.accounting import calibrate_noise as calibrate_noise
 from aidefend.privacy.accounting import epsilon as epsilon
 from aidefend.privacy.accounting import max_steps_within as max_steps_within
 from aidefend.privacy.config import PrivacyConfig as PrivacyConfig
+from aidefend.privacy.ledger import LedgerCharge as LedgerCharge
 from aidefend.privacy.ledger import LedgerRun as LedgerRun
 from aidefend.privacy.ledger import PrivacyLedger as PrivacyLedger
 from aidefend.privacy.readiness import Problem as Problem
@@ -13,6 +14,7 @@ from aidefend.privacy.training import PrivateTraining as PrivateTraining
 from aidefend.privacy.training import make_private as make_private
 
 __all__ = [
+    "LedgerCharge",
     "LedgerRun",
     "PrivacyConfig",
     "PrivacyLedger",

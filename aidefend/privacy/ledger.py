@@ -1,6 +1,7 @@
-"""All private runs on one data set, in one file: their epsilons compose, whatever crashes."""
+"""All private runs and releases on one data set, in one file: their epsilons compose, whatever crashes."""
 
-import math
+import hashlib
+import json
 import os
 import secrets
 import time
@@ -15,22 +16,19 @@ from aidefend._core.checks import (
     check_number,
     check_path,
     check_probability,
-    describe,
     expected,
     refuse,
 )
 from aidefend._core.errors import BudgetExceeded, PrivacyError
-from aidefend._core.storage import open_database, transaction
+from aidefend._core.storage import canonical_json, open_database, transaction
 from aidefend.privacy.accounting import NEIGHBORING, Neighboring, epsilon
 from aidefend.privacy.config import PrivacyConfig
 
 _BLOCKS = 50
+_BEGINNING = "aidefend.privacy-ledger/1"
 _SCHEMA = (
-    "CREATE TABLE IF NOT EXISTS budget "
-    "(id INTEGER PRIMARY KEY CHECK (id = 1), target REAL NOT NULL, delta REAL NOT NULL, neighboring TEXT NOT NULL)",
-    "CREATE TABLE IF NOT EXISTS run "
-    "(id TEXT PRIMARY KEY, opened REAL NOT NULL, digest TEXT NOT NULL, noise REAL NOT NULL, rate REAL NOT NULL, "
-    "planned INTEGER NOT NULL, reserved INTEGER NOT NULL, closed INTEGER NOT NULL DEFAULT 0)",
+    "CREATE TABLE IF NOT EXISTS entry (number INTEGER PRIMARY KEY, body TEXT NOT NULL, chain TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS head (id INTEGER PRIMARY KEY CHECK (id = 1), number INTEGER NOT NULL, chain TEXT)",
 )
 
 
@@ -39,34 +37,85 @@ class LedgerRun(NamedTuple):
 
     id: str
     opened: float
+    digest: str
     noise_multiplier: float
     sample_rate: float
     planned: int
-    steps: int
-    closed: int
+    bands: int = 1
+    steps: int = 0
+    closed: bool = False
+
+    def history(self, steps: int) -> tuple[float, float, int]:
+        """So many of its steps as `epsilon` takes them."""
+        return self.noise_multiplier, min(1.0, self.sample_rate * self.bands), -(-steps // self.bands)
+
+
+class LedgerCharge(NamedTuple):
+    """One release outside of training: of a Gaussian mechanism, or of one with a pure epsilon."""
+
+    id: str
+    charged: float
+    name: str
+    noise_multiplier: float | None
+    pure_epsilon: float | None
+    times: int
+
+
+class _Account:
+    """What the entries add up to."""
+
+    def __init__(self) -> None:
+        self.limit: tuple[float, float, str] | None = None
+        self.runs: dict[str, LedgerRun] = {}
+        self.charges: list[LedgerCharge] = []
+
+    def take(self, entry: dict[str, Any]) -> None:
+        """One entry more."""
+        kind = entry.pop("kind")
+        if kind == "limit":
+            self.limit = (entry["target"], entry["delta"], entry["neighboring"])
+        elif kind == "open":
+            self.runs[entry["id"]] = LedgerRun(**entry)
+        elif kind in ("reserve", "close"):
+            run = self.runs[entry["id"]]
+            self.runs[run.id] = run._replace(steps=entry["steps"], closed=kind == "close")
+        else:
+            self.charges.append(LedgerCharge(**entry))
+
+    def epsilon(self, delta: float, neighboring: Neighboring, planned: bool = False) -> float:
+        """Of everything; with `planned`, open runs count with all their planned steps."""
+        runs = self.runs.values()
+        history = [
+            run.history(max(run.steps, run.planned) if planned and not run.closed else run.steps) for run in runs
+        ]
+        history += [(c.noise_multiplier, 1.0, c.times) for c in self.charges if c.noise_multiplier is not None]
+        pure = sum(c.pure_epsilon * c.times for c in self.charges if c.pure_epsilon is not None)
+        return epsilon(history, delta, neighboring) + (2.0 if neighboring == "replace_one" else 1.0) * pure
 
 
 class PrivacyLedger:
-    """The runs on one data set. Pass it as `make_private(..., ledger=ledger)`.
+    """The runs on one data set and what else was computed from it. Pass it as `make_private(..., ledger=ledger)`.
 
     Guarantee: the total never undercounts the steps of any run that used the ledger, after a crash or a kill at any
         point, with several processes at once: steps are reserved on disk, in blocks of a fiftieth of the run, before
-        their batch is drawn. With `target_epsilon`, runs that would exceed it in the whole are refused when they open.
-        Runs that bypass the ledger and a ledger file that is deleted or rolled back void it.
+        their batch is drawn, and releases are charged before they are made. With `target_epsilon`, runs and releases
+        that would exceed it in the whole are refused when they open. Entries are chained by SHA-256: one that was
+        changed, removed or moved is found at the next call. Runs that bypass the ledger, a file that is deleted or
+        rolled back, and a forger who writes a whole new chain void it.
     Args:
         path: One file for each data set; made if it is missing.
         target_epsilon: > 0, a limit for all runs together; None: only counted.
         delta: In (0, 1), of the limit and of `epsilon`.
         neighboring: "add_remove" or "replace_one", of the limit and of `epsilon`.
     Raises: ConfigurationError: arguments out of range, or another limit than the one in the file. PrivacyError: the
-        file is no ledger.
+        file is no ledger, or its chain is broken.
     Cost: About fifty writes for each run, some milliseconds each.
 
     Example:
         >>> import tempfile, pathlib
         >>> ledger = PrivacyLedger(pathlib.Path(tempfile.mkdtemp()) / "patients.ledger", target_epsilon=8.0)
-        >>> ledger.epsilon(), ledger.runs()
-        (0.0, ())
+        >>> ledger.epsilon(), ledger.runs(), ledger.charges()
+        (0.0, (), ())
     """
 
     def __init__(
@@ -85,96 +134,129 @@ class PrivacyLedger:
         self.path = check_path(path)
         if not self.path.parent.is_dir():
             raise refuse("path in an existing folder", "path", str(path), "Create the folder first")
-        self._target = self._opened(target_epsilon)
+        self._open(target_epsilon)
 
     def epsilon(self) -> float:
-        """What all runs together have spent, reserved steps included."""
-        with self._database() as connection:
-            return self._total(_read_runs(connection))
+        """What all runs and charges together have spent, reserved steps included.
+
+        Gaussian mechanisms, runs and charges alike, compose in one accountant; pure epsilons are added to its answer.
+        """
+        return self._read().epsilon(self._delta, self._neighboring)
 
     def runs(self) -> tuple[LedgerRun, ...]:
         """All runs, oldest first."""
-        with self._database() as connection:
-            return _read_runs(connection)
+        return tuple(self._read().runs.values())
+
+    def charges(self) -> tuple[LedgerCharge, ...]:
+        """All releases outside of training, oldest first."""
+        return tuple(self._read().charges)
+
+    def charge(
+        self,
+        name: str,
+        *,
+        noise_multiplier: float | None = None,
+        pure_epsilon: float | None = None,
+        times: int = 1,
+    ) -> str:
+        """Pay for something else that is computed from the data, before it is computed.
+
+        Args:
+            name: What it is, for readers.
+            noise_multiplier: > 0, of a Gaussian mechanism: standard deviation of its noise over the largest Euclidean
+                length by which adding or removing a row moves what it releases. Or:
+            pure_epsilon: > 0, of a mechanism without delta, for rows that are added or removed.
+            times: How many such releases, >= 1.
+        Returns: The id of the entry.
+        Raises: BudgetExceeded: it does not fit under the limit; nothing was written. ConfigurationError: not exactly
+            one of noise_multiplier and pure_epsilon, or one out of range.
+        """
+        check_kind(name, str, "name", "Say what is released")
+        if (noise_multiplier is None) == (pure_epsilon is None):
+            given = {"noise_multiplier": noise_multiplier, "pure_epsilon": pure_epsilon}
+            raise refuse("exactly one of noise_multiplier and pure_epsilon", "charge", given, "State the mechanism")
+        for value, argument in ((noise_multiplier, "noise_multiplier"), (pure_epsilon, "pure_epsilon")):
+            if value is not None:
+                check_number(value, argument, 0.0, open_low=True)
+        check_int(times, "times")
+        entry = {"name": name, "noise_multiplier": noise_multiplier, "pure_epsilon": pure_epsilon, "times": times}
+        entry |= {"id": secrets.token_hex(16), "charged": time.time()}
+        with self._database() as connection, transaction(connection):
+            self._check_fits(_append(connection, {"kind": "charge", **entry}))
+        return str(entry["id"])
 
     def open_run(self, config: PrivacyConfig) -> str:
         """A new run's id; BudgetExceeded if all its planned steps do not fit under the limit."""
         check_kind(config, PrivacyConfig, "config", "Pass the PrivacyConfig of the run")
-        noise = config.history(1)[0][0]
-        row = (secrets.token_hex(16), time.time(), config.digest(), noise, config.rate, config.steps, 0)
-        planned = LedgerRun(row[0], row[1], noise, config.rate, config.steps, 0, 0)
+        noise = 0.0 if config.insecure else config.multiplier
+        run = LedgerRun(
+            secrets.token_hex(16), time.time(), config.digest(), noise, config.rate, config.steps, config.bands or 1
+        )
         with self._database() as connection, transaction(connection):
-            self._check_fits((*_read_runs(connection), planned))
-            fields = "(id, opened, digest, noise, rate, planned, reserved)"
-            connection.execute(f"INSERT INTO run {fields} VALUES (?, ?, ?, ?, ?, ?, ?)", row)  # noqa: S608 - constants
-        return row[0]
+            self._check_fits(_append(connection, {"kind": "open", **run._asdict()}))
+        return run.id
 
     def reserved(self, run: str, digest: str) -> int:
         """The reserved steps of a run that is taken up again; refuses another configuration."""
-        check_kind(run, str, "run", "Pass what open_run returned")
-        with self._database() as connection:
-            row = connection.execute("SELECT reserved, digest FROM run WHERE id = ?", (run,)).fetchone()
-        if row is None or row[1] != digest:
+        found = self._read().runs.get(check_kind(run, str, "run", "Pass what open_run returned"))
+        if found is None or found.digest != digest:
             cure = "Use the ledger file and the configuration that the run began with"
             raise PrivacyError(expected("a run of this ledger and configuration", "run", run, cure))
-        return int(row[0])
+        return found.steps
 
     def reserve(self, run: str, steps: int) -> int:
         """Put at least `steps` steps of a run on disk; returns how many are covered now."""
-        check_kind(run, str, "run", "Pass what open_run returned")
         check_int(steps, "steps", 0)
         with self._database() as connection, transaction(connection):
-            found = [entry for entry in _read_runs(connection) if entry.id == run]
-            if not found:
-                raise PrivacyError(expected("a run of this ledger", "run", run, "Open it with make_private"))
-            if found[0].closed:
-                connection.execute("UPDATE run SET closed = 0 WHERE id = ?", (run,))
-                self._check_fits(_read_runs(connection))
-            block = max(1, found[0].planned // _BLOCKS)
-            covered = max(found[0].steps, steps, min(found[0].planned, steps + block - 1))
-            connection.execute("UPDATE run SET reserved = ? WHERE id = ?", (covered, run))
+            found = _run_of(_account(connection), run)
+            block = max(1, found.planned // _BLOCKS)
+            covered = max(found.steps, steps, min(found.planned, steps + block - 1))
+            account = _append(connection, {"kind": "reserve", "id": run, "steps": covered})
+            if found.closed:
+                self._check_fits(account)
         return covered
 
     def close_run(self, run: str, steps: int) -> None:
         """Give back what was reserved and not used; a later `reserve` opens the run again."""
-        values = (check_int(steps, "steps", 0), check_kind(run, str, "run", "Pass what open_run returned"))
+        check_int(steps, "steps", 0)
         with self._database() as connection, transaction(connection):
-            found = connection.execute("UPDATE run SET reserved = ?, closed = 1 WHERE id = ?", values)
-            if not found.rowcount:
-                raise PrivacyError(expected("a run of this ledger", "run", run, "Pass what open_run returned"))
+            _run_of(_account(connection), run)
+            _append(connection, {"kind": "close", "id": run, "steps": steps})
 
-    def _check_fits(self, runs: tuple[LedgerRun, ...]) -> None:
+    def _check_fits(self, account: _Account) -> None:
         """Every open run counts with all its planned steps."""
-        if self._target is None:
+        if account.limit is None:
             return
-        total = self._total(
-            tuple(run if run.closed else run._replace(steps=max(run.steps, run.planned)) for run in runs)
-        )
-        if total > self._target:
+        target = account.limit[0]
+        total = account.epsilon(self._delta, self._neighboring, planned=True)
+        if total > target:
             cure = "Take fewer steps or more noise; runs that ended early free their rest by private.release()"
-            rule = f"all runs within epsilon {self._target:g} at delta {self._delta:g}"
+            rule = f"all runs within epsilon {target:g} at delta {self._delta:g}"
             raise BudgetExceeded(expected(rule, "epsilon of all runs", round(total, 4), cure))
 
-    def _total(self, runs: tuple[LedgerRun, ...]) -> float:
-        history = [(run.noise_multiplier, run.sample_rate, run.steps) for run in runs]
-        return epsilon(history, self._delta, self._neighboring)
-
-    def _opened(self, target: float | None) -> float | None:
-        """The limit in the file; written by the first who states one."""
+    def _open(self, target: float | None) -> None:
+        """The limit in the file holds; written by the first who states one."""
         stated = (target, self._delta, self._neighboring)
         with self._database() as connection, transaction(connection):
+            _refuse_other_tables(connection, self.path)
             for statement in _SCHEMA:
                 connection.execute(statement)
-            row = connection.execute("SELECT target, delta, neighboring FROM budget").fetchone()
-            if row is None and target is not None:
-                connection.execute("INSERT INTO budget VALUES (1, ?, ?, ?)", stated)
-            elif row is not None and target is not None and row != stated:
+            limit = _account(connection).limit
+            if limit is None and target is not None:
+                entry = {"target": target, "delta": self._delta, "neighboring": self._neighboring}
+                _append(connection, {"kind": "limit", **entry})
+            elif limit is not None and target is not None and limit != stated:
                 cure = "A limit is set once for a data set: open the ledger without target_epsilon, or with this one"
-                raise refuse(f"the limit of the file {row}", "target_epsilon", stated, cure)
-        if row is None:
-            return target
-        self._delta, self._neighboring = float(row[1]), row[2]
-        return float(row[0])
+                raise refuse(f"the limit of the file {limit}", "target_epsilon", stated, cure)
+        if limit is not None:
+            self._delta, self._neighboring = limit[1], "add_remove" if limit[2] == "add_remove" else "replace_one"
+
+    def _read(self) -> _Account:
+        with self._database() as connection:
+            connection.execute("BEGIN")  # entries and head as of one moment
+            account = _account(connection)
+            connection.execute("COMMIT")
+        return account
 
     @contextmanager
     def _database(self) -> Iterator[Any]:
@@ -192,11 +274,54 @@ class PrivacyLedger:
                 connection.close()
 
 
-def _read_runs(connection: Any) -> tuple[LedgerRun, ...]:
-    rows = connection.execute(
-        "SELECT id, opened, noise, rate, planned, reserved, closed FROM run ORDER BY opened, rowid"
-    )
-    runs = tuple(LedgerRun(*row) for row in rows.fetchall())
-    if any(not math.isfinite(run.noise_multiplier) or run.steps < 0 for run in runs):
-        raise PrivacyError(expected("runs with finite noise", "ledger", describe(runs), "Restore the file from a copy"))
-    return runs
+def _account(connection: Any) -> _Account:
+    """All entries, each checked against the chain."""
+    account, chain, number = _Account(), _BEGINNING, 0
+    for number, (stored, body, link) in enumerate(connection.execute("SELECT * FROM entry ORDER BY number"), 1):
+        chain = _link(chain, body)
+        if stored != number or link != chain:
+            raise _broken(number)
+        account.take(json.loads(body))
+    if _head(connection) != (number, chain):
+        raise _broken(number + 1)
+    return account
+
+
+def _append(connection: Any, entry: dict[str, Any]) -> _Account:
+    """One entry more behind an unbroken chain; what all of them add up to."""
+    account = _account(connection)
+    number, chain = _head(connection)
+    body = canonical_json(entry)
+    following = (number + 1, _link(chain, body))
+    connection.execute("INSERT INTO entry VALUES (?, ?, ?)", (following[0], body, following[1]))
+    connection.execute("INSERT OR REPLACE INTO head VALUES (1, ?, ?)", following)
+    account.take(json.loads(body))
+    return account
+
+
+def _head(connection: Any) -> tuple[int, str]:
+    row = connection.execute("SELECT number, chain FROM head").fetchone()
+    return (0, _BEGINNING) if row is None else (row[0], row[1])
+
+
+def _link(chain: str, body: str) -> str:
+    return hashlib.sha256(f"{chain}\n{body}".encode()).hexdigest()
+
+
+def _run_of(account: _Account, run: Any) -> LedgerRun:
+    found = account.runs.get(check_kind(run, str, "run", "Pass what open_run returned"))
+    if found is None:
+        raise PrivacyError(expected("a run of this ledger", "run", run, "Pass what open_run returned"))
+    return found
+
+
+def _refuse_other_tables(connection: Any, path: Any) -> None:
+    names = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if names - {"entry", "head"}:
+        cure = "Pass a new path: entries of another format would not be counted"
+        raise PrivacyError(expected("a readable ledger", "path", f"{path} with tables {sorted(names)}", cure))
+
+
+def _broken(number: int) -> PrivacyError:
+    cure = "The file was changed from outside: restore it from a copy, or count everything that was ever run as spent"
+    return PrivacyError(expected("an unbroken chain of entries", "ledger", f"a break at entry {number}", cure))

@@ -491,6 +491,14 @@ CALLS = {
             "microbatch": None,
         },
     ),
+    "privacy.calibrate_noise": (
+        privacy.calibrate_noise,
+        lambda: {"target_epsilon": 2.0, "delta": 1e-5, "sample_rate": 0.1, "steps": 5, "neighboring": "add_remove"},
+    ),
+    "privacy.max_steps_within": (
+        privacy.max_steps_within,
+        lambda: {"target_epsilon": 2.0, "noise_multiplier": 1.0, "sample_rate": 0.1, "delta": 1e-5},
+    ),
     "privacy.epsilon": (privacy.epsilon, lambda: {"history": [(1.0, 0.1, 2)], "delta": 1e-5}),
     "privacy.make_private": (made_private, private_arguments),
     "privacy.check_private_ready": (
@@ -510,6 +518,10 @@ CALLS = {
     "privacy.PrivacyLedger": (
         privacy.PrivacyLedger,
         lambda: {"path": new_path(), "target_epsilon": 3.0, "delta": 1e-5, "neighboring": "add_remove"},
+    ),
+    "privacy.PrivacyLedger.charge": (
+        lambda **given: privacy.PrivacyLedger(new_path()).charge(**given),
+        lambda: {"name": "mean", "noise_multiplier": 2.0, "times": 1},
     ),
     "privacy.PrivacyLedger.open_run": (
         lambda config: privacy.PrivacyLedger(new_path()).open_run(config),
@@ -809,6 +821,7 @@ NO_ARGUMENTS_OR_RESULTS = {  # nothing to get wrong, or made by the library and 
     "attacks.InversionResult",
     "attacks.Poisoned",
     "sanitize.ClusterEvidence",
+    "privacy.LedgerCharge",
     "privacy.LedgerRun",
     "privacy.PrivateTraining",
     "privacy.Problem",
