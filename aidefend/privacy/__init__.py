@@ -7,13 +7,18 @@ from aidefend.privacy.config import PrivacyConfig as PrivacyConfig
 from aidefend.privacy.ledger import LedgerCharge as LedgerCharge
 from aidefend.privacy.ledger import LedgerRun as LedgerRun
 from aidefend.privacy.ledger import PrivacyLedger as PrivacyLedger
+from aidefend.privacy.private_statistics import private_histogram as private_histogram
+from aidefend.privacy.private_statistics import private_mean as private_mean
+from aidefend.privacy.private_statistics import private_quantile as private_quantile
 from aidefend.privacy.readiness import Problem as Problem
 from aidefend.privacy.readiness import check_private_ready as check_private_ready
+from aidefend.privacy.standardizer import DPStandardizer as DPStandardizer
 from aidefend.privacy.statement import PrivacyStatement as PrivacyStatement
 from aidefend.privacy.training import PrivateTraining as PrivateTraining
 from aidefend.privacy.training import make_private as make_private
 
 __all__ = [
+    "DPStandardizer",
     "LedgerCharge",
     "LedgerRun",
     "PrivacyConfig",
@@ -26,4 +31,7 @@ __all__ = [
     "epsilon",
     "make_private",
     "max_steps_within",
+    "private_histogram",
+    "private_mean",
+    "private_quantile",
 ]

@@ -519,6 +519,22 @@ CALLS = {
         privacy.PrivacyLedger,
         lambda: {"path": new_path(), "target_epsilon": 3.0, "delta": 1e-5, "neighboring": "add_remove"},
     ),
+    "privacy.private_mean": (
+        privacy.private_mean,
+        lambda: {"values": X.flatten(1), "low": 0.0, "high": 1.0, "public_size": 20, "noise_multiplier": 2.0},
+    ),
+    "privacy.private_histogram": (
+        privacy.private_histogram,
+        lambda: {"labels": Y, "num_bins": 3, "noise_multiplier": 2.0},
+    ),
+    "privacy.private_quantile": (
+        privacy.private_quantile,
+        lambda: {"values": X.flatten(), "share": 0.5, "low": 0.0, "high": 1.0, "pure_epsilon": 1.0},
+    ),
+    "privacy.DPStandardizer": (
+        lambda x, **given: privacy.DPStandardizer(**given).fit(x),
+        lambda: {"x": X.flatten(1), "low": 0.0, "high": 1.0, "public_size": 20, "noise_multiplier": 2.0},
+    ),
     "privacy.PrivacyLedger.charge": (
         lambda **given: privacy.PrivacyLedger(new_path()).charge(**given),
         lambda: {"name": "mean", "noise_multiplier": 2.0, "times": 1},
