@@ -16,6 +16,8 @@ from aidefend.privacy.standardizer import DPStandardizer as DPStandardizer
 from aidefend.privacy.statement import PrivacyStatement as PrivacyStatement
 from aidefend.privacy.training import PrivateTraining as PrivateTraining
 from aidefend.privacy.training import make_private as make_private
+from aidefend.privacy.tuner import PrivateTuner as PrivateTuner
+from aidefend.privacy.tuner import Tuned as Tuned
 
 __all__ = [
     "DPStandardizer",
@@ -25,7 +27,9 @@ __all__ = [
     "PrivacyLedger",
     "PrivacyStatement",
     "PrivateTraining",
+    "PrivateTuner",
     "Problem",
+    "Tuned",
     "calibrate_noise",
     "check_private_ready",
     "epsilon",

@@ -212,20 +212,52 @@ def _exact_gaussian(mechanisms: tuple[Mechanism, ...], delta: float, neighboring
 
 
 def _renyi(mechanisms: tuple[Mechanism, ...], delta: float, neighboring: Neighboring) -> float:
-    """Opacus's Rényi accountant; a replaced row is one removed and one added (Mironov 2017, proposition 2)."""
-    from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
+    """The epsilon of the Rényi curve."""
+    orders, costs = renyi_curve([tuple(mechanism) for mechanism in mechanisms], neighboring)
+    return approximate_epsilon(orders, costs, delta)
+
+
+def renyi_curve(history: Iterable[Sequence[Any]], neighboring: Neighboring) -> tuple[list[float], list[float]]:
+    """Orders and Rényi divergences of a history, by Opacus's accountant.
+
+    A replaced row is one removed and one added (Mironov 2017, proposition 2). Infinite where the arithmetic gives up.
+    """
+    from opacus.accountants.analysis.rdp import compute_rdp
 
     orders, total = list(_ORDERS), [0.0] * len(_ORDERS)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an order at the edge of the list makes the bound loose, not false
-            for m in mechanisms:
-                curve = compute_rdp(q=m.sample_rate, noise_multiplier=m.noise_multiplier, steps=m.steps, orders=orders)
+            for noise, rate, steps in history:
+                curve = compute_rdp(q=rate, noise_multiplier=noise, steps=steps, orders=orders)
                 total = [before + float(more) for before, more in zip(total, curve, strict=True)]
-            if neighboring == "replace_one":
-                usable = [(order / 2, 3 * cost) for order, cost in zip(orders, total, strict=True) if order >= 4]
-                orders, total = [order for order, _ in usable], [cost for _, cost in usable]
-            answer = float(get_privacy_spent(orders=orders, rdp=total, delta=delta)[0])
     except (OverflowError, FloatingPointError):
-        return math.inf
-    return max(answer, 0.0) if math.isfinite(answer) else math.inf
+        total = [math.inf] * len(orders)
+    total = [cost if math.isfinite(cost) else math.inf for cost in total]
+    if neighboring == "add_remove":
+        return orders, total
+    usable = [(order / 2, 3 * cost) for order, cost in zip(orders, total, strict=True) if order >= 4]
+    return [order for order, _ in usable], [cost for _, cost in usable]
+
+
+def approximate_epsilon(orders: Sequence[float], costs: Sequence[float], delta: float) -> float:
+    """The smallest epsilon at `delta` that a Rényi curve proves.
+
+    Source: Balle, Barthe, Gaboardi, Hsu, Sato 2020, theorem 21.
+    """
+    answers = [
+        cost + math.log1p(-1 / order) - (math.log(delta) + math.log(order)) / (order - 1)
+        for order, cost in zip(orders, costs, strict=True)
+        if order > 1
+    ]
+    return max(0.0, min(answers))
+
+
+def approximate_delta(orders: Sequence[float], costs: Sequence[float], target: float) -> float:
+    """The smallest delta at the epsilon `target` that a Rényi curve proves: the same inequality, solved for delta."""
+    answers = [
+        (order - 1) * (cost - target + math.log1p(-1 / order)) - math.log(order)
+        for order, cost in zip(orders, costs, strict=True)
+        if order > 1
+    ]
+    return min(1.0, math.exp(min(0.0, *answers)))

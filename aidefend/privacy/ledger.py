@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import time
@@ -51,14 +52,23 @@ class LedgerRun(NamedTuple):
 
 
 class LedgerCharge(NamedTuple):
-    """One release outside of training: of a Gaussian mechanism, or of one with a pure epsilon."""
+    """One release outside of training: of a Gaussian mechanism, or of one that is (epsilon, delta)-DP."""
 
     id: str
     charged: float
     name: str
     noise_multiplier: float | None
-    pure_epsilon: float | None
+    epsilon: float | None
+    delta: float
     times: int
+    neighboring: str
+
+    def cost(self, neighboring: str) -> tuple[float, float]:
+        """(epsilon, delta) of all its times; a row that is exchanged is one removed and one added."""
+        one, delta = self.epsilon or 0.0, self.delta
+        if neighboring == self.neighboring:
+            return self.times * one, self.times * delta
+        return self.times * 2 * one, self.times * delta * (1 + math.exp(min(one, 700.0)))
 
 
 class _Account:
@@ -89,8 +99,11 @@ class _Account:
             run.history(max(run.steps, run.planned) if planned and not run.closed else run.steps) for run in runs
         ]
         history += [(c.noise_multiplier, 1.0, c.times) for c in self.charges if c.noise_multiplier is not None]
-        pure = sum(c.pure_epsilon * c.times for c in self.charges if c.pure_epsilon is not None)
-        return epsilon(history, delta, neighboring) + (2.0 if neighboring == "replace_one" else 1.0) * pure
+        others = [charge.cost(neighboring) for charge in self.charges if charge.epsilon is not None]
+        left = delta - sum(its_delta for _, its_delta in others)
+        if left <= 0:
+            return math.inf
+        return epsilon(history, left, neighboring) + sum(its_epsilon for its_epsilon, _ in others)
 
 
 class PrivacyLedger:
@@ -136,10 +149,16 @@ class PrivacyLedger:
             raise refuse("path in an existing folder", "path", str(path), "Create the folder first")
         self._open(target_epsilon)
 
+    @property
+    def delta(self) -> float:
+        """At which the limit and `epsilon` are stated."""
+        return self._delta
+
     def epsilon(self) -> float:
         """What all runs and charges together have spent, reserved steps included.
 
-        Gaussian mechanisms, runs and charges alike, compose in one accountant; pure epsilons are added to its answer.
+        Gaussian mechanisms, runs and charges alike, compose in one accountant; the epsilons and deltas of other charges
+        are added up.
         """
         return self._read().epsilon(self._delta, self._neighboring)
 
@@ -156,8 +175,10 @@ class PrivacyLedger:
         name: str,
         *,
         noise_multiplier: float | None = None,
-        pure_epsilon: float | None = None,
+        epsilon: float | None = None,
+        delta: float = 0.0,
         times: int = 1,
+        for_neighboring: Neighboring = "add_remove",
     ) -> str:
         """Pay for something else that is computed from the data, before it is computed.
 
@@ -165,22 +186,27 @@ class PrivacyLedger:
             name: What it is, for readers.
             noise_multiplier: > 0, of a Gaussian mechanism: standard deviation of its noise over the largest Euclidean
                 length by which adding or removing a row moves what it releases. Or:
-            pure_epsilon: > 0, of a mechanism without delta, for rows that are added or removed.
+            epsilon: > 0, of any other mechanism, with its
+            delta: In [0, 1), 0 for a pure one.
             times: How many such releases, >= 1.
+            for_neighboring: The relation for which epsilon and delta hold. A ledger of rows that are exchanged takes
+                both; one of rows that are added or removed takes "add_remove" alone.
         Returns: The id of the entry.
         Raises: BudgetExceeded: it does not fit under the limit; nothing was written. ConfigurationError: not exactly
-            one of noise_multiplier and pure_epsilon, or one out of range.
+            one of noise_multiplier and epsilon, one out of range, or a relation that says nothing here.
         """
         check_kind(name, str, "name", "Say what is released")
-        if (noise_multiplier is None) == (pure_epsilon is None):
-            given = {"noise_multiplier": noise_multiplier, "pure_epsilon": pure_epsilon}
-            raise refuse("exactly one of noise_multiplier and pure_epsilon", "charge", given, "State the mechanism")
-        for value, argument in ((noise_multiplier, "noise_multiplier"), (pure_epsilon, "pure_epsilon")):
+        if (noise_multiplier is None) == (epsilon is None):
+            given = {"noise_multiplier": noise_multiplier, "epsilon": epsilon}
+            raise refuse("exactly one of noise_multiplier and epsilon", "charge", given, "State the mechanism")
+        self._check_relation(for_neighboring, epsilon is None)
+        delta = check_number(delta, "delta", 0.0, 1.0, open_high=True)
+        for value, argument in ((noise_multiplier, "noise_multiplier"), (epsilon, "epsilon")):
             if value is not None:
                 check_number(value, argument, 0.0, open_low=True)
         check_int(times, "times")
-        entry = {"name": name, "noise_multiplier": noise_multiplier, "pure_epsilon": pure_epsilon, "times": times}
-        entry |= {"id": secrets.token_hex(16), "charged": time.time()}
+        entry = {"name": name, "noise_multiplier": noise_multiplier, "epsilon": epsilon, "delta": delta, "times": times}
+        entry |= {"id": secrets.token_hex(16), "charged": time.time(), "neighboring": for_neighboring}
         with self._database() as connection, transaction(connection):
             self._check_fits(_append(connection, {"kind": "charge", **entry}))
         return str(entry["id"])
@@ -222,6 +248,12 @@ class PrivacyLedger:
         with self._database() as connection, transaction(connection):
             _run_of(_account(connection), run)
             _append(connection, {"kind": "close", "id": run, "steps": steps})
+
+    def _check_relation(self, relation: str, gaussian: bool) -> None:
+        check_choice(relation, NEIGHBORING, "for_neighboring")
+        if relation == "replace_one" and (gaussian or self._neighboring == "add_remove"):
+            cure = "State the mechanism for rows that are added or removed: nothing follows from exchanged ones"
+            raise refuse('for_neighboring "add_remove"', "for_neighboring", relation, cure)
 
     def _check_fits(self, account: _Account) -> None:
         """Every open run counts with all its planned steps."""

@@ -112,7 +112,7 @@ def private_quantile(
     pure_epsilon = check_number(pure_epsilon, "pure_epsilon", 0.0, open_low=True)
     _check_ledger(ledger)
     if ledger is not None:
-        ledger.charge("private_quantile", pure_epsilon=pure_epsilon)
+        ledger.charge("private_quantile", epsilon=pure_epsilon)
     kept = values[~values.isnan()].double().clamp(low, high).sort().values.cpu().numpy()
     edges: Array = np.concatenate([[float(low)], kept, [float(high)]])
     below = np.arange(len(kept) + 1)

@@ -519,6 +519,10 @@ CALLS = {
         privacy.PrivacyLedger,
         lambda: {"path": new_path(), "target_epsilon": 3.0, "delta": 1e-5, "neighboring": "add_remove"},
     ),
+    "privacy.PrivateTuner": (
+        lambda **given: privacy.PrivateTuner(**given).epsilon(),
+        lambda: {"candidates": [1, 2], "config": private_config(), "runs": "geometric", "mean_runs": 5.0},
+    ),
     "privacy.private_mean": (
         privacy.private_mean,
         lambda: {"values": X.flatten(1), "low": 0.0, "high": 1.0, "public_size": 20, "noise_multiplier": 2.0},
@@ -838,6 +842,7 @@ NO_ARGUMENTS_OR_RESULTS = {  # nothing to get wrong, or made by the library and 
     "attacks.Poisoned",
     "sanitize.ClusterEvidence",
     "privacy.LedgerCharge",
+    "privacy.Tuned",
     "privacy.LedgerRun",
     "privacy.PrivateTraining",
     "privacy.Problem",

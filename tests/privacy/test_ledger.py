@@ -32,13 +32,13 @@ def test_gaussian_releases_and_runs_compose_in_one_accountant(tmp_path):
     ]
 
 
-def test_pure_epsilons_are_added(tmp_path):
+def test_epsilons_are_added(tmp_path):
     ledger = used(tmp_path / "ledger")
     before = ledger.epsilon()
-    ledger.charge("quantiles", pure_epsilon=0.25, times=3)
+    ledger.charge("quantiles", epsilon=0.25, times=3)
     assert ledger.epsilon() == pytest.approx(before + 0.75)
     replaced = PrivacyLedger(tmp_path / "other", delta=1e-3, neighboring="replace_one")
-    replaced.charge("quantiles", pure_epsilon=0.25, times=3)
+    replaced.charge("quantiles", epsilon=0.25, times=3)
     assert replaced.epsilon() == pytest.approx(1.5)  # a row that is exchanged is one removed and one added
 
 
@@ -55,24 +55,26 @@ def test_a_release_that_does_not_fit_is_refused_and_not_written(tmp_path):
     one = epsilon([(4.0, 1.0, 1)], 1e-3)
     ledger = PrivacyLedger(tmp_path / "ledger", target_epsilon=1.2 * one, delta=1e-3)
     ledger.charge("first", noise_multiplier=4.0)
-    for more in ({"noise_multiplier": 4.0}, {"pure_epsilon": one}):
+    for more in ({"noise_multiplier": 4.0}, {"epsilon": one}):
         with pytest.raises(BudgetExceeded, match="all runs within epsilon"):
             ledger.charge("second", **more)
     with pytest.raises(BudgetExceeded):
         ledger.open_run(settings())
     assert len(ledger.charges()) == 1 and ledger.runs() == () and ledger.epsilon() == one
-    ledger.charge("small", pure_epsilon=0.1 * one)
+    ledger.charge("small", epsilon=0.1 * one)
 
 
 @pytest.mark.parametrize(
     "bad",
     [
         {},
-        {"noise_multiplier": 1.0, "pure_epsilon": 1.0},
+        {"noise_multiplier": 1.0, "epsilon": 1.0},
         {"noise_multiplier": 0.0},
-        {"pure_epsilon": math.nan},
-        {"pure_epsilon": -1.0},
-        {"pure_epsilon": 1.0, "times": 0},
+        {"epsilon": math.nan},
+        {"epsilon": -1.0},
+        {"epsilon": 1.0, "times": 0},
+        {"epsilon": 1.0, "delta": 1.0},
+        {"epsilon": 1.0, "for_neighboring": "both"},
     ],
 )
 def test_charges_that_say_nothing_are_refused(tmp_path, bad):
@@ -80,8 +82,31 @@ def test_charges_that_say_nothing_are_refused(tmp_path, bad):
     with pytest.raises(ConfigurationError, match="Expected"):
         ledger.charge("release", **bad)
     with pytest.raises(ConfigurationError, match="name"):
-        ledger.charge(3, pure_epsilon=1.0)
+        ledger.charge(3, epsilon=1.0)
     assert ledger.epsilon() == 0.0
+
+
+def test_deltas_are_added_and_leave_less_for_the_rest(tmp_path):
+    ledger = used(tmp_path / "ledger")
+    history = [(1.0, 8 / 24, 3), (4.0, 1.0, 1), (2.0, 8 / 24, 2)]
+    ledger.charge("a tuner", epsilon=0.5, delta=2e-4, times=2)
+    assert ledger.epsilon() == pytest.approx(1.0 + epsilon(history, 6e-4))
+    ledger.charge("another", epsilon=0.5, delta=6e-4)
+    assert ledger.epsilon() == math.inf
+
+
+def test_relations_that_say_nothing_are_refused(tmp_path):
+    removed = PrivacyLedger(tmp_path / "removed")
+    with pytest.raises(ConfigurationError, match="for_neighboring"):
+        removed.charge("release", epsilon=1.0, for_neighboring="replace_one")
+    exchanged = PrivacyLedger(tmp_path / "exchanged", neighboring="replace_one")
+    with pytest.raises(ConfigurationError, match="for_neighboring"):
+        exchanged.charge("release", noise_multiplier=1.0, for_neighboring="replace_one")
+    exchanged.charge("release", epsilon=0.5, for_neighboring="replace_one")
+    assert exchanged.epsilon() == 0.5
+    exchanged.charge("release", epsilon=0.5, delta=1e-6)
+    assert exchanged.epsilon() == pytest.approx(1.5)
+    assert exchanged.charges()[1].cost("replace_one")[1] == pytest.approx(1e-6 * (1 + math.exp(0.5)))
 
 
 TAMPERING = {
@@ -107,7 +132,7 @@ def test_a_chain_that_was_touched_is_refused_at_every_call(tmp_path, how):
     calls = (
         ledger.epsilon,
         ledger.runs,
-        lambda: ledger.charge("more", pure_epsilon=0.1),
+        lambda: ledger.charge("more", epsilon=0.1),
         lambda: ledger.open_run(settings()),
         lambda: ledger.reserve(run, 3),
         lambda: PrivacyLedger(tmp_path / "ledger"),
@@ -129,8 +154,8 @@ def test_the_limit_of_the_file_binds_whoever_opens_it(tmp_path):
     PrivacyLedger(tmp_path / "ledger", target_epsilon=1.0, delta=1e-6, neighboring="replace_one")
     again = PrivacyLedger(tmp_path / "ledger", delta=1e-2)
     with pytest.raises(BudgetExceeded, match="1e-06"):
-        again.charge("too much", pure_epsilon=0.51)  # 1.02 for an exchanged row
-    again.charge("fits", pure_epsilon=0.49)
+        again.charge("too much", epsilon=0.51)  # 1.02 for an exchanged row
+    again.charge("fits", epsilon=0.49)
 
 
 def spend(path, start, outcome):
@@ -138,7 +163,7 @@ def spend(path, start, outcome):
     ledger, made = PrivacyLedger(path), 0
     for _ in range(20):
         try:
-            ledger.charge("share", pure_epsilon=0.1)
+            ledger.charge("share", epsilon=0.1)
             made += 1
         except BudgetExceeded:
             pass
