@@ -17,6 +17,7 @@ NEIGHBORING = ("add_remove", "replace_one")
 _DIRECTIONS: dict[str, tuple[Direction, ...]] = {"add_remove": ("remove", "add"), "replace_one": ("replace",)}
 _LEAST_NOISE_FOR_GRID = 0.1
 _MOST_STEPS = 10**8
+_CURVE = (0.5, 0.3, 0.1, 0.03, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5, 1e-6, 1e-8)
 _ORDERS = [1 + k / 10 for k in range(1, 100)] + [float(k) for k in range(11, 256)]
 
 
@@ -198,17 +199,62 @@ def _grid_answers(mechanisms: tuple[Mechanism, ...], delta: float, neighboring: 
 
 def _exact_gaussian(mechanisms: tuple[Mechanism, ...], delta: float, neighboring: Neighboring) -> float:
     """Full batches compose to one Gaussian mechanism; a replaced row moves the sum by twice the bound."""
-    distance = 2.0 if neighboring == "replace_one" else 1.0
-    mu = distance * math.sqrt(sum(m.steps / m.noise_multiplier**2 for m in mechanisms))
+    mu = _whole_mu(mechanisms, neighboring)
 
     def excess(eps: float) -> float:
-        second = math.exp(min(eps + float(norm.logcdf(-mu / 2 - eps / mu)), 0.0))
-        return float(norm.cdf(mu / 2 - eps / mu)) - second - delta
+        return gaussian_delta(mu, eps) - delta
 
     if excess(0.0) <= 0:
         return 0.0
     top = mu * mu / 2 + mu * float(norm.isf(delta))
     return float(brentq(excess, 0.0, top + 1.0, xtol=1e-12, rtol=1e-12)) * (1 + 1e-9) + 1e-9
+
+
+def _whole_mu(mechanisms: tuple[Mechanism, ...], neighboring: Neighboring) -> float:
+    distance = 2.0 if neighboring == "replace_one" else 1.0
+    return distance * math.sqrt(sum(m.steps / m.noise_multiplier**2 for m in mechanisms))
+
+
+def gaussian_delta(mu: float, eps: float) -> float:
+    """The delta at `eps` of a Gaussian mechanism whose answer one row moves by mu standard deviations."""
+    second = math.exp(min(eps + float(norm.logcdf(-mu / 2 - eps / mu)), 0.0))
+    return float(norm.cdf(mu / 2 - eps / mu)) - second
+
+
+def privacy_curve(history: Iterable[Sequence[Any]], neighboring: Neighboring) -> tuple[tuple[float, float], ...]:
+    """Points (epsilon, delta) of the privacy curve, from delta 0.5 to 1e-8: each holds, and so do all together."""
+    merged = _merged(history)
+    return tuple((_spent(merged, delta, neighboring).epsilon, delta) for delta in _CURVE)
+
+
+def gaussian_mu(
+    history: Iterable[Sequence[Any]], neighboring: Neighboring, curve: Sequence[tuple[float, float]]
+) -> tuple[float, bool]:
+    """The mu of Gaussian differential privacy, and whether it is exact.
+
+    Exact for full batches, which are one Gaussian mechanism. Otherwise the least mu whose own curve covers all points
+    of `curve`: no limit theorem, but no proof beyond these points either.
+    """
+    merged = _merged(history)
+    if not merged:
+        return 0.0, True
+    if any(mechanism.noise_multiplier == 0 for mechanism in merged):
+        return math.inf, True
+    if all(mechanism.sample_rate == 1 for mechanism in merged):
+        return _whole_mu(merged, neighboring), True
+    return max(_covering_mu(*point) for point in curve), False
+
+
+def _covering_mu(eps: float, delta: float) -> float:
+    """The least mu whose curve passes above a point."""
+    if math.isinf(eps):
+        return math.inf
+    if eps == 0:
+        return 2 * float(norm.isf((1 - delta) / 2))  # delta = 1 - 2 * Phi(-mu / 2)
+    high = 1.0
+    while gaussian_delta(high, eps) < delta:
+        high *= 2
+    return float(brentq(lambda mu: gaussian_delta(mu, eps) - delta, 1e-9, high, xtol=1e-9)) * (1 + 1e-6)
 
 
 def _renyi(mechanisms: tuple[Mechanism, ...], delta: float, neighboring: Neighboring) -> float:

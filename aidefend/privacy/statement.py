@@ -7,8 +7,10 @@ from typing import Any
 from aidefend._core.checks import check_number
 from aidefend._core.evidence import Evidence, Finding, Severity
 from aidefend._core.storage import plain
+from aidefend.privacy.accounting import gaussian_mu, privacy_curve
 from aidefend.privacy.config import PrivacyConfig
 
+_MU_LIMITS = "covers the privacy curve at eleven deltas from 0.5 to 1e-8; exact for full batches alone"
 _UNITS = {
     "add_remove": "one row of the data set; data sets are neighbours if one has a row more",
     "replace_one": "one row of the data set; data sets are neighbours if one row says something else",
@@ -24,7 +26,7 @@ _PUBLIC = (
 )
 _NOT_COVERED = (
     "Choosing this run, its numbers or its stopping point after looking at the results of other runs on the same data "
-    "(tuning): each such run composes; keep them in one PrivacyLedger.",
+    "(tuning): each such run composes; keep them in one PrivacyLedger, or search with PrivateTuner, which pays for it.",
     "Anything else computed from the private rows: normalisation, vocabulary, label set, cleaning, a size of the data "
     "set stated exactly where rows are added or removed.",
     "Numbers of the training loop: losses, gradients, batch sizes, the count of masked rows. Keep them inside.",
@@ -59,15 +61,18 @@ class PrivacyStatement:
     insecure: str
     public: tuple[str, ...]
     not_covered: tuple[str, ...]
+    gdp_mu: float
+    gdp_mu_exact: bool
+    curve: tuple[tuple[float, float], ...]
     versions: dict[str, str]
 
     def tpr_bound(self, fpr: float) -> float:
-        """Largest true-positive rate that any membership attack can have at this false-positive rate."""
-        check_number(fpr, "fpr", 0.0, 1.0)
-        if math.isinf(self.epsilon):
-            return 1.0
-        power = min(self.epsilon, 700.0)
-        return min(1.0, math.exp(power) * fpr + self.delta, 1 - math.exp(-power) * (1 - fpr - self.delta))
+        """Largest true-positive rate that any membership attack can have at this false-positive rate.
+
+        The least of what each point (epsilon, delta) of the privacy curve allows.
+        """
+        fpr = check_number(fpr, "fpr", 0.0, 1.0)
+        return min(1.0, *(_tpr_at(fpr, *point) for point in (*self.curve, (self.epsilon, self.delta))))
 
     def to_dict(self) -> dict[str, Any]:
         """The statement as JSON types; an infinite epsilon is the text "inf"."""
@@ -75,7 +80,7 @@ class PrivacyStatement:
         return {"schema": "aidefend.privacy-statement/1", **fields}
 
     def to_evidence(self) -> Evidence:
-        """Findings `privacy.epsilon` and `privacy.tpr_bound_at_fpr_0.01`."""
+        """Findings `privacy.epsilon`, `privacy.gdp_mu`, `privacy.tpr_bound_at_fpr_0.01` and `..._0.001`."""
         setting = {key: value for key, value in self.to_dict().items() if key not in ("public", "not_covered")}
         shown: Any = {"status": "failed", "severity": Severity.CRITICAL} if self.insecure else {}
         epsilon = Finding(
@@ -88,15 +93,27 @@ class PrivacyStatement:
             limits=self.insecure or " ".join(self.not_covered),
             **shown,
         )
-        bound = Finding(
-            "privacy.tpr_bound_at_fpr_0.01",
-            "Largest true-positive rate of any membership attack at 1 % false positives",
-            value=self.tpr_bound(0.01),
-            setting={"epsilon": self.epsilon, "delta": self.delta},
+        mu = Finding(
+            "privacy.gdp_mu",
+            "Gaussian differential privacy",
+            value=plain(self.gdp_mu),
+            setting={"exact": self.gdp_mu_exact},
             threat=f"membership inference against {self.unit}",
+            limits="" if self.gdp_mu_exact else _MU_LIMITS,
             **shown,
         )
-        return Evidence([epsilon, bound], {"statement": self.to_dict()})
+        bounds = [
+            Finding(
+                f"privacy.tpr_bound_at_fpr_{fpr:g}",
+                f"Largest true-positive rate of any membership attack at {100 * fpr:g} % false positives",
+                value=self.tpr_bound(fpr),
+                setting={"epsilon": self.epsilon, "delta": self.delta},
+                threat=f"membership inference against {self.unit}",
+                **shown,
+            )
+            for fpr in (0.01, 0.001)
+        ]
+        return Evidence([epsilon, mu, *bounds], {"statement": self.to_dict()})
 
     def to_markdown(self) -> str:
         """The statement for readers."""
@@ -113,7 +130,9 @@ class PrivacyStatement:
             "Noise multiplier": f"{self.noise_multiplier:.6g} x clip norm {self.max_grad_norm:g} ({self.clipping})",
             "Noise source": self.noise_source,
             "Steps": f"{self.steps_taken} of {self.steps_planned}; aborted steps count",
+            "Gaussian-DP mu": f"{self.gdp_mu:.4g} ({'exact' if self.gdp_mu_exact else _MU_LIMITS})",
             "Members that any attack can find at 1 % false positives": f"at most {100 * self.tpr_bound(0.01):.3g} %",
+            "... at 0.1 % false positives": f"at most {100 * self.tpr_bound(0.001):.3g} %",
             "Versions": ", ".join(f"{name} {version}" for name, version in sorted(self.versions.items())),
         }
         table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
@@ -125,6 +144,8 @@ class PrivacyStatement:
 def make_statement(config: PrivacyConfig, steps_taken: int) -> PrivacyStatement:
     """The statement of a run with this configuration."""
     now, planned = config.spent(steps_taken), config.spent(config.steps)
+    curve = privacy_curve(config.history(steps_taken), config.neighboring)
+    mu, exact = gaussian_mu(config.history(steps_taken), config.neighboring, curve)
     source = config.insecure or "the operating system's cryptographic stream, never stored, never replayed"
     if config.bands is not None:
         source += f"; correlated over {config.bands} steps (banded matrix factorisation)"
@@ -147,8 +168,17 @@ def make_statement(config: PrivacyConfig, steps_taken: int) -> PrivacyStatement:
         insecure=config.insecure,
         public=_PUBLIC,
         not_covered=_NOT_COVERED,
+        gdp_mu=mu,
+        gdp_mu_exact=exact,
+        curve=curve,
         versions=_versions(),
     )
+
+
+def _tpr_at(fpr: float, eps: float, delta: float) -> float:
+    """What (eps, delta) allows at a false-positive rate (Kairouz, Oh, Viswanath 2015)."""
+    power = min(eps, 700.0)
+    return min(1.0, math.exp(power) * fpr + delta, 1 - math.exp(-power) * (1 - fpr - delta))
 
 
 def _sampler(config: PrivacyConfig) -> str:

@@ -4,9 +4,12 @@ import json
 import math
 
 import pytest
+from scipy.stats import norm
 
 from aidefend import Severity
 from aidefend.privacy import epsilon
+from aidefend.privacy.accounting import gaussian_delta
+from aidefend.privacy.statement import make_statement
 from tests.privacy.private_worlds import one_step, private_run, settings
 
 
@@ -57,5 +60,41 @@ def test_evidence_is_stable_and_holds_the_bound():
     assert evidence.digest == private.statement().to_evidence().digest
     assert evidence["privacy.epsilon"].value == private.epsilon()
     bound = evidence["privacy.tpr_bound_at_fpr_0.01"].value
-    assert bound == pytest.approx(min(1, math.exp(private.epsilon()) * 0.01 + 1e-3))
+    assert bound <= min(1, math.exp(private.epsilon()) * 0.01 + 1e-3)
+    assert evidence["privacy.tpr_bound_at_fpr_0.001"].value < bound
     assert private.statement().tpr_bound(1.0) == 1.0
+
+
+@pytest.mark.parametrize("neighboring", ["add_remove", "replace_one"])
+def test_mu_and_trade_off_of_full_batches_are_those_of_the_gaussian(neighboring):
+    """Closed form: TPR = Phi(Phi^-1(FPR) + mu); the bound lies above it, and not far."""
+    config = settings(expected_batch_size=24, steps=6, noise_multiplier=4.0, neighboring=neighboring)
+    statement = make_statement(config, 6)
+    mu = (2 if neighboring == "replace_one" else 1) * math.sqrt(6) / 4.0
+    assert statement.gdp_mu == pytest.approx(mu) and statement.gdp_mu_exact
+    for fpr in (0.5, 0.1, 0.01, 0.001):
+        exact = norm.cdf(norm.ppf(fpr) + mu)
+        assert exact <= statement.tpr_bound(fpr) <= 1.6 * exact
+
+
+def test_mu_of_poisson_batches_covers_every_point_and_no_less_would_do():
+    statement = make_statement(settings(noise_multiplier=2.0, steps=50), 50)
+    assert not statement.gdp_mu_exact and "eleven deltas" in statement.to_markdown()
+    over = [gaussian_delta(statement.gdp_mu, eps) - delta for eps, delta in statement.curve]
+    under = [gaussian_delta(0.999 * statement.gdp_mu, eps) - delta for eps, delta in statement.curve]
+    assert min(over) >= 0 > min(under)
+
+
+def test_no_step_and_no_noise_have_their_edges():
+    idle = make_statement(settings(), 0)
+    assert idle.gdp_mu == 0 and idle.tpr_bound(0.01) == pytest.approx(0.01, abs=1e-7)
+    assert make_statement(settings(insecure_seed=1), 1).gdp_mu == math.inf
+
+
+def test_planted_limit_theorem_would_promise_too_much():
+    """The mu of the central limit theorem lies below the true curve for few steps: never used."""
+    config = settings(noise_multiplier=0.6, expected_batch_size=2, steps=5)
+    statement, rate = make_statement(config, 5), 2 / 24
+    limit = rate * math.sqrt(5 * (math.exp(1 / 0.6**2) - 1))
+    assert any(gaussian_delta(limit, eps) < delta for eps, delta in statement.curve)
+    assert statement.gdp_mu > limit
