@@ -10,9 +10,10 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from aidefend._core.checks import check_choice, check_int, check_items, check_number, check_probability, refuse
-from aidefend.privacy.privacy_loss import Direction, Mechanism, composed_epsilon
+from aidefend.privacy.privacy_loss import Direction, Mechanism, Sampler, composed_epsilon
 
 Neighboring = Literal["add_remove", "replace_one"]
+SAMPLERS = ("poisson", "fixed_size")
 NEIGHBORING = ("add_remove", "replace_one")
 _DIRECTIONS: dict[str, tuple[Direction, ...]] = {"add_remove": ("remove", "add"), "replace_one": ("replace",)}
 _LEAST_NOISE_FOR_GRID = 0.1
@@ -33,10 +34,12 @@ def epsilon(history: Iterable[Sequence[Any]], delta: float = 1e-5, neighboring: 
 
     Guarantee: an upper bound: the composition is (epsilon, delta)-DP for the neighbouring relation, if every step drew
         each row independently with its sample rate and added Gaussian noise of noise_multiplier times the clipping
-        norm to the sum of clipped per-example gradients. Steps chosen from the data, shuffled batches or a noise
-        multiplier that depends on the data void it.
+        norm to the sum of clipped per-example gradients; a row with a fourth entry "fixed_size" stands for batches
+        that are uniformly random subsets of one size, sample_rate times the number of rows. Steps chosen from the
+        data, shuffled batches or a noise multiplier that depends on the data void it.
     Args:
-        history: Rows (noise_multiplier >= 0, sample_rate in (0, 1], steps >= 0), in any order.
+        history: Rows (noise_multiplier >= 0, sample_rate in (0, 1], steps >= 0), in any order; optionally a fourth
+            entry "poisson" or, for "replace_one" alone, "fixed_size".
         delta: In (0, 1); far below 1 / (number of rows).
         neighboring: "add_remove": data sets differ by one row more or less; "replace_one": by one row exchanged.
     Returns: Epsilon >= 0. No step: 0. A step without noise: inf.
@@ -60,7 +63,7 @@ def spent(history: Iterable[Sequence[Any]], delta: float, neighboring: Neighbori
     """`epsilon` with the name of the accountant."""
     check_probability(delta, "delta")
     check_choice(neighboring, NEIGHBORING, "neighboring")
-    return _spent(_merged(history), float(delta), neighboring)
+    return _spent(_merged(history, neighboring), float(delta), neighboring)
 
 
 def calibrate_noise(
@@ -86,9 +89,16 @@ def calibrate_noise(
     check_number(target_epsilon, "target_epsilon", 0.0, open_low=True)
     _check_run(delta, sample_rate, neighboring)
     check_int(steps, "steps")
+    return solve_noise(target_epsilon, delta, (sample_rate, steps, "poisson"), neighboring)
+
+
+def solve_noise(
+    target_epsilon: float, delta: float, run: tuple[float, int, Sampler], neighboring: Neighboring
+) -> float:
+    """`calibrate_noise` for a run (sample_rate, steps, sampler) whose numbers were checked."""
 
     def cost(noise: float) -> float:
-        return _spent((Mechanism(noise, sample_rate, steps),), delta, neighboring).epsilon
+        return _spent((Mechanism(noise, *run),), delta, neighboring).epsilon
 
     low, high = 0.05, 1.0
     while cost(high) > target_epsilon:
@@ -152,23 +162,28 @@ def _check_run(delta: float, sample_rate: float, neighboring: Neighboring) -> No
     check_choice(neighboring, NEIGHBORING, "neighboring")
 
 
-def _merged(history: Iterable[Sequence[Any]]) -> tuple[Mechanism, ...]:
+def _merged(history: Iterable[Sequence[Any]], neighboring: Neighboring) -> tuple[Mechanism, ...]:
     """Equal mechanisms joined, idle ones dropped, in an order of their own: one key for one composition."""
-    steps: dict[tuple[float, float], int] = {}
+    steps: dict[tuple[float, float, Sampler], int] = {}
     for row in check_items(history, (tuple, list), "history", "Pass [(1.0, 0.01, 1000), ...]"):
-        noise, rate, count = _checked(row)
+        noise, rate, count, sampler = _checked(row)
+        if sampler == "fixed_size" and neighboring == "add_remove":
+            cure = 'Pass neighboring="replace_one": with a row more, a batch of fixed size loses another one'
+            raise refuse("rows of Poisson batches", "history", row, cure)
         if count:
-            steps[noise, rate] = steps.get((noise, rate), 0) + count
-    return tuple(Mechanism(noise, rate, count) for (noise, rate), count in sorted(steps.items()))
+            steps[noise, rate, sampler] = steps.get((noise, rate, sampler), 0) + count
+    return tuple(Mechanism(noise, rate, count, kind) for (noise, rate, kind), count in sorted(steps.items()))
 
 
-def _checked(row: Sequence[Any]) -> tuple[float, float, int]:
-    if not isinstance(row, tuple | list) or len(row) != 3:
+def _checked(row: Sequence[Any]) -> tuple[float, float, int, Sampler]:
+    if not isinstance(row, tuple | list) or len(row) not in (3, 4):
         cure = "Pass [(1.0, 0.01, 1000), ...]"
         raise refuse("history rows (noise_multiplier, sample_rate, steps)", "history", row, cure)
     noise = check_number(row[0], "noise_multiplier", 0.0)
     rate = check_number(row[1], "sample_rate", 0.0, 1.0, open_low=True)
-    return noise, rate, check_int(row[2], "steps", 0)
+    sampler: Sampler = "poisson" if len(row) == 3 else row[3]
+    check_choice(sampler, SAMPLERS, "sampler")
+    return noise, rate, check_int(row[2], "steps", 0), sampler
 
 
 @lru_cache(maxsize=4096)
@@ -223,7 +238,7 @@ def gaussian_delta(mu: float, eps: float) -> float:
 
 def privacy_curve(history: Iterable[Sequence[Any]], neighboring: Neighboring) -> tuple[tuple[float, float], ...]:
     """Points (epsilon, delta) of the privacy curve, from delta 0.5 to 1e-8: each holds, and so do all together."""
-    merged = _merged(history)
+    merged = _merged(history, neighboring)
     return tuple((_spent(merged, delta, neighboring).epsilon, delta) for delta in _CURVE)
 
 
@@ -235,7 +250,7 @@ def gaussian_mu(
     Exact for full batches, which are one Gaussian mechanism. Otherwise the least mu whose own curve covers all points
     of `curve`: no limit theorem, but no proof beyond these points either.
     """
-    merged = _merged(history)
+    merged = _merged(history, neighboring)
     if not merged:
         return 0.0, True
     if any(mechanism.noise_multiplier == 0 for mechanism in merged):
@@ -271,10 +286,14 @@ def renyi_curve(history: Iterable[Sequence[Any]], neighboring: Neighboring) -> t
     from opacus.accountants.analysis.rdp import compute_rdp
 
     orders, total = list(_ORDERS), [0.0] * len(_ORDERS)
+    exchanged = 0.0  # of batches of a fixed size: the Gaussian mechanism without its sampling, which only helps
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an order at the edge of the list makes the bound loose, not false
-            for noise, rate, steps in history:
+            for noise, rate, steps, *sampler in history:
+                if sampler == ["fixed_size"]:
+                    exchanged += 2 * steps / noise**2
+                    continue
                 curve = compute_rdp(q=rate, noise_multiplier=noise, steps=steps, orders=orders)
                 total = [before + float(more) for before, more in zip(total, curve, strict=True)]
     except (OverflowError, FloatingPointError):
@@ -283,7 +302,7 @@ def renyi_curve(history: Iterable[Sequence[Any]], neighboring: Neighboring) -> t
     if neighboring == "add_remove":
         return orders, total
     usable = [(order / 2, 3 * cost) for order, cost in zip(orders, total, strict=True) if order >= 4]
-    return [order for order, _ in usable], [cost for _, cost in usable]
+    return [order for order, _ in usable], [cost + order * exchanged for order, cost in usable]
 
 
 def approximate_epsilon(orders: Sequence[float], costs: Sequence[float], delta: float) -> float:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from aidefend._core.checks import check_choice, check_int, check_number, check_probability, refuse
 from aidefend._core.errors import PrivacyError
 from aidefend._core.storage import canonical_json
-from aidefend.privacy.accounting import NEIGHBORING, Neighboring, Spent, calibrate_noise, spent
+from aidefend.privacy.accounting import NEIGHBORING, SAMPLERS, Neighboring, Spent, solve_noise, spent
 from aidefend.privacy.banded_noise import participations
+from aidefend.privacy.privacy_loss import Sampler
 
 Noise = Literal["independent", "banded"]
 Clipping = Literal["flat", "per_layer", "automatic", "adaptive"]
@@ -35,6 +36,9 @@ class PrivacyConfig:
         noise_multiplier: > 0; standard deviation of the noise in units of max_grad_norm. Give exactly one of the two.
         neighboring: "add_remove": what is hidden is whether a row is there; "replace_one": what a row says, where its
             presence is public. The second costs about twice the epsilon.
+        sampling: "poisson": each row joins each step independently; "fixed_size": each step takes a uniformly random
+            subset of exactly expected_batch_size rows, independent of all other steps. The second only with
+            neighboring="replace_one" and public_size, which must then be the true number of rows.
         clipping: "flat": longer gradients are scaled down to max_grad_norm; "per_layer": the part of each of L layers
             is scaled down to max_grad_norm / sqrt(L); "automatic": every gradient is scaled to nearly max_grad_norm,
             g * max_grad_norm / (|g| + 0.01), so that the norm needs no tuning; "adaptive": flat, with a bound that
@@ -78,6 +82,7 @@ class PrivacyConfig:
     target_epsilon: float | None = None
     noise_multiplier: float | None = None
     neighboring: Neighboring = "add_remove"
+    sampling: Sampler = "poisson"
     clipping: Clipping = "flat"
     microbatch: int | None = None
     steps_per_pass: int | None = None
@@ -96,11 +101,12 @@ class PrivacyConfig:
                 f"delta < 1 / public_size = {1 / self.public_size:.3g}", "delta", self.delta, cure, PrivacyError
             )
         self._check_bands()
+        self._check_sampling()
         found = self.noise_multiplier
         if found is None:
             target = float(self.target_epsilon or math.nan)
             rate, steps = self._accounted(self.steps)
-            found = calibrate_noise(target, self.delta, rate, steps, self.neighboring)
+            found = solve_noise(target, self.delta, (rate, steps, self.sampling), self.neighboring)
         object.__setattr__(self, "multiplier", float(found))
 
     @property
@@ -117,11 +123,12 @@ class PrivacyConfig:
             return "insecure_no_noise: no noise is added"
         return "" if self.insecure_seed is None else "insecure_seed: batches and noise can be replayed from a seed"
 
-    def history(self, steps: int) -> list[tuple[float, float, int]]:
+    def history(self, steps: int) -> list[tuple[Any, ...]]:
         """The first `steps` steps as `epsilon` takes them."""
         check_int(steps, "steps", 0)
         rate, repeats = self._accounted(steps)
-        return [(0.0 if self.insecure else self.multiplier, rate, repeats)]
+        row = (0.0 if self.insecure else self.multiplier, rate, repeats)
+        return [row if self.sampling == "poisson" else (*row, self.sampling)]
 
     def _accounted(self, steps: int) -> tuple[float, int]:
         """(sample rate, steps) of the independent steps that cost as much.
@@ -176,6 +183,18 @@ class PrivacyConfig:
         if self.clipping == "adaptive":
             cure = 'Use clipping="flat" or "automatic": the noise of several steps needs one scale'
             raise refuse("a clip norm that stays, with banded noise", "clipping", self.clipping, cure)
+
+    def _check_sampling(self) -> None:
+        check_choice(self.sampling, SAMPLERS, "sampling")
+        if self.sampling == "poisson":
+            return
+        fits = self.neighboring == "replace_one" and self.public_size is not None and self.bands is None
+        if not fits or self.expected_batch_size != int(self.expected_batch_size):
+            cure = 'Use sampling="poisson", the sampler for everything else'
+            rule = (
+                'sampling="fixed_size" with neighboring="replace_one", public_size, a whole number of rows and no bands'
+            )
+            raise refuse(rule, "sampling", self.sampling, cure)
 
     def _check_pairs(self) -> None:
         _exactly_one(

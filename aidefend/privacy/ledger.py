@@ -43,12 +43,14 @@ class LedgerRun(NamedTuple):
     sample_rate: float
     planned: int
     bands: int = 1
+    sampler: str = "poisson"
     steps: int = 0
     closed: bool = False
 
-    def history(self, steps: int) -> tuple[float, float, int]:
+    def history(self, steps: int) -> tuple[float, float, int, str]:
         """So many of its steps as `epsilon` takes them."""
-        return self.noise_multiplier, min(1.0, self.sample_rate * self.bands), -(-steps // self.bands)
+        rate = min(1.0, self.sample_rate * self.bands)
+        return self.noise_multiplier, rate, -(-steps // self.bands), self.sampler
 
 
 class LedgerCharge(NamedTuple):
@@ -98,7 +100,9 @@ class _Account:
         history = [
             run.history(max(run.steps, run.planned) if planned and not run.closed else run.steps) for run in runs
         ]
-        history += [(c.noise_multiplier, 1.0, c.times) for c in self.charges if c.noise_multiplier is not None]
+        history += [
+            (c.noise_multiplier or 0.0, 1.0, c.times, "poisson") for c in self.charges if c.noise_multiplier is not None
+        ]
         others = [charge.cost(neighboring) for charge in self.charges if charge.epsilon is not None]
         left = delta - sum(its_delta for _, its_delta in others)
         if left <= 0:
@@ -214,10 +218,12 @@ class PrivacyLedger:
     def open_run(self, config: PrivacyConfig) -> str:
         """A new run's id; BudgetExceeded if all its planned steps do not fit under the limit."""
         check_kind(config, PrivacyConfig, "config", "Pass the PrivacyConfig of the run")
+        if config.sampling == "fixed_size" and self._neighboring == "add_remove":
+            cure = 'Open a ledger with neighboring="replace_one": fixed batches say nothing of rows added or removed'
+            raise refuse("a run of Poisson batches", "config", config.sampling, cure)
         noise = 0.0 if config.insecure else config.multiplier
-        run = LedgerRun(
-            secrets.token_hex(16), time.time(), config.digest(), noise, config.rate, config.steps, config.bands or 1
-        )
+        fixed = (config.digest(), noise, config.rate, config.steps, config.bands or 1, config.sampling)
+        run = LedgerRun(secrets.token_hex(16), time.time(), *fixed)
         with self._database() as connection, transaction(connection):
             self._check_fits(_append(connection, {"kind": "open", **run._asdict()}))
         return run.id

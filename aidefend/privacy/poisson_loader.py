@@ -105,13 +105,17 @@ class PoissonLoader:
 
     Guarantee: at each step every row joins with probability `sample_rate`, independently of all others and of all other
         steps; with banded noise at the turns of its group alone, with `bands * sample_rate`. Batches vary in size and
-        may be empty; an empty one needs its step like any other. `len()` is public.
+        may be empty; an empty one needs its step like any other. With sampling="fixed_size" each is a uniformly random
+        subset of one size. `len()` is public.
     Raises: BudgetExceeded: at the start of a pass with nothing left.
     Cost: Eight bytes from the operating system for each row of the data set and step.
     """
 
     def __init__(self, source: RowSource, config: PrivacyConfig, book: StepBook, ranks: Ranks) -> None:
-        self._source, self._config, self._book = source, config, book
+        self._source, self._config, self._book, self._ranks = source, config, book, ranks
+        if config.sampling == "fixed_size" and len(source) != config.public_size:
+            cure = "State the number of rows as public_size: batches of a fixed size make it public anyway"
+            raise refused(f"a data set of public_size {config.public_size} rows", "rows", len(source), cure)
         self._mine = ranks.mine(len(source))
         self._groups = None if config.bands is None else groups_of(self._uniforms("groups"), config.bands)
         self.unreadable = 0
@@ -134,9 +138,18 @@ class PoissonLoader:
     def _joins(self, before: int) -> Any:
         """Which rows join the next batch, after `before` others."""
         uniforms = self._uniforms("batch", before + 1)
+        if self._config.sampling == "fixed_size":
+            return self._smallest(self._ranks.of_first(uniforms), int(self._config.expected_batch_size))
         if self._groups is None or self._config.bands is None:
             return uniforms < self._config.rate
         return (uniforms < self._config.rate * self._config.bands) & (self._groups == before % self._config.bands)
+
+    @staticmethod
+    def _smallest(uniforms: Any, count: int) -> Any:
+        """A mask of the rows with the smallest numbers: a uniformly random subset."""
+        chosen = np.zeros(len(uniforms), dtype=bool)
+        chosen[np.argpartition(uniforms, count - 1)[:count]] = True
+        return chosen
 
     def _uniforms(self, *names: object) -> Any:
         if self._config.insecure_seed is None:

@@ -12,7 +12,8 @@ from scipy.signal import lfilter
 from scipy.special import ndtr, ndtri
 
 Array = npt.NDArray[np.float64]
-Direction = Literal["remove", "add", "replace"]
+Direction = Literal["remove", "add", "replace", "exchange"]
+Sampler = Literal["poisson", "fixed_size"]
 LARGEST_GRID = 1 << 21
 _TAIL_SHARE = 2.5e-4  # share of delta that pays for each truncation
 _ROUNDING = 2.0**-50  # of one transform, for each composition
@@ -20,11 +21,15 @@ _ROUNDING_SHARE = 0.05  # share of delta that the rounding may cost before the r
 
 
 class Mechanism(NamedTuple):
-    """`steps` runs: each row joins with probability `sample_rate`; the noise is `noise_multiplier` times its bound."""
+    """`steps` runs: each row joins with probability `sample_rate`; the noise is `noise_multiplier` times its bound.
+
+    "poisson": rows join independently; "fixed_size": the batch is a uniformly random subset of one size.
+    """
 
     noise_multiplier: float
     sample_rate: float
     steps: int
+    sampler: Sampler = "poisson"
 
 
 class Masses(NamedTuple):
@@ -38,17 +43,19 @@ class Masses(NamedTuple):
 def composed_epsilon(mechanisms: Sequence[Mechanism], direction: Direction, delta: float) -> float | None:
     """An upper bound of epsilon at `delta` for the whole sequence, in one direction of the neighbouring relation.
 
-    Every rounding is upwards: losses move to grid points by connect-the-dots, which dominates the true pair; truncated
-    mass counts as an infinite loss. None where the grid would be too large or delta too small for the arithmetic.
+    "replace" takes steps of both samplers. Every rounding is upwards: losses move to grid points by connect-the-dots,
+    which dominates the true pair; truncated mass counts as an infinite loss. None where the grid would be too large or
+    delta too small for the arithmetic.
 
     Source: Doroshenko, Ghazi, Kamath, Kumar, Manurangsi 2022 (connect-the-dots); Koskela, Jälkö, Honkela 2020 (FFT).
     """
+    views = [_view(mechanism, direction) for mechanism in mechanisms]
     steps = sum(mechanism.steps for mechanism in mechanisms)
-    spacing = _spacing(mechanisms, direction)
+    spacing = _spacing(views)
     tail = delta * _TAIL_SHARE
-    if any(_points(mechanism, direction, tail / steps, spacing) > LARGEST_GRID for mechanism in mechanisms):
+    if any(_points(*view, tail / steps, spacing) > LARGEST_GRID for view in views):
         return None
-    single = [_discretise(mechanism, direction, tail / steps, spacing) for mechanism in mechanisms]
+    single = [_discretise(*view, tail / steps, spacing) for view in views]
     repeats = [mechanism.steps for mechanism in mechanisms]
     low, high = _window(single, repeats, spacing, tail)
     size = fft.next_fast_len(high - low + 1, real=True)
@@ -58,6 +65,18 @@ def composed_epsilon(mechanisms: Sequence[Mechanism], direction: Direction, delt
     values = _convolve(single, repeats, low, size)
     infinite = -math.expm1(sum(n * math.log1p(-masses.infinite) for n, masses in zip(repeats, single, strict=True)))
     return _invert(values, low, spacing, infinite + 2 * tail + rounding, delta)
+
+
+def _view(mechanism: Mechanism, direction: Direction) -> tuple[Mechanism, Direction]:
+    """A mechanism and its direction, as the functions below take them.
+
+    A row of a fixed-size batch is exchanged within it: the sum moves by twice the bound, or not at all. The privacy
+    curve is that of the mixture against the sum without the row where the loss is positive, and its mirror image below
+    zero (Zhu, Dong, Wang 2022, theorem 11, sampling without replacement).
+    """
+    if mechanism.sampler == "poisson":
+        return mechanism, direction
+    return mechanism._replace(noise_multiplier=mechanism.noise_multiplier / 2), "exchange"
 
 
 def _thresholds(mechanism: Mechanism, direction: Direction, losses: Array) -> Array:
@@ -98,6 +117,9 @@ def _pair(mechanism: Mechanism, direction: Direction) -> tuple[list[tuple[float,
 
 def _range(mechanism: Mechanism, direction: Direction, tail: float) -> tuple[float, float]:
     """Losses outside of which less than about `tail` of the probability lies, on either side."""
+    if direction == "exchange":
+        high = _range(mechanism, "remove", tail)[1]
+        return -high, high
     reach = -float(ndtri(tail)) * mechanism.noise_multiplier + 1
     return _loss(mechanism, direction, -reach), _loss(mechanism, direction, reach)
 
@@ -107,14 +129,16 @@ def _points(mechanism: Mechanism, direction: Direction, tail: float, spacing: fl
     return (high - low) / spacing + 3
 
 
-def _spacing(mechanisms: Sequence[Mechanism], direction: Direction) -> float:
+def _spacing(views: Sequence[tuple[Mechanism, Direction]]) -> float:
     """A grid so fine that rounding up adds about one thousandth to epsilon."""
-    steps = sum(mechanism.steps for mechanism in mechanisms)
-    variance = sum(m.steps * _loss_variance(m, direction) for m in mechanisms)
+    steps = sum(mechanism.steps for mechanism, _ in views)
+    variance = sum(mechanism.steps * _loss_variance(mechanism, direction) for mechanism, direction in views)
     return float(np.clip(math.sqrt(1e-3 * math.sqrt(variance) / steps), 1e-7, 0.01))
 
 
 def _loss_variance(mechanism: Mechanism, direction: Direction) -> float:
+    if direction == "exchange":
+        return _loss_variance(mechanism, "remove")
     x = mechanism.noise_multiplier * np.linspace(-6, 6, 241)
     weights = np.exp(-(np.linspace(-6, 6, 241) ** 2) / 2)
     losses = np.array([_loss(mechanism, direction, float(value)) for value in x])
@@ -134,6 +158,8 @@ def _interval_masses(mixture: list[tuple[float, float]], sigma: float, x: Array)
 
 def _discretise(mechanism: Mechanism, direction: Direction, tail: float, spacing: float) -> Masses:
     """Each interval's mass goes to its two ends so that every hockey-stick divergence at a grid point is exact."""
+    if direction == "exchange":
+        return _mirrored(_discretise(mechanism, "remove", tail, spacing), spacing)
     low, high = _range(mechanism, direction, tail)
     first, last = math.floor(low / spacing), math.ceil(high / spacing)
     losses: Array = spacing * np.arange(first, last + 1, dtype=np.float64)
@@ -149,6 +175,17 @@ def _discretise(mechanism: Mechanism, direction: Direction, tail: float, spacing
     values[0] += sum(weight * float(ndtr((x[0] - mean) / sigma)) for weight, mean in upper_pair)
     infinite = sum(weight * float(ndtr((mean - x[-1]) / sigma)) for weight, mean in upper_pair)
     return Masses(first, values, infinite)
+
+
+def _mirrored(masses: Masses, spacing: float) -> Masses:
+    """The positive losses of a pair, their mirror image below zero, and the rest at zero.
+
+    A loss of -l has exp(-l) times the mass of l: the curve is then the same whichever of the two rows is there.
+    """
+    positive = masses.values[max(0, 1 - masses.first) :]
+    below = positive * np.exp(-spacing * np.arange(1, len(positive) + 1))
+    rest = max(0.0, 1.0 - float(positive.sum()) - float(below.sum()) - masses.infinite)
+    return Masses(-len(positive), np.concatenate([below[::-1], [rest], positive]), masses.infinite)
 
 
 def _window(single: Sequence[Masses], repeats: Sequence[int], spacing: float, tail: float) -> tuple[int, int]:

@@ -66,6 +66,14 @@ class Ranks:
         dist.all_reduce(found, group=self._group)
         return float(found)
 
+    def of_first(self, numbers: Any) -> Any:
+        """The first process's array, in all processes."""
+        if self.count == 1:
+            return numbers
+        told = torch.from_numpy(numbers.copy()).to(self._device)
+        self._broadcast(told)
+        return told.cpu().numpy()
+
     def by_first(self, action: Callable[[], int]) -> int:
         """What the first process's action returns (>= 0); where it raises, all processes stop."""
         if self.count == 1:

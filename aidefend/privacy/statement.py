@@ -184,6 +184,8 @@ def _tpr_at(fpr: float, eps: float, delta: float) -> float:
 def _sampler(config: PrivacyConfig) -> str:
     if config.bands is not None:
         return f"cyclic Poisson: {config.bands} random groups take turns, whose rows join independently"
+    if config.sampling == "fixed_size":
+        return f"fixed size: each step a uniformly random subset of {config.expected_batch_size:g} rows"
     return "full batch" if config.rate == 1 else "Poisson: each row joins each step independently"
 
 
