@@ -108,7 +108,7 @@ def fit_linear(
     check_number(average_from, "average_from", 0.0, 1.0)
     features = _features(x, versions, body)
     layer = _start(features, num_classes, initial)
-    examples = LinearExamples(features, y.to(features.device), num_classes, config.microbatch or BLOCK_ROWS)
+    examples = LinearExamples(features, y.to(features.device).long(), num_classes, config.microbatch or BLOCK_ROWS)
     masked = _train(layer, examples, config, learning_rate, momentum, average_from, ledger)
     layer.requires_grad_(True)
     model = layer if body is None else nn.Sequential(body, nn.Flatten(), layer)

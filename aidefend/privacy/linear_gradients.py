@@ -52,9 +52,7 @@ class LinearExamples:
             self._add(layer, part if rows is None else rows[part], bound, clipping, total)
         return total
 
-    def _add(
-        self, layer: nn.Linear, rows: slice | Tensor, bound: float, clipping: Clipping, total: ClippedSum
-    ) -> None:
+    def _add(self, layer: nn.Linear, rows: slice | Tensor, bound: float, clipping: Clipping, total: ClippedSum) -> None:
         x, labels = wide(self._features[rows]), self._labels[rows]
         residuals = self._residuals(layer, x, labels)
         squared = _norms_squared(self._inner[rows], residuals)

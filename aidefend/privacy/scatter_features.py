@@ -1,4 +1,4 @@
-"""Wavelet scattering: features of images that nobody had to train, so that a private model needs a linear layer only."""
+"""Wavelet scattering: features of images that nobody had to train: a private model then needs a linear layer only."""
 
 import functools
 import itertools
@@ -79,7 +79,7 @@ class ScatterFeatures(nn.Module):
         return {**self.__dict__, "_prepared": {}}
 
     def _scatter(self, planes: Tensor, prepared: _Prepared) -> Tensor:
-        """(n, channels, ...) of images (n, H, W): the outputs of the mirrored edge are cut off at its start, not its end."""
+        """(n, channels, ...) of images (n, H, W); the outputs of the mirrored edge are cut off at its start."""
         wide = planes.double() if planes.dtype == torch.float64 else planes.float()
         images = wide[:, prepared.rows][:, :, prepared.columns]
         spectrum, bank = torch.fft.fft2(images), prepared.bank
@@ -120,7 +120,8 @@ def mirrored(size: int, scales: int) -> Tensor:
     step = 2**scales
     places = torch.arange(-step, -(-size // step) * step + step)
     period = max(1, 2 * (size - 1))
-    return (size - 1) - ((places % period) - (size - 1)).abs()
+    mirror: Tensor = (size - 1) - ((places % period) - (size - 1)).abs()
+    return mirror
 
 
 def _moduli(spectrum: Tensor, wavelets: Tensor, step: int) -> Tensor:
@@ -135,4 +136,5 @@ def _folded(spectrum: Tensor, filters: Tensor, step: int) -> Tensor:
     for a, b in itertools.product(range(step), repeat=2):
         block = (..., slice(a * height, (a + 1) * height), slice(b * width, (b + 1) * width))
         aliases.append(spectrum[block] * (filters[block] / step**2))
-    return functools.reduce(torch.add, aliases)
+    total: Tensor = functools.reduce(torch.add, aliases)
+    return total

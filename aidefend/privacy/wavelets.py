@@ -94,19 +94,21 @@ def gain_squared(filters: Tensor, step: int) -> float:
 def _frequencies(length: int) -> Tensor:
     """Frequencies of a grid in radians a pixel, with their periods: (P, length)."""
     periods = 2 * math.pi * torch.arange(-_COPIES, _COPIES + 1, dtype=torch.float64)
-    return periods[:, None] + 2 * math.pi * torch.fft.fftfreq(length, dtype=torch.float64)
+    frequencies: Tensor = periods[:, None] + 2 * math.pi * torch.fft.fftfreq(length, dtype=torch.float64)
+    return frequencies
 
 
 def _average_spectrum(length: int, scale: int) -> Tensor:
     """Of a Gaussian along one line, with sum one."""
     width = _WIDTH * 2 ** (scale - 1)
-    spectrum = torch.exp(-(width**2) / 2 * _frequencies(length) ** 2).sum(dim=0)
-    return spectrum / spectrum[0]
+    spectrum: Tensor = torch.exp(-(width**2) / 2 * _frequencies(length) ** 2).sum(dim=0)
+    average: Tensor = spectrum / spectrum[0]
+    return average
 
 
 def _average_matrix(spectrum: Tensor, step: int) -> Tensor:
     """(length / step, length): row k averages around pixel k * step of a line that is closed to a ring."""
-    line = torch.fft.ifft(spectrum).real
+    line: Tensor = torch.fft.ifft(spectrum).real
     places = torch.arange(0, len(line), step)[:, None] - torch.arange(len(line))
     return line[places % len(line)]
 
@@ -121,4 +123,5 @@ def _wavelet(grid: tuple[Tensor, Tensor], scale: int, angle: float, slant: float
         return torch.exp(-(width**2) / 2 * ((along - centre) ** 2 + (across / slant) ** 2)).sum(dim=(0, 1))
 
     around, middle = bump(frequency), bump(0.0)
-    return around - around[0, 0] / middle[0, 0] * middle
+    wavelet: Tensor = around - around[0, 0] / middle[0, 0] * middle
+    return wavelet
