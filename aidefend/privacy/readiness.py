@@ -108,7 +108,8 @@ def _of_module(path: str, module: nn.Module) -> list[Problem]:
     ):
         reason = f"{kind} with max_norm or scale_grad_by_freq changes with the other rows of a batch"
         return [Problem("coupled-embedding", path, reason, "Leave both options out")]
-    if isinstance(module, nn.modules.rnn.RNNBase | nn.MultiheadAttention):
+    learns = any(parameter.requires_grad for parameter in module.parameters())
+    if learns and isinstance(module, nn.modules.rnn.RNNBase | nn.MultiheadAttention):
         replacement = "DPMultiheadAttention" if isinstance(module, nn.MultiheadAttention) else f"DP{kind}"
         cure = f"Replace it with opacus.layers.{replacement}"
         return [Problem("unsupported-layer", path, f"{kind} hides the per-example gradients of its weights", cure)]

@@ -126,7 +126,8 @@ def mirrored(size: int, scales: int) -> Tensor:
 
 def _moduli(spectrum: Tensor, wavelets: Tensor, step: int) -> Tensor:
     """|x * wavelet| for each wavelet, at every `step`-th pixel."""
-    return torch.fft.ifft2(_folded(spectrum, wavelets, step)).abs()
+    moduli: Tensor = torch.fft.ifft2(_folded(spectrum, wavelets, step)).abs()
+    return moduli
 
 
 def _folded(spectrum: Tensor, filters: Tensor, step: int) -> Tensor:
