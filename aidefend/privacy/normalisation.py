@@ -15,6 +15,7 @@ _FEWEST_FEATURES = 4  # a row of two normalised features has two values left, on
 _CHANNELS_IN_GROUP = 4
 _MOST_GROUPS = 32
 _ROWS = 4
+_POSITIONS = 4
 
 
 class Change(NamedTuple):
@@ -61,43 +62,62 @@ def fix(model: nn.Module, x: Tensor | None = None) -> Fixed:
     check_kind(model, nn.Module, "model")
     if x is not None and len(check_tensor(x, "x", finite=False)) < 2:
         raise refuse("x with at least two rows", "x", x, "Pass two or more examples, or None")
+    _check_shapes(model)
     fixed = copy.deepcopy(model)
     paths = {id(module): path for path, module in fixed.named_modules()}
     signals = set() if x is None else _running_on_signals(fixed, x)
-    changes: list[Change] = []
-    added: dict[str, nn.Module] = {}
+    made: dict[str, _New] = {}
+    changes: dict[str, Change] = {}
 
     def other(module: nn.Module) -> nn.Module | None:
         path = paths.get(id(module), "")
-        found = _replacement(module, path, path in signals)
-        if found is not None:
-            added[path] = found[0].train(module.training)
-            changes.append(Change(path, repr(module), repr(found[0]), found[1]))
-        return added.get(path) if found is not None else None
+        new = _replacement(module, path in signals)
+        if new is None:
+            return None
+        made[path] = new
+        changes[path] = Change(path, repr(module), repr(new.module), new.why)
+        return new.module.train(module.training)
 
     fixed = replaced(fixed, other)
-    _check_rows_differ(fixed, added, x)
-    return Fixed(fixed, tuple(changes))
+    _check_rows_differ(fixed, made, x)
+    return Fixed(fixed, tuple(changes[path] for path in paths.values() if path in changes))
 
 
-def _replacement(module: nn.Module, path: str, on_signals: bool) -> tuple[nn.Module, str] | None:
-    """The new module and the reason; None for what may stay."""
+class _New(NamedTuple):
+    """A new module, why it is this one, and how many positions the rows have that it must tell apart at the least."""
+
+    module: nn.Module
+    why: str
+    positions: int
+
+
+def _check_shapes(model: nn.Module) -> None:
+    lazy = [
+        Offender(path, f"{type(module).__name__} has no shape yet", "Run the model once before")
+        for path, module in model.named_modules()
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin)
+    ]
+    if lazy:
+        raise IncompatibleModel("Expected layers with shapes.", lazy)
+
+
+def _replacement(module: nn.Module, on_signals: bool) -> _New | None:
+    """What takes the place of a module; None for what may stay."""
     if isinstance(module, nn.modules.instancenorm._InstanceNorm):
         return _without_statistics(module) if module.track_running_stats else None
     if not isinstance(module, nn.modules.batchnorm._BatchNorm) or _is_frozen(module):
         return None
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        offender = Offender(path, f"{type(module).__name__} has no shape yet", "Run the model once before")
-        raise IncompatibleModel("Expected layers with shapes.", [offender])
     reason = f"{type(module).__name__} mixes the examples of a batch and keeps un-noised statistics"
     channels = module.num_features
     if not isinstance(module, nn.BatchNorm1d) or on_signals:
         groups = _groups(channels)
-        return _like(module, groups), f"{reason}; groups of {channels // groups} channel(s) of each row do not"
+        why = f"{reason}; groups of {channels // groups} channel(s) of each row do not"
+        return _New(_like(module, groups), why, _POSITIONS)
     if channels < _FEWEST_FEATURES:
         why = f"{reason}; normalising a row of {channels} feature(s) alone would erase most of what it says"
-        return nn.Identity(), why
-    return _like(module, 1), f"{reason}; one group of all {channels} features of a row does not, and tells rows apart"
+        return _New(nn.Identity(), why, 1)
+    why = f"{reason}; one group of all {channels} features of a row does not, and tells rows apart"
+    return _New(_like(module, 1), why, 1)
 
 
 def _is_frozen(module: nn.modules.batchnorm._BatchNorm) -> bool:
@@ -123,11 +143,12 @@ def _like(module: nn.modules.batchnorm._BatchNorm, groups: int) -> nn.GroupNorm:
     return norm
 
 
-def _without_statistics(module: nn.modules.instancenorm._InstanceNorm) -> tuple[nn.Module, str]:
+def _without_statistics(module: nn.modules.instancenorm._InstanceNorm) -> _New:
     plain = copy.deepcopy(module)
     plain.track_running_stats = False
     plain.running_mean = plain.running_var = plain.num_batches_tracked = None
-    return plain, f"{type(module).__name__} keeps un-noised statistics of the data; without them it treats rows alone"
+    why = f"{type(module).__name__} keeps un-noised statistics of the data; without them it treats each row alone"
+    return _New(plain, why, _POSITIONS)
 
 
 def _running_on_signals(model: nn.Module, x: Tensor) -> set[str]:
@@ -149,33 +170,34 @@ def _running_on_signals(model: nn.Module, x: Tensor) -> set[str]:
     return found
 
 
-def _check_rows_differ(model: nn.Module, added: dict[str, nn.Module], x: Tensor | None) -> None:
+def _check_rows_differ(model: nn.Module, made: dict[str, _New], x: Tensor | None) -> None:
     """Each new layer on random rows, and the model on x."""
     cure = "Replace it by hand, or pass x= with rows on which the model runs"
     dead = [
-        Offender(path, f"{module!r} gives the same output for all rows", cure)
-        for path, module in added.items()
-        if isinstance(module, nn.GroupNorm) and not _tells_apart(module, _random_rows(module))
+        Offender(path, f"{new.module!r} gives the same output for all rows", cure)
+        for path, new in made.items()
+        if isinstance(new.module, nn.GroupNorm) and not _norm_tells_apart(new.module, new.positions)
     ]
-    if not dead and x is not None and added:
-        with preserve(model), naming_the_model(x):
-            alive = _tells_apart(model, x)
-        reason, cure = "the new model gives the same output for all rows of x", "Pass rows that the old model tells apart"
+    if not dead and made and x is not None:
+        with preserve(model), torch.no_grad(), naming_the_model(x):
+            outputs = torch.utils._pytree.tree_leaves(model(x))
+        alive = any(isinstance(value, Tensor) and value.ndim > 0 and _rows_differ(value) for value in outputs)
+        reason, cure = (
+            "the new model gives the same output for all rows of x",
+            "Pass rows that the old model tells apart",
+        )
         dead = [] if alive else [Offender("", reason, cure)]
     if dead:
         raise IncompatibleModel("Expected a model whose outputs differ from row to row.", dead)
 
 
-@torch.no_grad()
-def _tells_apart(model: nn.Module, x: Tensor) -> bool:
-    outputs = model(x)
-    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.ndim > 0]
-    return any(bool(((leaf - leaf[:1]).abs() > 1e-4 * leaf.abs().max()).any()) for leaf in leaves)
-
-
-def _random_rows(module: nn.GroupNorm) -> Tensor:
-    """Rows as large as they come: one position, or two where a group has a single channel."""
-    shape = (_ROWS, module.num_channels) if module.num_channels > module.num_groups else (_ROWS, module.num_channels, 4)
+def _norm_tells_apart(module: nn.GroupNorm, positions: int) -> bool:
+    """Without its scale, which may begin at zero, and in float64, where a constant is a constant."""
     stream = torch.Generator().manual_seed(0)
-    like = next(module.parameters(), torch.zeros(()))
-    return torch.randn(shape, generator=stream).to(like)
+    rows = torch.randn(_ROWS, module.num_channels, positions, generator=stream, dtype=torch.float64)
+    return _rows_differ(nn.functional.group_norm(rows, module.num_groups, eps=module.eps), 0.1)
+
+
+def _rows_differ(outputs: Tensor, least: float = 1e-4) -> bool:
+    """Whether some row lies further from the first than a share of the largest output."""
+    return bool(((outputs - outputs[:1]).abs() > max(least * float(outputs.abs().max()), 1e-12)).any())
