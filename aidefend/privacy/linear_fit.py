@@ -103,16 +103,16 @@ def fit_linear(
         (True, 'exact Gaussian')
     """
     _check_arguments(x, y, config, num_classes, versions, body, initial, ledger)
-    check_number(learning_rate, "learning_rate", 0.0, open_low=True)
-    check_number(momentum, "momentum", 0.0, 1.0, open_high=True)
-    check_number(average_from, "average_from", 0.0, 1.0)
+    learning_rate = check_number(learning_rate, "learning_rate", 0.0, open_low=True)
+    momentum = check_number(momentum, "momentum", 0.0, 1.0, open_high=True)
+    average_from = check_number(average_from, "average_from", 0.0, 1.0)
     features = _features(x, versions, body)
     layer = _start(features, num_classes, initial)
     examples = LinearExamples(features, y.to(features.device).long(), num_classes, config.microbatch or BLOCK_ROWS)
     masked = _train(layer, examples, config, learning_rate, momentum, average_from, ledger)
-    layer.requires_grad_(True)
-    model = layer if body is None else nn.Sequential(body, nn.Flatten(), layer)
-    return LinearFit(model.eval(), layer, make_statement(config, config.steps), masked)
+    model = layer.eval() if body is None else nn.Sequential(body, nn.Flatten().eval(), layer.eval())
+    model.training = False  # not by eval(): the flags inside of the body are the user's
+    return LinearFit(model, layer, make_statement(config, config.steps), masked)
 
 
 def _train(
