@@ -44,8 +44,8 @@ class Setting(NamedTuple):
 
 SETTINGS = (
     Setting("mnist", 2.36, 0.987, "ScatterNet 98.7 (Tramèr, Boneh 2021)", 160, 0.02, 60.0),
-    Setting("mnist", 1.2, 0.981, "ScatterNet 98.1", 160, 0.02, 40.0),
-    Setting("fashion_mnist", 2.36, 0.897, "ScatterNet 89.7", 160, 0.1, 60.0),
+    Setting("mnist", 1.2, 0.981, "ScatterNet 98.1", 160, 0.01, 25.0),
+    Setting("fashion_mnist", 2.36, 0.897, "ScatterNet 89.7", 200, 0.1, 60.0),
 )
 
 
@@ -148,7 +148,7 @@ def run(setting: Setting, rows: dict[str, Tensor], public_size: int, seed: int) 
         initial = nn.Linear(train_x.shape[1], 10)
     rate = setting.speed / setting.clip
     fit = fit_linear(
-        train_x, rows["train_y"], config, num_classes=10, learning_rate=rate, average_from=0.75, initial=initial
+        train_x, rows["train_y"], config, num_classes=10, learning_rate=rate, average_from=0.9, initial=initial
     )
     right = fit.model(test_x).argmax(dim=1) == rows["test_y"]
     spent = epsilon([(MEAN_NOISE, 1.0, 1), *config.history(config.steps)], DELTA)
