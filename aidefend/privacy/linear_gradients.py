@@ -45,7 +45,7 @@ class LinearExamples:
         total = ClippedSum(self._zeros(layer))
         rows: Tensor | None = None
         if drawn is not None or not self._all_usable:
-            chosen = self._usable if drawn is None else drawn & self._usable
+            chosen = self._usable if drawn is None else drawn.to(self._usable.device) & self._usable
             total.masked = (len(self) if drawn is None else int(drawn.sum())) - int(chosen.sum())
             rows = torch.nonzero(chosen)[:, 0]
         for part in self._blocks(len(self) if rows is None else len(rows)):
