@@ -1,12 +1,21 @@
 """Private multinomial logistic regression: exact per-example clipping at the price of two matrix products a step."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from aidefend._core.checks import check_int, check_kind, check_not_empty, check_number, check_tensor, refuse
+from aidefend._core.checks import (
+    check_callable,
+    check_int,
+    check_kind,
+    check_not_empty,
+    check_number,
+    check_tensor,
+    refuse,
+)
 from aidefend._core.errors import IncompatibleModel
 from aidefend._core.modules import naming_the_model, training_layers
 from aidefend._core.random import derive_seed, secure_uniform
@@ -52,7 +61,7 @@ def fit_linear(
     momentum: float = 0.9,
     average_from: float = 0.5,
     versions: int = 1,
-    body: nn.Module | None = None,
+    body: Callable[[Tensor], Tensor] | None = None,
     initial: nn.Linear | None = None,
     ledger: PrivacyLedger | None = None,
 ) -> LinearFit:
@@ -74,9 +83,9 @@ def fit_linear(
         momentum: In [0, 1).
         average_from: Share of the steps, in [0, 1], after which iterates are averaged into the result; 1: the last one.
         versions: Augmented versions of each row, whose gradients are averaged before clipping; K times the work.
-        body: Maps rows to features (n, ...), each from its own row, in eval mode; run once. Its weights must be public
-            or paid for.
-        initial: A layer (d, num_classes) to begin at, left unchanged; None: zeros.
+        body: A module in eval mode, or any callable (a standardiser's `transform`), from rows to features (n, ...),
+            each from its own row; run once. Its weights must be public or paid for.
+        initial: A public layer (d, num_classes) to begin at, left unchanged; None: zeros.
         ledger: The ledger of this data set, if runs are to compose.
     Returns: `LinearFit`.
     Raises: ConfigurationError: a malformed argument, or an option of config that this loop does not have.
@@ -110,9 +119,28 @@ def fit_linear(
     layer = _start(features, num_classes, initial)
     examples = LinearExamples(features, y.to(features.device).long(), num_classes, config.microbatch or BLOCK_ROWS)
     masked = _train(layer, examples, config, learning_rate, momentum, average_from, ledger)
-    model = layer.eval() if body is None else nn.Sequential(body, nn.Flatten().eval(), layer.eval())
-    model.training = False  # not by eval(): the flags inside of the body are the user's
+    model = layer.eval() if body is None else _joined(body, layer)
     return LinearFit(model, layer, make_statement(config, config.steps), masked)
+
+
+def _joined(body: Callable[[Tensor], Tensor], layer: nn.Linear) -> nn.Module:
+    first = body if isinstance(body, nn.Module) else _Called(body)
+    model = nn.Sequential(first, nn.Flatten().eval(), layer.eval())
+    model.training = False  # not by eval(): the flags inside of the body are the user's
+    return model
+
+
+class _Called(nn.Module):
+    """A callable as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._function = function
+        self.training = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the callable returns."""
+        return self._function(x)
 
 
 def _train(
@@ -178,7 +206,7 @@ def _drawn(n: int, config: PrivacyConfig, step: int) -> Tensor | None:
     return torch.rand(n, generator=stream, dtype=torch.float64) < config.rate
 
 
-def _features(x: Tensor, versions: int, body: nn.Module | None) -> Tensor:
+def _features(x: Tensor, versions: int, body: Callable[[Tensor], Tensor] | None) -> Tensor:
     """(N, K, d)."""
     if body is None:
         return x if versions > 1 else x[:, None]
@@ -189,7 +217,7 @@ def _features(x: Tensor, versions: int, body: nn.Module | None) -> Tensor:
     return torch.cat(blocks).reshape(len(x), versions, -1)
 
 
-def _check_body(body: nn.Module, rows: Tensor) -> None:
+def _check_body(body: Callable[[Tensor], Tensor], rows: Tensor) -> None:
     """What `make_private` asks of a model: row i of the features from row i alone."""
     if offenders := training_layers(body):
         raise IncompatibleModel("Expected a body in eval mode.", offenders)
@@ -204,7 +232,7 @@ def _check_body(body: nn.Module, rows: Tensor) -> None:
 class _Frozen(nn.Module):
     """The body and a linear layer, only the latter of which learns: what the probe looks at."""
 
-    def __init__(self, body: nn.Module, width: int, like: Tensor) -> None:
+    def __init__(self, body: Callable[[Tensor], Tensor], width: int, like: Tensor) -> None:
         super().__init__()
         self.linear = nn.Linear(width, 2, device=like.device)
         nn.init.constant_(self.linear.weight, 1 / width)
@@ -254,9 +282,10 @@ def _check_arguments(
     if body is None and x.ndim != 2 + (versions > 1):
         cure = "Flatten the features, or pass the module that makes them as body="
         raise refuse(f"x of shape {'(N, K, d)' if versions > 1 else '(N, d)'}", "x", x, cure)
-    for value, kind, name in ((body, nn.Module, "body"), (initial, nn.Linear, "initial")):
-        if value is not None:
-            check_kind(value, kind, name)
+    if body is not None:
+        check_callable(body, "body", "Pass a module, a function from rows to features, or None")
+    if initial is not None:
+        check_kind(initial, nn.Linear, "initial")
     if ledger is not None:
         check_kind(ledger, PrivacyLedger, "ledger", "Open PrivacyLedger(path)")
 

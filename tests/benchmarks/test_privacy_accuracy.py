@@ -1,4 +1,4 @@
-"""The account of the benchmark of private linear models: what it releases beside the fit, and that all of it is paid."""
+"""The account of the benchmark of private linear models: all that it releases is bounded and paid for."""
 
 import pytest
 import torch

@@ -332,12 +332,32 @@ def test_a_body_is_part_of_the_model():
     assert augmented.model(x).shape == (12, 3)
 
 
+def test_a_body_may_be_any_callable():
+    """Such as a private standardiser's transform: fixed numbers, each row alone."""
+    x, y = rows()
+    middle, scale = torch.linspace(-1, 1, 6), torch.linspace(1, 2, 6)
+    fit = fitted(x, y, full(), None, body=lambda rows: (rows - middle) / scale)
+    same = fitted((x - middle) / scale, y, full(), None)
+    torch.testing.assert_close(weights(fit.model), weights(same.linear))
+    torch.testing.assert_close(fit.model(x), same.model((x - middle) / scale))
+
+
 class OutOfCentre(nn.Module):
     def forward(self, x):
         return x - x.mean(0)
 
 
-@pytest.mark.parametrize("body", [nn.BatchNorm1d(6), nn.Dropout(0.5), OutOfCentre(), nn.BatchNorm1d(6, affine=False)])
+COUPLED = [
+    nn.BatchNorm1d(6),
+    nn.BatchNorm1d(6, affine=False),
+    nn.Dropout(0.5),
+    OutOfCentre(),
+    lambda rows: rows / rows.std(0),
+    lambda rows: rows.flip(0),
+]
+
+
+@pytest.mark.parametrize("body", COUPLED)
 def test_bodies_that_couple_rows_are_refused(body):
     with pytest.raises(IncompatibleModel):
         fitted(*rows(), full(), None, body=body)
