@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -75,8 +76,8 @@ def add_lora(
     Args:
         model: Left as it is. Its copy is frozen; set requires_grad on a new head yourself, before the optimizer.
         rank: Of each correction, >= 1 and at most the smaller side of the layer; noise grows with it.
-        layers: Names of nn.Linear layers, as in named_modules(); None: all but those inside of nn.MultiheadAttention,
-            which reads their weights without calling them.
+        layers: Names of plain nn.Linear layers, as in named_modules(); None: all of them. Not those inside of
+            nn.MultiheadAttention, which reads weights without calling layers, nor subclasses and parametrised layers.
         alpha: Corrections are multiplied by alpha / rank, > 0; None: alpha = rank.
         generator: For the random half of each correction (the other half is zero); None: a fresh one.
     Returns: The copy, in the same train/eval mode. `merge_lora` turns it back into a plain model.
@@ -114,7 +115,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     Guarantee: post-processing: it costs no privacy.
     Args:
         model: What `add_lora` returned, also wrapped in others, trained or not; left as it is.
-    Returns: The copy. Parameters of merged layers ask for gradients again.
+    Returns: The copy. Parameters of merged layers ask for gradients again; a tied weight is the layer's own now.
     Raises: ConfigurationError: model has no corrections.
     Cost: One copy of the model, one product for each correction.
 
@@ -136,15 +137,14 @@ def merge_lora(model: nn.Module) -> nn.Module:
 def _merged(module: nn.Module) -> nn.Module | None:
     if not isinstance(module, _Adapted):
         return None
-    with torch.no_grad():
-        module.base.weight.copy_(module.weight)
+    module.base.weight = nn.Parameter(module.weight.detach().clone())  # another one: the old may be tied elsewhere
     return module.base.requires_grad_(True)
 
 
 def _chosen(model: nn.Module, names: tuple[str, ...] | None) -> dict[str, nn.Linear]:
     """The layers to adapt; offenders among the named ones are refused together."""
     modules = dict(model.named_modules())
-    linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in modules.items() if _is_plain(module)}
     unseen = {
         name
         for name in linears
@@ -155,18 +155,23 @@ def _chosen(model: nn.Module, names: tuple[str, ...] | None) -> dict[str, nn.Lin
         if not found:
             cure = "Name the layers to train, and set requires_grad on them"
             raise IncompatibleModel(
-                "Expected a model with linear layers.", [Offender("", "it has no nn.Linear of its own", cure)]
+                "Expected a model with linear layers.", [Offender("", "it has no plain nn.Linear of its own", cure)]
             )
         return found
     for name in names:
         if name not in modules:
             raise refuse(f"names of layers, such as {list(linears)[:10]}", "layers", name, "See named_modules()")
     cure = "Leave it out of layers"
-    bad = [Offender(name, "it is no nn.Linear", cure) for name in names if name not in linears]
+    bad = [Offender(name, "it is no plain nn.Linear", cure) for name in names if name not in linears]
     bad += [Offender(name, "its weights are read without calling it", cure) for name in names if name in unseen]
     if bad or not names:
         raise IncompatibleModel("Expected linear layers that are called.", bad)
     return {name: linears[name] for name in names}
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """A subclass may compute something else, and a computed weight cannot be written to."""
+    return type(module) is nn.Linear and "weight" in module._parameters
 
 
 def _parents(name: str) -> list[str]:

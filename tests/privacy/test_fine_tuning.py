@@ -201,6 +201,38 @@ def test_lora_of_a_bare_layer_of_a_shared_one_and_of_other_types():
     assert not wider[0].up.weight.requires_grad and wider[1].up.weight.requires_grad
 
 
+class Tied(nn.Module):
+    """The output layer reads the table of the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.out = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, x):
+        return self.out(self.table(x).mean(1))
+
+
+def test_merging_leaves_a_tied_weight_alone():
+    model = seeded(Tied)
+    merged = merge_lora(warmed(add_lora(model, 2)))
+    assert torch.equal(merged.table.weight, model.table.weight) and not torch.equal(merged.out.weight, model.out.weight)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_lora_keeps_off_layers_whose_weight_is_not_what_it_seems():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), Doubled(5, 5), nn.Linear(5, 3))
+    adapted = add_lora(model, 2)
+    assert {name for name, p in adapted.named_parameters() if p.requires_grad} == {"2.down.weight", "2.up.weight"}
+    for name in ("0", "1"):
+        with pytest.raises(IncompatibleModel, match="no plain"):
+            add_lora(model, 2, layers=[name])
+
+
 @pytest.mark.parametrize(
     ("call", "word"),
     [
@@ -209,10 +241,11 @@ def test_lora_of_a_bare_layer_of_a_shared_one_and_of_other_types():
         (lambda: add_lora(small_mlp(), 1, layers=["7"]), "layers"),
         (lambda: add_lora(small_mlp(), 1, layers="0"), "layers"),
         (lambda: add_lora(small_mlp(), 1, layers=[]), "linear layers"),
-        (lambda: add_lora(small_mlp(), 1, layers=["1"]), "no nn.Linear"),
+        (lambda: add_lora(small_mlp(), 1, layers=["1"]), "no plain"),
         (lambda: add_lora(small_mlp(), 1, alpha=0.0), "alpha"),
         (lambda: add_lora(nn.Conv2d(1, 1, 1), 1), "linear"),
-        (lambda: add_lora(seeded(Encoder), 1, layers=["block.self_attn.out_proj"]), "without calling"),
+        (lambda: add_lora(seeded(Encoder), 1, layers=["block.self_attn.out_proj"]), "no plain"),
+        (lambda: add_lora(add_lora(small_mlp(), 1), 1, layers=["0.base"]), "without calling"),
         (lambda: add_lora("model", 1), "model"),
         (lambda: merge_lora(small_mlp()), "add_lora"),
         (lambda: merge_lora(None), "model"),
