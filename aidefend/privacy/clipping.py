@@ -100,9 +100,14 @@ def _factors(
     if clipping == "per_layer":
         share = bound / math.sqrt(layers)
         return {path: _down_to(share, own.sqrt()) for path, own in squared.items()}
+    return dict.fromkeys(squared, row_factors(whole.sqrt(), bound, clipping))
+
+
+def row_factors(norms: Tensor, bound: float, clipping: Clipping) -> Tensor:
+    """What the gradient of a row of each length is multiplied with, the same for all layers."""
     if clipping == "automatic":
-        return dict.fromkeys(squared, bound * _ROUNDING / (whole.sqrt() + _STABILITY))
-    return dict.fromkeys(squared, _down_to(bound, whole.sqrt()))
+        return bound * _ROUNDING / (norms + _STABILITY)
+    return _down_to(bound, norms)
 
 
 def _down_to(bound: float, norms: Tensor) -> Tensor:

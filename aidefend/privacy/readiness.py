@@ -108,7 +108,8 @@ def _of_module(path: str, module: nn.Module) -> list[Problem]:
     ):
         reason = f"{kind} with max_norm or scale_grad_by_freq changes with the other rows of a batch"
         return [Problem("coupled-embedding", path, reason, "Leave both options out")]
-    if isinstance(module, nn.MultiheadAttention) and (module.bias_k is not None or module.add_zero_attn):
+    learns = any(parameter.requires_grad for parameter in module.parameters())
+    if learns and isinstance(module, nn.MultiheadAttention) and (module.bias_k is not None or module.add_zero_attn):
         reason = f"{kind} with add_bias_kv or add_zero_attn hides the gradients of its weights"
         return [Problem("unsupported-layer", path, reason, "Leave both options out")]
     return []

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from aidefend.privacy import check_private_ready
+from aidefend.privacy import ScatterFeatures, add_lora, check_private_ready, fix
 from tests.privacy.private_worlds import cross_entropy, naive_sum, one_step, private_run, quiet, released
 
 
@@ -131,6 +131,24 @@ PRIVATE = {  # name: (model, inputs, targets, per-example loss)
         cross_entropy,
     ),
     "class token": (ClassToken, draw(N, 4, 6), labels(N), cross_entropy),
+    "low-rank corrections": (
+        lambda: add_lora(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), 2),
+        draw(N, 4),
+        labels(N),
+        cross_entropy,
+    ),
+    "fixed batch normalisation": (
+        lambda: fix(nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))).model,
+        draw(N, 4),
+        labels(N),
+        cross_entropy,
+    ),
+    "scattering": (
+        lambda: nn.Sequential(ScatterFeatures(1, 2), nn.Flatten(), nn.Linear(27, 3)),
+        draw(N, 1, 6, 6),
+        labels(N),
+        cross_entropy,
+    ),
     "recurrent": (Recurrent, draw(N, 5, 4), labels(N), cross_entropy),
     "double precision": (
         lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double(),
@@ -173,9 +191,11 @@ def test_it_is_ready(case):
 def test_the_check_leaves_no_trace(case):
     model, x, y, loss = case
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainable = [p.requires_grad for p in model.parameters()]
     check_private_ready(model, loss, (x[:4], y[:4]))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
+    assert [p.requires_grad for p in model.parameters()] == trainable
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -188,8 +208,9 @@ def test_the_update_is_the_naive_clipped_sum(case):
 def test_identity_without_clip_and_noise(case):
     """A clip norm that binds nobody and no noise: plain training."""
     model, x, y, loss = case
-    gradients = torch.autograd.grad(loss(model(x), y).mean(), list(model.parameters()))
-    expected = dict(zip([name for name, _ in model.named_parameters()], gradients, strict=True))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss(model(x), y).mean(), list(trained.values()))
+    expected = dict(zip(trained, gradients, strict=True))
     assert_same(released(stepped(case, max_grad_norm=1e6)), expected)
 
 
