@@ -12,6 +12,7 @@ from aidefend.privacy.gradient_parts import GradientPart
 from aidefend.privacy.layer_gradients import gradient_parts
 from aidefend.privacy.recorder import Calls, Recorder
 from aidefend.privacy.step_book import Ticket
+from aidefend.privacy.unit_calls import calls_by_unit
 
 Parts = dict[str, list[GradientPart]]
 _STABILITY = 0.01
@@ -39,12 +40,15 @@ class ClippedSum:
 def clipped_sum(recorder: Recorder, losses: Tensor, ticket: Ticket, bound: float, clipping: Clipping) -> ClippedSum:
     """The clipped gradients of all rows of a batch, summed.
 
-    Guarantee: removing one row moves the result by at most `bound` in Euclidean norm, exchanging one by at most twice
-        that, if losses[i] depends on row i alone. A row whose gradient is not finite counts as zero.
+    Guarantee: removing one row (or one unit, where the batch has units) moves the result by at most `bound` in
+        Euclidean norm, exchanging one by at most twice that, if losses[i] depends on row i alone. A row whose gradient
+        is not finite counts as zero.
     """
     total = ClippedSum()
     for calls in recorder.example_calls(losses, ticket):
-        clip_block(calls, recorder.layers, bound, clipping, total)
+        own = calls if ticket.units is None else calls_by_unit(calls, ticket.units.to(losses.device))
+        calls = {}  # what is regrouped need not be kept twice
+        clip_block(own, recorder.layers, bound, clipping, total)
     return total
 
 

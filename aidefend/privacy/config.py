@@ -12,6 +12,8 @@ from aidefend.privacy.accounting import NEIGHBORING, SAMPLERS, Neighboring, Spen
 from aidefend.privacy.banded_noise import participations
 from aidefend.privacy.privacy_loss import Sampler
 
+Unit = Literal["example", "user"]
+UNITS = ("example", "user")
 Noise = Literal["independent", "banded"]
 Clipping = Literal["flat", "per_layer", "automatic", "adaptive"]
 CLIPPING = ("flat", "per_layer", "automatic", "adaptive")
@@ -36,6 +38,10 @@ class PrivacyConfig:
         noise_multiplier: > 0; standard deviation of the noise in units of max_grad_norm. Give exactly one of the two.
         neighboring: "add_remove": what is hidden is whether a row is there; "replace_one": what a row says, where its
             presence is public. The second costs about twice the epsilon.
+        unit: "example": one row; "user": all rows of one user (`make_private(users=...)`). Users are then what is
+            drawn and counted by public_size and expected_batch_size, and each adds one clipped gradient: the mean of
+            its rows' gradients.
+        max_rows_per_user: With unit="user", how many rows of a user take part in a step, >= 1, drawn anew each time.
         sampling: "poisson": each row joins each step independently; "fixed_size": each step takes a uniformly random
             subset of exactly expected_batch_size rows, independent of all other steps. The second only with
             neighboring="replace_one" and public_size, which must then be the true number of rows.
@@ -82,6 +88,8 @@ class PrivacyConfig:
     target_epsilon: float | None = None
     noise_multiplier: float | None = None
     neighboring: Neighboring = "add_remove"
+    unit: Unit = "example"
+    max_rows_per_user: int | None = None
     sampling: Sampler = "poisson"
     clipping: Clipping = "flat"
     microbatch: int | None = None
@@ -102,6 +110,7 @@ class PrivacyConfig:
             )
         self._check_bands()
         self._check_sampling()
+        self._check_unit()
         found = self.noise_multiplier
         if found is None:
             target = float(self.target_epsilon or math.nan)
@@ -183,6 +192,19 @@ class PrivacyConfig:
         if self.clipping == "adaptive":
             cure = 'Use clipping="flat" or "automatic": the noise of several steps needs one scale'
             raise refuse("a clip norm that stays, with banded noise", "clipping", self.clipping, cure)
+
+    def _check_unit(self) -> None:
+        check_choice(self.unit, UNITS, "unit")
+        if (self.unit == "user") != (self.max_rows_per_user is not None):
+            cure = 'Pass unit="user" with max_rows_per_user=8, or neither'
+            raise refuse(
+                'max_rows_per_user with unit="user" and no other', "max_rows_per_user", self.max_rows_per_user, cure
+            )
+        if self.max_rows_per_user is not None:
+            check_int(self.max_rows_per_user, "max_rows_per_user")
+            if self.microbatch is not None:
+                cure = "Leave microbatch out: the rows of a user must be together. Lower max_rows_per_user"
+                raise refuse('no microbatch with unit="user"', "microbatch", self.microbatch, cure)
 
     def _check_sampling(self) -> None:
         check_choice(self.sampling, SAMPLERS, "sampling")

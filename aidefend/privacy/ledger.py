@@ -44,6 +44,7 @@ class LedgerRun(NamedTuple):
     planned: int
     bands: int = 1
     sampler: str = "poisson"
+    unit: str = "example"
     steps: int = 0
     closed: bool = False
 
@@ -222,9 +223,10 @@ class PrivacyLedger:
             cure = 'Open a ledger with neighboring="replace_one": fixed batches say nothing of rows added or removed'
             raise refuse("a run of Poisson batches", "config", config.sampling, cure)
         noise = 0.0 if config.insecure else config.multiplier
-        fixed = (config.digest(), noise, config.rate, config.steps, config.bands or 1, config.sampling)
+        fixed = (config.digest(), noise, config.rate, config.steps, config.bands or 1, config.sampling, config.unit)
         run = LedgerRun(secrets.token_hex(16), time.time(), *fixed)
         with self._database() as connection, transaction(connection):
+            _refuse_other_units(_account(connection), config.unit)
             self._check_fits(_append(connection, {"kind": "open", **run._asdict()}))
         return run.id
 
@@ -351,6 +353,14 @@ def _run_of(account: _Account, run: Any) -> LedgerRun:
     if found is None:
         raise PrivacyError(expected("a run of this ledger", "run", run, "Pass what open_run returned"))
     return found
+
+
+def _refuse_other_units(account: _Account, unit: str) -> None:
+    """Epsilons of rows and of users do not add up to one of either."""
+    others = {run.unit for run in account.runs.values()} - {unit}
+    if others:
+        cure = "Keep one ledger for each unit of privacy"
+        raise PrivacyError(expected(f"runs of unit {others.pop()!r} in this ledger", "unit", unit, cure))
 
 
 def _refuse_other_tables(connection: Any, path: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from aidefend._core.batches import as_dataset
-from aidefend._core.checks import check_not_empty, refuse
+from aidefend._core.checks import check_not_empty, describe, refuse
 from aidefend._core.random import derive_seed, secure_uniform
 from aidefend.privacy.banded_noise import groups_of
 from aidefend.privacy.config import PrivacyConfig
@@ -39,16 +39,18 @@ class RowSource:
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor, int]:
-        """x, y and the number of rows that had to be left out."""
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+        """x, y and which of the indices they are: rows that cannot be read are left out."""
         if self._tensors is not None:
             x, y = self._tensors
-            return x[indices], y[indices], 0
-        rows = [row for row in map(self._read, indices) if row is not None and _form(row) == self._form]
-        if not rows:
-            return *self.empty(), len(indices)
-        x, y = (torch.stack(column) for column in zip(*rows, strict=True))
-        return x, y, len(indices) - len(rows)
+            return x[indices], y[indices], indices
+        read = [
+            (index, row) for index in indices if (row := self._read(index)) is not None and _form(row) == self._form
+        ]
+        if not read:
+            return *self.empty(), []
+        x, y = (torch.stack(column) for column in zip(*(row for _, row in read), strict=True))
+        return x, y, [index for index, _ in read]
 
     def empty(self) -> tuple[Tensor, Tensor]:
         """The batch with no row."""
@@ -111,12 +113,16 @@ class PoissonLoader:
     Cost: Eight bytes from the operating system for each row of the data set and step.
     """
 
-    def __init__(self, source: RowSource, config: PrivacyConfig, book: StepBook, ranks: Ranks) -> None:
+    def __init__(
+        self, source: RowSource, config: PrivacyConfig, book: StepBook, ranks: Ranks, users: Any = None
+    ) -> None:
         self._source, self._config, self._book, self._ranks = source, config, book, ranks
-        if config.sampling == "fixed_size" and len(source) != config.public_size:
+        self._rows_of = None if config.unit == "example" else rows_by_user(users, len(source))
+        self._count = len(source) if self._rows_of is None else len(self._rows_of)
+        if config.sampling == "fixed_size" and self._count != config.public_size:
             cure = "State the number of rows as public_size: batches of a fixed size make it public anyway"
-            raise refused(f"a data set of public_size {config.public_size} rows", "rows", len(source), cure)
-        self._mine = ranks.mine(len(source))
+            raise refused(f"a data set of public_size {config.public_size} rows", "rows", self._count, cure)
+        self._mine = ranks.mine(self._count)
         self._groups = None if config.bands is None else groups_of(self._uniforms("groups"), config.bands)
         self.unreadable = 0
 
@@ -130,10 +136,27 @@ class PoissonLoader:
 
     def _pass(self, batches: int) -> Iterator[tuple[Tensor, Tensor]]:
         for _ in range(batches):
-            x, y, lost = self._source.batch(np.flatnonzero(self._joins(self._book.charged) & self._mine).tolist())
-            self._book.draw(len(x))
-            self.unreadable += lost
+            joined = np.flatnonzero(self._joins(self._book.charged) & self._mine)
+            owner = self._rows_of_units(joined)
+            x, y, kept = self._source.batch(list(owner))
+            units = None if self._rows_of is None else _dense([owner[row] for row in kept])
+            self._book.draw(len(x), units)
+            self.unreadable += len(owner) - len(kept)
             yield x, y
+
+    def _rows_of_units(self, joined: Any) -> dict[int, int]:
+        """The rows of the units that joined, each with its unit."""
+        if self._rows_of is None:
+            return {row: row for row in joined.tolist()}
+        most = self._config.max_rows_per_user or 1
+        owner: dict[int, int] = {}
+        for unit in joined.tolist():
+            rows = self._rows_of[unit]
+            if len(rows) > most:
+                chances = self._numbers(len(rows), "rows", self._book.charged + 1, unit)
+                rows = rows[np.sort(np.argpartition(chances, most - 1)[:most])]
+            owner |= dict.fromkeys(rows.tolist(), unit)
+        return owner
 
     def _joins(self, before: int) -> Any:
         """Which rows join the next batch, after `before` others."""
@@ -152,7 +175,33 @@ class PoissonLoader:
         return chosen
 
     def _uniforms(self, *names: object) -> Any:
+        """One number in (0, 1) for each unit; for a named purpose that is drawn once."""
+        return self._numbers(self._count, *names)
+
+    def _numbers(self, count: int, *names: object) -> Any:
         if self._config.insecure_seed is None:
-            return secure_uniform(len(self._source))
+            return secure_uniform(count)
         seed = derive_seed(self._config.insecure_seed, *names)
-        return torch.rand(len(self._source), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).numpy()
+        return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).numpy()
+
+
+def rows_by_user(users: Any, rows: int) -> list[Any]:
+    """The row numbers of each user, users in the order of their names."""
+    if users is None:
+        cure = "Pass make_private(..., users=ids), the user of each row"
+        raise refused('users with unit="user"', "users", None, cure)
+    if isinstance(users, Tensor):
+        users = users.cpu().numpy()
+    names = np.asarray(users)
+    if names.ndim != 1 or len(names) != rows or names.dtype == object:
+        cure = "Pass one number or text for each row of the data set"
+        raise refused(f"users of shape ({rows},)", "users", describe(users), cure)
+    order = np.argsort(names, kind="stable")
+    borders = np.flatnonzero(names[order][1:] != names[order][:-1]) + 1
+    return list(np.split(order, borders))
+
+
+def _dense(units: list[int]) -> Tensor:
+    """Units numbered from 0 in the order of their first rows."""
+    number = {unit: position for position, unit in enumerate(dict.fromkeys(units))}
+    return torch.tensor([number[unit] for unit in units], dtype=torch.long)

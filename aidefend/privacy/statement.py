@@ -153,7 +153,7 @@ def make_statement(config: PrivacyConfig, steps_taken: int) -> PrivacyStatement:
         epsilon=now.epsilon,
         delta=config.delta,
         neighboring=config.neighboring,
-        unit=_UNITS[config.neighboring],
+        unit=_unit(config),
         accountant=planned.accountant,
         sampler=_sampler(config),
         sample_rate=config.rate,
@@ -179,6 +179,13 @@ def _tpr_at(fpr: float, eps: float, delta: float) -> float:
     """What (eps, delta) allows at a false-positive rate (Kairouz, Oh, Viswanath 2015)."""
     power = min(eps, 700.0)
     return min(1.0, math.exp(power) * fpr + delta, 1 - math.exp(-power) * (1 - fpr - delta))
+
+
+def _unit(config: PrivacyConfig) -> str:
+    text = _UNITS[config.neighboring]
+    if config.unit == "example":
+        return text
+    return text.replace("one row", "all rows of one user").replace("a row more", "a user more")
 
 
 def _sampler(config: PrivacyConfig) -> str:

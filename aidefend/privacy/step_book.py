@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from aidefend._core.checks import expected
 from aidefend._core.errors import AidefendError, BudgetExceeded, PrivacyError
 
@@ -11,8 +13,9 @@ _LOOP = "Keep to: for x, y in private.loader: zero_grad(), private.loss(private.
 class Ticket:
     """One batch of the loader: it pays for one backward pass and one step."""
 
-    def __init__(self, number: int, rows: int) -> None:
+    def __init__(self, number: int, rows: int, units: Tensor | None = None) -> None:
         self.number, self.rows = number, rows
+        self.units = units  # (rows,) whose rows they are; None: each row stands for itself
         self.graded = False  # its gradient waits for the step
         self.released = False  # its noisy gradient was made, and may have been seen
         self.closed = False
@@ -50,7 +53,7 @@ class StepBook:
             cure = "The budget of this run is spent; a further run is another config, and composes with this one"
             raise BudgetExceeded(expected(f"fewer than {self._steps} steps", "steps taken", self.charged, cure))
 
-    def draw(self, rows: int) -> Ticket:
+    def draw(self, rows: int, units: Tensor | None = None) -> Ticket:
         """Charge one step and open its batch; an earlier open batch is void (and stays charged)."""
         self.check_remaining()
         self._reserve(self.charged + 1)
@@ -59,7 +62,7 @@ class StepBook:
         if before is not None:
             self._stale = self._stale or before.graded
             before.closed = True
-        self._ticket = Ticket(self.charged, rows)
+        self._ticket = Ticket(self.charged, rows, units)
         return self._ticket
 
     def begin_backward(self, losses: int) -> Ticket | None:

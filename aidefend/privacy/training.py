@@ -41,6 +41,7 @@ def make_private(
     *,
     ledger: PrivacyLedger | None = None,
     group: Any = None,
+    users: Any = None,
 ) -> "PrivateTraining":
     """Wrap model, optimizer, data and loss so that the user's own loop is differentially private.
 
@@ -59,6 +60,7 @@ def make_private(
             whole data set: `torch.distributed.group.WORLD`. They start from the first one's weights, draw from rows of
             their own and take the same steps; expected_batch_size is that of all together. An error in one process
             leaves the others waiting for the group's timeout.
+        users: With config.unit "user", whose row each one is: (N,) numbers or texts.
     Returns: `PrivateTraining`, with `.loader .model .optimizer .loss .backward` for the loop.
     Raises: IncompatibleModel: lists every module or parameter that cannot be trained privately. PrivacyError: another
         part of the set-up voids the guarantee. BudgetExceeded: the ledger has no room for the run.
@@ -102,7 +104,11 @@ def make_private(
     probe = tuple(part.to(device_of(model)) for part in source.probe(_PROBE_ROWS))
     refuse_problems(dynamic_problems(model, per_example_loss, probe[0], probe[1]))
     ranks = Ranks(group, model)
-    return PrivateTraining(model, optimizer, source, per_example_loss, config, ledger, (probe[0], probe[1]), ranks)
+    if users is not None and config.unit == "example":
+        cure = 'Set unit="user" and max_rows_per_user in the PrivacyConfig, or leave users out'
+        raise refused('users with unit="user"', "users", type(users).__name__, cure)
+    parts = (ledger, (probe[0], probe[1]), ranks, users)
+    return PrivateTraining(model, optimizer, source, per_example_loss, config, *parts)
 
 
 class PrivateTraining:
@@ -126,6 +132,7 @@ class PrivateTraining:
         ledger: PrivacyLedger | None,
         probe: tuple[Tensor, Tensor],
         ranks: Ranks,
+        users: Any = None,
     ) -> None:
         self.config = config
         self.masked_rows = 0
@@ -141,7 +148,7 @@ class PrivateTraining:
         self._book = StepBook(config.steps, self._reserve)
         self._guard = ParameterGuard(model, optimizer)
         self._recorder = Recorder(model, config.microbatch)
-        self.loader = PoissonLoader(source, config, self._book, ranks)
+        self.loader = PoissonLoader(source, config, self._book, ranks, users)
         self.model = PrivateModel(model, self._book, self._recorder, self._approve, self._empty_outputs)
         self._bound = ClipBound(config, ranks)
         self.optimizer = PrivateOptimizer(optimizer, config, self._book, self._guard, self._bound, ranks)
