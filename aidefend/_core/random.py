@@ -90,25 +90,29 @@ def secure_uniform(count: int) -> "np.ndarray[tuple[int], np.dtype[np.float64]]"
 
 
 def secure_normal(
-    shape: tuple[int, ...], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    shape: tuple[int, ...],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    deviation: float = 1.0,
 ) -> Tensor:
-    """Standard normal noise from `secure_bytes`; drawn on the processor, at least 96 bits for each pair of numbers.
+    """Normal noise of this standard deviation from `secure_bytes`; drawn on the processor, at least 96 bits for each pair of numbers.
 
     Source: Box, Muller 1958. The radius comes from 63 bits in float64 and so reaches 9.4 standard deviations.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     values = torch.empty(math.prod(shape), dtype=wide)
     for part in values.split(_NOISE_BLOCK) if len(values) else ():
-        _fill_with_normal(part)
+        _fill_with_normal(part, deviation)
     return values.reshape(shape).to(device=device, dtype=dtype)
 
 
-def _fill_with_normal(part: Tensor) -> None:
+def _fill_with_normal(part: Tensor, deviation: float) -> None:
     pairs, width = (len(part) + 1) // 2, part.element_size()
     bits = secure_bytes((8 + width) * pairs)
     halves = (np.frombuffer(bits, dtype=np.uint64, count=pairs) >> np.uint64(1)).view(np.int64)
     turns = np.frombuffer(bits, dtype=np.int64 if width == 8 else np.int32, offset=8 * pairs)
-    radius = torch.from_numpy(halves).double().add_(0.5).mul_(2.0**-63).log_().mul_(-2).sqrt_().to(part.dtype)
+    uniforms = torch.from_numpy(halves).double().add_(0.5).mul_(2.0**-63)
+    radius = uniforms.log_().mul_(-2 * deviation**2).sqrt_().to(part.dtype)
     angle = torch.from_numpy(turns.astype(np.float64 if width == 8 else np.float32)).mul_(
         math.pi / 2 ** (8 * width - 1)
     )

@@ -75,15 +75,20 @@ class Gram:
         lengths = []
         for rows in row_blocks(len(self._inputs), numbers):
             a, g = exact(self._inputs[rows]), exact(self._outputs[rows])
-            products = torch.bmm(a, a.mT).mul_(torch.bmm(g, g.mT))
-            size = (_lengths(a) * _lengths(g)).sum(dim=1)
+            of_inputs, products = torch.bmm(a, a.mT), torch.bmm(g, g.mT)
+            size = (_diagonal_roots(of_inputs) * _diagonal_roots(products)).sum(dim=1)
+            products.mul_(of_inputs)
             lengths.append(guarded(products.sum(dim=(1, 2)), size, a.dtype, positions + width, self._inputs.dtype))
         return torch.cat(lengths)
 
     def weighted_sum(self, weights: Tensor, masked: Tensor | None = None) -> dict[str, Tensor]:
         """See `GradientPart`."""
-        weighted = without(self._outputs, masked) * weights[:, None, None]
-        return {self._name: weighted.flatten(0, 1).T @ without(self._inputs, masked).flatten(0, 1)}
+        inputs, outputs = without(self._inputs, masked), without(self._outputs, masked)
+        if inputs.shape[2] < outputs.shape[2]:  # the weights go to the smaller of the two
+            inputs = inputs * weights[:, None, None]
+        else:
+            outputs = outputs * weights[:, None, None]
+        return {self._name: outputs.flatten(0, 1).T @ inputs.flatten(0, 1)}
 
 
 class Lookup:
@@ -98,8 +103,9 @@ class Lookup:
         lengths = []
         for rows in row_blocks(len(self._ids), positions * (2 * positions + width)):
             g, ids = exact(self._outputs[rows]), self._ids[rows]
-            products = torch.bmm(g, g.mT).mul_(ids[:, :, None] == ids[:, None, :])
-            size = _lengths(g).sum(dim=1)
+            products = torch.bmm(g, g.mT)
+            size = _diagonal_roots(products).sum(dim=1)
+            products.mul_(ids[:, :, None] == ids[:, None, :])
             lengths.append(guarded(products.sum(dim=(1, 2)), size, g.dtype, positions + width, self._outputs.dtype))
         return torch.cat(lengths)
 
@@ -206,6 +212,11 @@ def guarded(squared: Tensor, size: Tensor, dtype: torch.dtype, terms: int, summe
     hidden = (terms + 16) * torch.finfo(dtype).eps * size.square()
     slack = 64 * torch.finfo(summed).eps * size
     return ((squared.clamp(min=0) + hidden).sqrt() + slack).square().to(summed)
+
+
+def _diagonal_roots(products: Tensor) -> Tensor:
+    """The lengths of the positions, from their inner products, (n, P)."""
+    return products.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
 
 
 def _lengths(values: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class Noise:
             return torch.zeros(shape, dtype=dtype, device=device)
         scale = self._bound.noise_deviation
         if self._config.insecure_seed is None:
-            return secure_normal(shape, device, dtype).mul_(scale)
+            return secure_normal(shape, device, dtype, scale)
         stream = torch.Generator().manual_seed(derive_seed(self._config.insecure_seed, "noise", step, name))
         return torch.randn(shape, generator=stream, dtype=dtype).to(device).mul_(scale)
 
