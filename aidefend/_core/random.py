@@ -95,7 +95,9 @@ def secure_normal(
     dtype: torch.dtype = torch.float32,
     deviation: float = 1.0,
 ) -> Tensor:
-    """Normal noise of this standard deviation from `secure_bytes`; drawn on the processor, at least 96 bits for each pair of numbers.
+    """Normal noise of this standard deviation from `secure_bytes`, drawn on the processor.
+
+    At least 96 bits go into each pair of numbers.
 
     Source: Box, Muller 1958. The radius comes from 63 bits in float64 and so reaches 9.4 standard deviations.
     """
