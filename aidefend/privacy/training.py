@@ -141,7 +141,6 @@ class PrivateTraining:
         self._ledger = ledger if ranks.first else None
         ranks.begin(model, config.digest())
         self._run = secrets.token_hex(16)
-        ranks.by_first(self._open_run)
         self._covered = 0
         self._verified = False
         self._approved = {_shape_of(model)}
@@ -149,6 +148,7 @@ class PrivateTraining:
         self._guard = ParameterGuard(model, optimizer)
         self._recorder = Recorder(model, config.microbatch)
         self.loader = PoissonLoader(source, config, self._book, ranks, users)
+        ranks.by_first(self._open_run)  # after all that can refuse the set-up: an open run holds its planned steps
         self.model = PrivateModel(model, self._book, self._recorder, self._approve, self._empty_outputs)
         self._bound = ClipBound(config, ranks)
         self.optimizer = PrivateOptimizer(optimizer, config, self._book, self._guard, self._bound, ranks)

@@ -196,6 +196,13 @@ def test_users_that_do_not_fit_are_refused(users):
         run(small_cnn(), images(), users, user_settings())
 
 
+def test_a_set_up_that_is_refused_leaves_no_run_in_the_ledger(tmp_path):
+    ledger = PrivacyLedger(tmp_path / "ledger")
+    with pytest.raises(PrivacyError, match="users"):
+        run(small_cnn(), images(), USERS[:5], user_settings(), ledger=ledger)
+    assert ledger.runs() == ()
+
+
 def test_users_without_the_unit_are_refused():
     with pytest.raises(PrivacyError, match="unit"):
         run(small_cnn(), images(), USERS, settings())
