@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 KEPT_NUMBERS = 1 << 25  # per-example gradients up to this size are kept between the two uses, larger ones made twice
+_TINY, _LARGE = 1e-14, 1e5  # lengths: below the first float32 may lose squares; that matters beside the second alone
 _BLOCK_NUMBERS = 1 << 21
 
 
@@ -50,7 +51,8 @@ class Outer:
 
     def norm_squared(self) -> Tensor:
         """See `GradientPart`."""
-        return (_lengths(self._inputs) * _lengths(self._outputs)).square()
+        lengths = _wide_lengths(self._inputs) * _wide_lengths(self._outputs)
+        return lengths.square().to(self._inputs.dtype)
 
     def weighted_sum(self, weights: Tensor, masked: Tensor | None = None) -> dict[str, Tensor]:
         """See `GradientPart`."""
@@ -72,14 +74,26 @@ class Gram:
         """See `GradientPart`."""
         positions, width = self._inputs.shape[1], self._inputs.shape[2] + self._outputs.shape[2]
         numbers = positions * (2 * positions + width)
-        lengths = []
-        for rows in row_blocks(len(self._inputs), numbers):
-            a, g = exact(self._inputs[rows]), exact(self._outputs[rows])
-            of_inputs, products = torch.bmm(a, a.mT), torch.bmm(g, g.mT)
-            size = (_diagonal_roots(of_inputs) * _diagonal_roots(products)).sum(dim=1)
-            products.mul_(of_inputs)
-            lengths.append(guarded(products.sum(dim=(1, 2)), size, a.dtype, positions + width, self._inputs.dtype))
-        return torch.cat(lengths)
+        return torch.cat([self._of_rows(rows) for rows in row_blocks(len(self._inputs), numbers)])
+
+    def _of_rows(self, rows: slice) -> Tensor:
+        a, g = exact(self._inputs[rows]), exact(self._outputs[rows])
+        squared, lost = self._squared(a, g)
+        if bool(lost.any()):
+            again = torch.nonzero(lost)[:, 0]
+            squared[again] = self._squared(a[again].double(), g[again].double())[0].to(squared)
+        return squared
+
+    def _squared(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Guarded lengths of some rows, and which of them may have lost squares below the smallest number."""
+        of_inputs, products = torch.bmm(a, a.mT), torch.bmm(g, g.mT)
+        sizes = _diagonal_roots(of_inputs), _diagonal_roots(products)
+        largest = [size.amax(dim=1) * len(size[0]) for size in sizes]
+        lost = (torch.minimum(*largest) < _TINY) & (torch.maximum(*largest) > _LARGE)
+        size = (sizes[0] * sizes[1]).sum(dim=1)
+        products.mul_(of_inputs)
+        terms = a.shape[1] + a.shape[2] + g.shape[2]
+        return guarded(products.sum(dim=(1, 2)), size, a.dtype, terms, self._inputs.dtype), lost
 
     def weighted_sum(self, weights: Tensor, masked: Tensor | None = None) -> dict[str, Tensor]:
         """See `GradientPart`."""
@@ -217,6 +231,12 @@ def guarded(squared: Tensor, size: Tensor, dtype: torch.dtype, terms: int, summe
 def _diagonal_roots(products: Tensor) -> Tensor:
     """The lengths of the positions, from their inner products, (n, P)."""
     return products.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+
+
+def _wide_lengths(values: Tensor) -> Tensor:
+    """In float64: one factor may be so small that its squares vanish while the product does not."""
+    found: Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64)
+    return found
 
 
 def _lengths(values: Tensor) -> Tensor:

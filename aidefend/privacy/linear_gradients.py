@@ -89,7 +89,7 @@ class LinearExamples:
 def _norms_squared(inner: Tensor, residuals: Tensor) -> Tensor:
     """Squared length of each row's gradient, never below the true one by more than rounding, (n,)."""
     if inner.shape[1] == 1:
-        return inner[:, 0, 0] * residuals[:, 0].square().sum(dim=1)
+        return (inner[:, 0, 0] * residuals[:, 0].double().square().sum(dim=1)).to(residuals.dtype)
     r = residuals.double()
     squared = (inner * (r @ r.mT)).sum(dim=(1, 2)).clamp(min=0)
     size = (inner.diagonal(dim1=1, dim2=2).sqrt() * r.norm(dim=2)).sum(dim=1)

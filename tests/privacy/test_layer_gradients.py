@@ -264,6 +264,25 @@ def test_positions_built_to_cancel_cannot_hide_their_rounding():
     assert float(guarded.norm()) <= bound
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("positions", [1, 3])
+def test_squares_that_vanish_cannot_hide_a_gradient(positions, swapped):
+    """Inputs of 1e17 and output gradients of 1e-24: float32 squares of the second are zero, the product is not."""
+    stream = torch.Generator().manual_seed(0)
+    a = torch.randn(2, positions, 300, generator=stream).sign() * 1e17
+    g = torch.randn(2, positions, 400, generator=stream).sign() * 1e-24
+    g[1] = 1e-3  # a row of common size beside it
+    a[1] = 1e-2
+    assert not g[0].square().any()
+    if swapped:
+        a, g = g, a
+    part = Outer("weight", a[:, 0], g[:, 0]) if positions == 1 else Gram("weight", a, g)
+    true = (g.double().mT @ a.double()).flatten(1).norm(dim=1)
+    found = part.norm_squared().double().sqrt()
+    assert bool((found >= true * (1 - 1e-5)).all()) and bool((found <= true * 1.2).all())
+    assert float(true[0]) > 1e-5
+
+
 def test_the_guard_against_rounding_costs_next_to_nothing():
     """What it adds to the length of rows that do not cancel: utility, not privacy."""
     stream = torch.Generator().manual_seed(0)
