@@ -5,7 +5,7 @@ import math
 import torch
 
 from aidefend._core.random import derive_seed, secure_normal
-from aidefend.privacy.config import PrivacyConfig
+from aidefend.privacy.config import LEAST_BOUND, PrivacyConfig
 from aidefend.privacy.ranks import Ranks
 
 _LEARNING_RATE = 0.2
@@ -46,7 +46,7 @@ class ClipBound:
         share = self._ranks.number(balance + self._count_noise(step)) / self._config.expected_batch_size
         first = self._config.max_grad_norm
         moved = self.value * math.exp(-_LEARNING_RATE * max(-10.0, min(10.0, share)))
-        self.value = max(first / _FURTHEST, min(first * _FURTHEST, moved))
+        self.value = max(first / _FURTHEST, LEAST_BOUND, min(first * _FURTHEST, moved))
 
     @property
     def _adaptive(self) -> bool:

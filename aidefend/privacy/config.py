@@ -16,6 +16,7 @@ Unit = Literal["example", "user"]
 UNITS = ("example", "user")
 Noise = Literal["independent", "banded"]
 Clipping = Literal["flat", "per_layer", "automatic", "adaptive"]
+LEAST_BOUND = 1e-6  # far below, products of float32 lose their digits
 CLIPPING = ("flat", "per_layer", "automatic", "adaptive")
 
 
@@ -32,7 +33,7 @@ class PrivacyConfig:
             expected_batch_size / public_size. Or:
         sample_rate: Probability in (0, 1] with which each row joins a step. Give exactly one of the two.
         steps: Optimizer steps of the whole run, >= 1.
-        max_grad_norm: Largest length > 0 of one row's gradient (over all parameters together).
+        max_grad_norm: Largest length, >= 1e-6, of one row's gradient (over all parameters together).
         delta: In (0, 1), below 1 / public_size.
         target_epsilon: > 0; the noise is solved for it. Or:
         noise_multiplier: > 0; standard deviation of the noise in units of max_grad_norm. Give exactly one of the two.
@@ -169,7 +170,7 @@ class PrivacyConfig:
     def _check_ranges(self) -> None:
         check_number(self.expected_batch_size, "expected_batch_size", 0.0, open_low=True)
         check_int(self.steps, "steps")
-        check_number(self.max_grad_norm, "max_grad_norm", 0.0, open_low=True)
+        check_number(self.max_grad_norm, "max_grad_norm", LEAST_BOUND)
         check_probability(self.delta, "delta")
         check_choice(self.neighboring, NEIGHBORING, "neighboring")
         check_choice(self.clipping, CLIPPING, "clipping")

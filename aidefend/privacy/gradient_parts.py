@@ -8,6 +8,8 @@ from torch import Tensor
 
 KEPT_NUMBERS = 1 << 25  # per-example gradients up to this size are kept between the two uses, larger ones made twice
 _TINY, _LARGE = 1e-14, 1e5  # lengths: below the first float32 may lose squares; that matters beside the second alone
+_COARSE = 1e-3  # share of a squared length that rounding may hide before it is computed again in float64
+_SHORT = 1024
 _BLOCK_NUMBERS = 1 << 21
 
 
@@ -40,7 +42,9 @@ class Rows:
 
     def weighted_sum(self, weights: Tensor, masked: Tensor | None = None) -> dict[str, Tensor]:
         """See `GradientPart`."""
-        return {self._name: torch.einsum("n,n...->...", weights, without(self._gradients, masked))}
+        return {
+            self._name: torch.einsum("n,n...->...", weights.to(self._gradients.dtype), without(self._gradients, masked))
+        }
 
 
 class Outer:
@@ -56,7 +60,7 @@ class Outer:
 
     def weighted_sum(self, weights: Tensor, masked: Tensor | None = None) -> dict[str, Tensor]:
         """See `GradientPart`."""
-        weighted = without(self._outputs, masked) * weights[:, None]
+        weighted = without(self._outputs, masked) * weights.to(self._outputs.dtype)[:, None]
         return {self._name: weighted.T @ without(self._inputs, masked)}
 
 
@@ -78,14 +82,14 @@ class Gram:
 
     def _of_rows(self, rows: slice) -> Tensor:
         a, g = exact(self._inputs[rows]), exact(self._outputs[rows])
-        squared, lost = self._squared(a, g)
-        if bool(lost.any()):
-            again = torch.nonzero(lost)[:, 0]
-            squared[again] = self._squared(a[again].double(), g[again].double())[0].to(squared)
+        squared, coarse = self._squared(a, g)
+        if bool(coarse.any()):
+            again = torch.nonzero(coarse)[:, 0]
+            squared[again] = self._squared(a[again].double(), g[again].double())[0]
         return squared
 
     def _squared(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Guarded lengths of some rows, and which of them may have lost squares below the smallest number."""
+        """Guarded lengths of some rows, and of which the arithmetic was too coarse."""
         of_inputs, products = torch.bmm(a, a.mT), torch.bmm(g, g.mT)
         sizes = _diagonal_roots(of_inputs), _diagonal_roots(products)
         largest = [size.amax(dim=1) * len(size[0]) for size in sizes]
@@ -93,11 +97,13 @@ class Gram:
         size = (sizes[0] * sizes[1]).sum(dim=1)
         products.mul_(of_inputs)
         terms = a.shape[1] + a.shape[2] + g.shape[2]
-        return guarded(products.sum(dim=(1, 2)), size, a.dtype, terms, self._inputs.dtype), lost
+        found, coarse = guarded(products.sum(dim=(1, 2)), size, a.dtype, terms, self._inputs.dtype)
+        return found, lost | coarse
 
     def weighted_sum(self, weights: Tensor, masked: Tensor | None = None) -> dict[str, Tensor]:
         """See `GradientPart`."""
         inputs, outputs = without(self._inputs, masked), without(self._outputs, masked)
+        weights = weights.to(inputs.dtype)
         if inputs.shape[2] < outputs.shape[2]:  # the weights go to the smaller of the two
             inputs = inputs * weights[:, None, None]
         else:
@@ -114,18 +120,29 @@ class Lookup:
     def norm_squared(self) -> Tensor:
         """See `GradientPart`."""
         positions, width = self._outputs.shape[1:]
-        lengths = []
-        for rows in row_blocks(len(self._ids), positions * (2 * positions + width)):
-            g, ids = exact(self._outputs[rows]), self._ids[rows]
-            products = torch.bmm(g, g.mT)
-            size = _diagonal_roots(products).sum(dim=1)
-            products.mul_(ids[:, :, None] == ids[:, None, :])
-            lengths.append(guarded(products.sum(dim=(1, 2)), size, g.dtype, positions + width, self._outputs.dtype))
-        return torch.cat(lengths)
+        return torch.cat(
+            [self._of_rows(rows) for rows in row_blocks(len(self._ids), positions * (2 * positions + width))]
+        )
+
+    def _of_rows(self, rows: slice) -> Tensor:
+        g, ids = exact(self._outputs[rows]), self._ids[rows]
+        squared, coarse = self._squared(g, ids)
+        if bool(coarse.any()):
+            again = torch.nonzero(coarse)[:, 0]
+            squared[again] = self._squared(g[again].double(), ids[again])[0]
+        return squared
+
+    def _squared(self, g: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Guarded lengths of some rows, and of which the arithmetic was too coarse."""
+        products = torch.bmm(g, g.mT)
+        size = _diagonal_roots(products).sum(dim=1)
+        products.mul_(ids[:, :, None] == ids[:, None, :])
+        terms = g.shape[1] + g.shape[2]
+        return guarded(products.sum(dim=(1, 2)), size, g.dtype, terms, self._outputs.dtype)
 
     def weighted_sum(self, weights: Tensor, masked: Tensor | None = None) -> dict[str, Tensor]:
         """See `GradientPart`."""
-        weighted = (without(self._outputs, masked) * weights[:, None, None]).flatten(0, 1)
+        weighted = (without(self._outputs, masked) * weights.to(self._outputs.dtype)[:, None, None]).flatten(0, 1)
         total = weighted.new_zeros(self._entries, weighted.shape[1])
         return {self._name: total.index_add_(0, self._ids.flatten(), weighted)}
 
@@ -167,7 +184,7 @@ class Blocks:
             block = self._kept[index] if self._kept else self._make(rows)
             for name, made in block.items():
                 gradients = without(made, None if masked is None else masked[rows])
-                part = (weights[rows] @ gradients.flatten(1)).reshape(gradients.shape[1:])
+                part = (weights[rows].to(gradients.dtype) @ gradients.flatten(1)).reshape(gradients.shape[1:])
                 total[name] = total[name] + part if name in total else part
         return {name: self._shapes[name](value) if name in self._shapes else value for name, value in total.items()}
 
@@ -213,8 +230,10 @@ def exact(tensor: Tensor) -> Tensor:
     return tensor if torch.get_float32_matmul_precision() == "highest" else tensor.double()
 
 
-def guarded(squared: Tensor, size: Tensor, dtype: torch.dtype, terms: int, summed: torch.dtype) -> Tensor:
-    """The squared length, enlarged by what rounding can hide of it where positions cancel.
+def guarded(
+    squared: Tensor, size: Tensor, dtype: torch.dtype, terms: int, summed: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The squared length, enlarged by what rounding can hide of it where positions cancel; and where that is too much.
 
     Args:
         squared: (n,) as computed.
@@ -225,7 +244,9 @@ def guarded(squared: Tensor, size: Tensor, dtype: torch.dtype, terms: int, summe
     """
     hidden = (terms + 16) * torch.finfo(dtype).eps * size.square()
     slack = 64 * torch.finfo(summed).eps * size
-    return ((squared.clamp(min=0) + hidden).sqrt() + slack).square().to(summed)
+    found = ((squared.clamp(min=0) + hidden).sqrt() + slack).square().to(summed)
+    coarse = (hidden > _COARSE * squared) & (size > 0) & (torch.finfo(dtype).eps > torch.finfo(torch.float64).eps)
+    return found, coarse
 
 
 def _diagonal_roots(products: Tensor) -> Tensor:
@@ -240,5 +261,10 @@ def _wide_lengths(values: Tensor) -> Tensor:
 
 
 def _lengths(values: Tensor) -> Tensor:
-    found: Tensor = torch.linalg.vector_norm(values, dim=-1)
-    return found
+    """Norms of the last dimension, as norms of norms where it is long: one long float32 sum would stall."""
+    long = values.shape[-1] // _SHORT * _SHORT
+    if long <= _SHORT:
+        return torch.linalg.vector_norm(values, dim=-1)  # type: ignore[no-any-return]
+    pieces = torch.linalg.vector_norm(values[..., :long].unflatten(-1, (-1, _SHORT)), dim=-1)
+    rest = torch.linalg.vector_norm(values[..., long:], dim=-1, keepdim=True)
+    return _lengths(torch.cat([pieces, rest], dim=-1))

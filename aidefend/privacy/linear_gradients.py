@@ -93,4 +93,4 @@ def _norms_squared(inner: Tensor, residuals: Tensor) -> Tensor:
     r = residuals.double()
     squared = (inner * (r @ r.mT)).sum(dim=(1, 2)).clamp(min=0)
     size = (inner.diagonal(dim1=1, dim2=2).sqrt() * r.norm(dim=2)).sum(dim=1)
-    return guarded(squared, size, r.dtype, inner.shape[1] + r.shape[2], residuals.dtype)
+    return guarded(squared, size, r.dtype, inner.shape[1] + r.shape[2], residuals.dtype)[0]

@@ -184,6 +184,10 @@ class PrivateTraining:
         ticket = self._book.begin_backward(len(losses))
         if ticket is None:
             return
+        with torch.autocast(device_of(self._module).type, enabled=False):  # lengths and sums in 16 bits keep no bound
+            self._backward(losses, ticket)
+
+    def _backward(self, losses: Tensor, ticket: Ticket) -> None:
         if len(losses) == 0:
             self._take(ClippedSum(), ticket)
             return
