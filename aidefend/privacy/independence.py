@@ -87,6 +87,7 @@ class Probe:
     def gradients_are_explained(self) -> Found:
         """Per-example gradients from the layers equal those of one backward pass for each example."""
         ticket, recorder = Ticket(0, len(self._x)), Recorder(self._model)
+        self._replayed(lambda: recorder.learn(self._x))
         base = self._fixed_outputs()
         outputs = self._replayed(lambda: recorder.run(ticket, (self._x,), {}))
         if any(_differ(a, b) for a, b in zip(_by_row(outputs, len(self._x)), base, strict=bool(base))):

@@ -23,12 +23,19 @@ class Call(NamedTuple):
     inputs: tuple[Any, ...]
     gradient: Tensor
     product: Product | None = None  # for a layer that was taken apart
+    by_row: tuple[bool, ...] | None = None  # which inputs have one row for each example, as the probe has seen it
+
+    @property
+    def mapped(self) -> tuple[bool, ...]:
+        """For each input whether it goes by row; by its length where the probe has not seen the layer."""
+        if self.by_row is not None and len(self.by_row) == len(self.inputs):
+            return self.by_row
+        return tuple(_by_row(value, len(self.gradient)) for value in self.inputs)
 
     def rows(self, index: Any) -> "Call":
         """The call for some of its rows."""
-        n = len(self.gradient)
-        inputs = tuple(v[index] if _by_row(v, n) else v for v in self.inputs)
-        return Call(inputs, self.gradient[index], self.product)
+        inputs = tuple(v[index] if own else v for v, own in zip(self.inputs, self.mapped, strict=True))
+        return self._replace(inputs=inputs, gradient=self.gradient[index], by_row=self.mapped)
 
 
 class Summed(NamedTuple):
@@ -271,8 +278,7 @@ def _generic(layer: nn.Module, trainable: dict[str, nn.Parameter], calls: Sequen
 
 
 def _vectorised(layer: nn.Module, values: dict[str, Tensor], call: Call) -> dict[str, Tensor]:
-    n = len(call.gradient)
-    mapped = [isinstance(value, Tensor) and _by_row(value, n) for value in call.inputs]
+    mapped = call.mapped
 
     def of_one(inputs: tuple[Any, ...], gradient: Tensor) -> dict[str, Tensor]:
         row = tuple(v.unsqueeze(0) if by_row else v for v, by_row in zip(inputs, mapped, strict=True))

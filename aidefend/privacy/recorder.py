@@ -41,6 +41,8 @@ class Tap:
         self._inputs = tuple(value.detach() if isinstance(value, Tensor) else value for value in inputs)
         self._versions = self._now()
         self._summed: Summed | None = None
+        self.by_row: tuple[bool, ...] | None = None
+        self.lengths = tuple(len(v) if isinstance(v, Tensor) and v.ndim else None for v in self._inputs)
 
     def arrive(self, gradient: Tensor) -> None:
         """The gradient of a normalisation's output is there: it is done with now, its inputs are not kept."""
@@ -56,7 +58,7 @@ class Tap:
             cure = "Replace the in-place operation that follows the use of this tensor"
             rule = f"inputs of {self.path or 'the model'} unchanged until backward"
             raise refused(rule, "versions", self._now(), cure)
-        return Call(self._inputs, gradient.detach(), self._product)
+        return Call(self._inputs, gradient.detach(), self._product, self.by_row)
 
     def _now(self) -> tuple[int, ...]:
         return tuple(value._version for value in self._inputs if isinstance(value, Tensor))
@@ -69,6 +71,8 @@ class Deferred(NamedTuple):
     kwargs: dict[str, Any]
     streams: list[tuple[slice, Any]]
     output: Tensor
+    versions: tuple[int, ...]
+    autocast: tuple[bool, torch.dtype]
 
 
 class ForwardPass:
@@ -109,6 +113,41 @@ class Recorder:
         ]
         self._passes: list[ForwardPass] = []
         self._collecting = self._last_pass = False
+        self._by_row: dict[str, tuple[bool, ...]] | None = None
+
+    def learn(self, x: Tensor) -> None:
+        """Which inputs of each layer go by row: those whose length follows the batch from n to n - 1 rows.
+
+        A table that all rows share would otherwise be taken for rows whenever a batch is as long as it.
+        """
+        seen: list[dict[str, list[tuple[int | None, ...]]]] = []
+        for part in (x, x[:-1]):
+            taps: list[Tap] = []
+            self._tapped(taps, (part,), {})
+            seen.append({})
+            for tap in taps:
+                seen[-1].setdefault(tap.path, []).append(tap.lengths)
+        flags: dict[str, set[tuple[bool, ...]]] = {}
+        for path, calls in seen[0].items():
+            for whole, less in zip(calls, seen[1].get(path, []), strict=False):
+                flags.setdefault(path, set()).add(tuple(a != b for a, b in zip(whole, less, strict=False)))
+        unclear = [path for path, found in flags.items() if len(found) > 1]
+        if unclear:
+            cure = "Call the layer in one way, or make two layers of it"
+            reasons = [
+                Offender(path, "an argument goes by row in one call and not in another", cure) for path in unclear
+            ]
+            raise IncompatibleModel("Expected layers whose arguments go by row or not.", reasons)
+        self._by_row = {path: found.pop() for path, found in flags.items()}
+
+    def _flags(self, path: str, lengths: tuple[int | None, ...]) -> tuple[bool, ...] | None:
+        if self._by_row is None:
+            return None
+        flags = self._by_row.get(path)
+        if flags is None and sum(length is not None for length in lengths) > 1:
+            cure = "Let every layer with several inputs run in train mode when make_private looks at the model"
+            raise refused("layers that make_private has seen at work", "layer", path, cure)
+        return flags
 
     def run(self, ticket: Ticket, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One forward pass, remembered."""
@@ -183,6 +222,7 @@ class Recorder:
                     [Offender(path, reason, "Call it with positional arguments, or wrap it in layers that do")],
                 )
             taps.append(Tap(path, layer, inputs, output))
+            taps[-1].by_row = self._flags(path, taps[-1].lengths)
             if isinstance(layer, Normalisation):
                 output.register_hook(self._arrival(weakref.ref(taps[-1])))
 
@@ -228,7 +268,9 @@ class Recorder:
                 raise IncompatibleModel("Expected a model that returns one tensor.", [reason])
             outputs.append(output)
         joined = torch.cat(outputs).requires_grad_()
-        record.deferred = Deferred(args, kwargs, streams, joined)
+        kind = joined.device.type
+        precision = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        record.deferred = Deferred(args, kwargs, streams, joined, _versions(args, kwargs), precision)
         return joined.view_as(joined)
 
     def _watch(self, record: ForwardPass) -> None:
@@ -271,9 +313,14 @@ class Recorder:
         return calls
 
     def _again(self, record: ForwardPass, deferred: Deferred, gradient: Tensor | None, rows: slice) -> Calls:
+        if _versions(deferred.args, deferred.kwargs) != deferred.versions:
+            cure = "Leave the inputs of private.model as they are until backward"
+            raise refused("inputs of the model unchanged until backward", "inputs", "changed in place", cure)
         taps: list[Tap] = []
+        enabled, precision = deferred.autocast
+        autocast = torch.autocast(deferred.output.device.type, precision, enabled)
         stream = next(state for block, state in deferred.streams if block == rows)
-        with replayed(stream), torch.enable_grad():
+        with replayed(stream), torch.enable_grad(), autocast:
             args, kwargs = (_slice(part, record.rows, rows) for part in (deferred.args, deferred.kwargs))
             output = self._tapped(taps, args, kwargs)
         seed = gradient[rows] if gradient is not None else torch.zeros_like(output)
@@ -303,6 +350,10 @@ def _taken_apart(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None
             del layer.__dict__["forward"]
         else:
             layer.__dict__["forward"] = before
+
+
+def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(value._version for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
 def tapped_calls(used: Sequence[tuple[ForwardPass, list[Tensor | None]]]) -> Calls:

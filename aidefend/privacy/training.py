@@ -147,6 +147,8 @@ class PrivateTraining:
         self._book = StepBook(config.steps, self._reserve)
         self._guard = ParameterGuard(model, optimizer)
         self._recorder = Recorder(model, config.microbatch)
+        with preserve(model), torch.enable_grad():
+            self._recorder.learn(probe[0])
         self.loader = PoissonLoader(source, config, self._book, ranks, users)
         ranks.by_first(self._open_run)  # after all that can refuse the set-up: an open run holds its planned steps
         self.model = PrivateModel(model, self._book, self._recorder, self._approve, self._empty_outputs)

@@ -37,13 +37,14 @@ def _places(units: Tensor) -> tuple[Tensor, Tensor]:
 def _of_call(call: Call | Summed, units: Tensor, table: Tensor, shares: Tensor) -> list[Call | Summed]:
     if isinstance(call, Summed):
         return [Summed(*(_averaged(part, units, shares, table.shape[1]) for part in call))]
-    weighted = Call(call.inputs, call.gradient * _along(shares, call.gradient), call.product)
+    weighted = call._replace(gradient=call.gradient * _along(shares, call.gradient))
     made: list[Call | Summed] = []
     for rows in table:
         missing = rows < 0
         part = weighted.rows(rows.clamp(min=0))
-        inputs = tuple(_blank(value, missing) if isinstance(value, Tensor) else value for value in part.inputs)
-        made.append(Call(inputs, _blank(part.gradient, missing), part.product))
+        pairs = zip(part.inputs, part.mapped, strict=True)
+        inputs = tuple(_blank(value, missing) if own else value for value, own in pairs)
+        made.append(part._replace(inputs=inputs, gradient=_blank(part.gradient, missing)))
     return made
 
 
@@ -53,8 +54,6 @@ def _averaged(values: Tensor, units: Tensor, shares: Tensor, count: int) -> Tens
 
 def _blank(values: Tensor, missing: Tensor) -> Tensor:
     """Zeros in the rows that are missing, whatever stood there."""
-    if values.ndim == 0 or len(values) != len(missing):
-        return values
     return values.masked_fill(missing.reshape(-1, *[1] * (values.ndim - 1)), 0)
 
 

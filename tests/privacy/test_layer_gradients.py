@@ -304,3 +304,9 @@ def test_the_same_word_twice_counts_as_one_gradient():
     assert float(Lookup("weight", ids, outputs, 3).norm_squared()) == pytest.approx(16.0, rel=1e-4)
     separate = outputs.square().sum()
     assert float(separate) == 8.0
+
+
+def test_lengths_of_long_rows_do_not_stall():
+    for count in (1023, 1024, 2047, 2049, 300_001, 4_000_000):
+        values = torch.full((1, count), 0.3)
+        assert float(forms._lengths(values)) == pytest.approx(0.3 * count**0.5, rel=3e-6)

@@ -224,3 +224,110 @@ def test_autocast_around_the_forward_pass():
     one_step(exact)
     for name, value in released(exact).items():
         torch.testing.assert_close(released(private)[name], value, rtol=0, atol=0.05 * float(value.abs().max()))
+
+
+class Lookup(nn.Module):
+    """A layer of its own kind, with a table that all rows share."""
+
+    def __init__(self, width, entries):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, entries))
+
+    def forward(self, x, table):
+        return torch.tanh(x @ table.T) * self.weight
+
+
+class Shared(nn.Module):
+    def __init__(self, entries):
+        super().__init__()
+        self.register_buffer("table", torch.randn(entries, 6, generator=torch.Generator().manual_seed(1)))
+        self.look, self.head = Lookup(6, entries), nn.Linear(entries, 3)
+
+    def forward(self, x):
+        return self.head(self.look(x, self.table))
+
+
+@pytest.mark.parametrize("entries", [4, 23, 24])
+@pytest.mark.parametrize("microbatch", [None, 5, 4])
+def test_a_shared_table_as_long_as_the_batch_is_not_taken_for_rows(entries, microbatch):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Shared(entries)
+    before = copy.deepcopy(model)
+    private = private_run(model, config=quiet(expected_batch_size=24, steps=1, microbatch=microbatch))
+    x, y = one_step(private)
+    expected = naive_sum(before, x, y, 0.7)
+    for name, gradient in released(private).items():
+        torch.testing.assert_close(gradient * 24, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("microbatch", [None, 7])
+def test_a_backward_pass_inside_of_autocast_keeps_the_bound(microbatch):
+    """Planted before: sums in 16 bits moved by several bounds for one row more."""
+    x, y = rows(600)
+    moved = []
+    for keep in (slice(0, 600), slice(0, 599)):
+        config = quiet(expected_batch_size=600, public_size=600, steps=1, microbatch=microbatch, max_grad_norm=0.01)
+        private = private_run(small_mlp(), (x[keep], y[keep]), config, lr=0.0)
+        inputs, targets = next(iter(private.loader))
+        private.optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            private.loss(private.model(inputs), targets).backward()
+        private.optimizer.step()
+        moved.append(torch.cat([g.flatten() for g in released(private).values()]) * 600)
+    assert float((moved[0] - moved[1]).norm()) <= 0.01 * (1 + 1e-3)
+
+
+def test_inputs_changed_between_the_passes_of_a_microbatch_are_refused():
+    private = private_run(config=quiet(microbatch=3))
+    x, y = next(iter(private.loader))
+    loss = private.loss(private.model(x), y)
+    x.mul_(2)
+    with pytest.raises(PrivacyError, match="unchanged until backward"):
+        loss.backward()
+
+
+class TwoPrecisions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 3).double()
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)).double())
+
+
+def test_layers_of_two_precisions_train():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = TwoPrecisions()
+    before = copy.deepcopy(model)
+    private = private_run(model, config=quiet())
+    x, y = one_step(private)
+    expected = naive_sum(before, x, y, 0.7)
+    for name, gradient in released(private).items():
+        torch.testing.assert_close(gradient * 8, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", [64, 512])
+def test_long_sequences_are_ready_and_clipped_at_their_true_length(positions):
+    stream = torch.Generator().manual_seed(0)
+    data = torch.randint(0, 30, (24, positions), generator=stream), torch.randint(0, 3, (24,), generator=stream)
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.mix, self.head = nn.Embedding(30, 64), nn.Linear(64, 64), nn.Linear(64, 3)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.mix(self.words(x))).mean(1))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Reads()
+    before = copy.deepcopy(model)
+    private = private_run(model, data, quiet(max_grad_norm=0.01))
+    x, y = one_step(private)
+    expected = naive_sum(before, x, y, 0.01)
+    for name, gradient in released(private).items():
+        scale = float(expected[name].abs().max())
+        torch.testing.assert_close(gradient * 8, expected[name], rtol=0, atol=3e-3 * scale)
