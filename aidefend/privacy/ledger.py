@@ -23,7 +23,7 @@ from aidefend._core.checks import (
 from aidefend._core.errors import BudgetExceeded, PrivacyError
 from aidefend._core.storage import canonical_json, open_database, transaction
 from aidefend.privacy.accounting import NEIGHBORING, Neighboring, epsilon
-from aidefend.privacy.config import PrivacyConfig
+from aidefend.privacy.config import UNITS, PrivacyConfig
 
 _BLOCKS = 50
 _BEGINNING = "aidefend.privacy-ledger/1"
@@ -45,6 +45,7 @@ class LedgerRun(NamedTuple):
     bands: int = 1
     sampler: str = "poisson"
     unit: str = "example"
+    owner: str = ""
     steps: int = 0
     closed: bool = False
 
@@ -65,6 +66,7 @@ class LedgerCharge(NamedTuple):
     delta: float
     times: int
     neighboring: str
+    unit: str
 
     def cost(self, neighboring: str) -> tuple[float, float]:
         """(epsilon, delta) of all its times; a row that is exchanged is one removed and one added."""
@@ -89,6 +91,8 @@ class _Account:
             self.limit = (entry["target"], entry["delta"], entry["neighboring"])
         elif kind == "open":
             self.runs[entry["id"]] = LedgerRun(**entry)
+        elif kind == "resume":
+            self.runs[entry["id"]] = self.runs[entry["id"]]._replace(owner=entry["owner"])
         elif kind in ("reserve", "close"):
             run = self.runs[entry["id"]]
             self.runs[run.id] = run._replace(steps=entry["steps"], closed=kind == "close")
@@ -184,6 +188,7 @@ class PrivacyLedger:
         delta: float = 0.0,
         times: int = 1,
         for_neighboring: Neighboring = "add_remove",
+        unit: str = "example",
     ) -> str:
         """Pay for something else that is computed from the data, before it is computed.
 
@@ -196,9 +201,11 @@ class PrivacyLedger:
             times: How many such releases, >= 1.
             for_neighboring: The relation for which epsilon and delta hold. A ledger of rows that are exchanged takes
                 both; one of rows that are added or removed takes "add_remove" alone.
+            unit: "example" or "user": what is hidden. All entries of a ledger have one unit.
         Returns: The id of the entry.
         Raises: BudgetExceeded: it does not fit under the limit; nothing was written. ConfigurationError: not exactly
-            one of noise_multiplier and epsilon, one out of range, or a relation that says nothing here.
+            one of noise_multiplier and epsilon, one out of range, or a relation that says nothing here. PrivacyError:
+            the ledger has entries of another unit.
         """
         check_kind(name, str, "name", "Say what is released")
         if (noise_multiplier is None) == (epsilon is None):
@@ -206,13 +213,16 @@ class PrivacyLedger:
             raise refuse("exactly one of noise_multiplier and epsilon", "charge", given, "State the mechanism")
         self._check_relation(for_neighboring, epsilon is None)
         delta = check_number(delta, "delta", 0.0, 1.0, open_high=True)
+        check_choice(unit, UNITS, "unit")
         for value, argument in ((noise_multiplier, "noise_multiplier"), (epsilon, "epsilon")):
             if value is not None:
                 check_number(value, argument, 0.0, open_low=True)
         check_int(times, "times")
         entry = {"name": name, "noise_multiplier": noise_multiplier, "epsilon": epsilon, "delta": delta, "times": times}
         entry |= {"id": secrets.token_hex(16), "charged": time.time(), "neighboring": for_neighboring}
+        entry["unit"] = unit
         with self._database() as connection, transaction(connection):
+            _refuse_other_units(_account(connection), unit)
             self._check_fits(_append(connection, {"kind": "charge", **entry}))
         return str(entry["id"])
 
@@ -238,11 +248,25 @@ class PrivacyLedger:
             raise PrivacyError(expected("a run of this ledger and configuration", "run", run, cure))
         return found.steps
 
-    def reserve(self, run: str, steps: int) -> int:
-        """Put at least `steps` steps of a run on disk; returns how many are covered now."""
+    def take_over(self, run: str) -> str:
+        """A token for whoever takes up a run: `reserve` and `close_run` with an earlier one have no effect any more."""
+        owner = secrets.token_hex(16)
+        with self._database() as connection, transaction(connection):
+            _run_of(_account(connection), run)
+            _append(connection, {"kind": "resume", "id": run, "owner": owner})
+        return owner
+
+    def reserve(self, run: str, steps: int, owner: str | None = None) -> int:
+        """Put at least `steps` steps of a run on disk; returns how many are covered now.
+
+        Raises: PrivacyError: `owner` is not the last that took up the run: its steps would be spent twice.
+        """
         check_int(steps, "steps", 0)
         with self._database() as connection, transaction(connection):
             found = _run_of(_account(connection), run)
+            if owner is not None and owner != found.owner:
+                cure = "Go on with the training that resumed it, or open a run of its own"
+                raise PrivacyError(expected("a run that nobody else has taken up", "run", run, cure))
             block = max(1, found.planned // _BLOCKS)
             covered = max(found.steps, steps, min(found.planned, steps + block - 1))
             account = _append(connection, {"kind": "reserve", "id": run, "steps": covered})
@@ -250,10 +274,15 @@ class PrivacyLedger:
                 self._check_fits(account)
         return covered
 
-    def close_run(self, run: str, steps: int) -> None:
-        """Give back what was reserved and not used; a later `reserve` opens the run again."""
+    def close_run(self, run: str, steps: int, owner: str | None = None) -> None:
+        """Give back what was reserved and not used; a later `reserve` opens the run again.
+
+        Nothing happens if somebody other than `owner` has taken up the run since.
+        """
         check_int(steps, "steps", 0)
         with self._database() as connection, transaction(connection):
+            if owner is not None and owner != _run_of(_account(connection), run).owner:
+                return
             _run_of(_account(connection), run)
             _append(connection, {"kind": "close", "id": run, "steps": steps})
 
@@ -357,7 +386,8 @@ def _run_of(account: _Account, run: Any) -> LedgerRun:
 
 def _refuse_other_units(account: _Account, unit: str) -> None:
     """Epsilons of rows and of users do not add up to one of either."""
-    others = {run.unit for run in account.runs.values()} - {unit}
+    others = {run.unit for run in account.runs.values()} | {charge.unit for charge in account.charges}
+    others -= {unit}
     if others:
         cure = "Keep one ledger for each unit of privacy"
         raise PrivacyError(expected(f"runs of unit {others.pop()!r} in this ledger", "unit", unit, cure))

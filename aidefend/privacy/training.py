@@ -140,7 +140,7 @@ class PrivateTraining:
         self._ranks = ranks
         self._ledger = ledger if ranks.first else None
         ranks.begin(model, config.digest())
-        self._run = secrets.token_hex(16)
+        self._run, self._owner = secrets.token_hex(16), ""
         self._covered = 0
         self._verified = False
         self._approved = {_shape_of(model)}
@@ -239,7 +239,8 @@ class PrivateTraining:
         charged = self._ranks.by_first(lambda: self.config.whole_cycles(max(charged, self._reserved(run))))
         load_run(path, self._module, self.optimizer.inner, header, tensors)
         if self._ledger is not None:
-            self._ledger.close_run(self._run, 0)
+            self._ledger.close_run(self._run, 0, self._owner)
+            self._owner = self._ledger.take_over(run)
         self._run, self._covered = run, charged
         self._book.charged, self._bound.value = charged, bound
 
@@ -252,7 +253,7 @@ class PrivateTraining:
         for module in self._module.modules():
             _CLAIMED.discard(module)
         if self._ledger is not None:
-            self._ledger.close_run(self._run, self._book.charged)
+            self._ledger.close_run(self._run, self._book.charged, self._owner)
 
     def _state(self) -> dict[str, Any]:
         return {"charged": self._book.charged, "clip_bound": self._bound.value}
@@ -265,6 +266,7 @@ class PrivateTraining:
     def _open_run(self) -> int:
         if self._ledger is not None:
             self._run = self._ledger.open_run(self.config)
+            self._owner = self._ledger.take_over(self._run)
         return 0
 
     def _reserved(self, run: str) -> int:
@@ -277,7 +279,7 @@ class PrivateTraining:
 
     def _cover(self, steps: int) -> int:
         """On disk before they are taken; without a ledger nothing has to be."""
-        return self.config.steps if self._ledger is None else self._ledger.reserve(self._run, steps)
+        return self.config.steps if self._ledger is None else self._ledger.reserve(self._run, steps, self._owner)
 
     def _approve(self, model: nn.Module) -> None:
         """Another train/eval mode or another module since the last look is looked at again."""

@@ -111,7 +111,13 @@ class PrivateTuner:
         if self._ledger is not None:
             name = f"PrivateTuner ({self.runs}, mean {self.mean_runs:g}) of {self.config.steps} steps"
             delta = min(self.config.delta, self._ledger.delta / 2)  # what else is in the ledger needs some, too
-            self._ledger.charge(name, epsilon=self._at(delta), delta=delta, for_neighboring=self.config.neighboring)
+            self._ledger.charge(
+                name,
+                epsilon=self._at(delta),
+                delta=delta,
+                for_neighboring=self.config.neighboring,
+                unit=self.config.unit,
+            )
         count = self._draw()
         best = Tuned(None, None, -math.inf, count)
         for _ in range(count):

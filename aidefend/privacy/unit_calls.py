@@ -11,7 +11,7 @@ def calls_by_unit(calls: Calls, units: Tensor) -> Calls:
     """The calls of rows as calls of units: gradients of a unit's rows are averaged, and clipped as one.
 
     A layer's gradients over several calls add up; so the first rows of all units make one call, the second rows
-    another, and a unit without such a row takes part in it with zeros.
+    another, and a unit without such a row takes part in it with a gradient of zero.
     Args:
         calls: By layer, one row for each example.
         units: (rows,) the unit of each row, 0 .. units - 1.
@@ -40,11 +40,9 @@ def _of_call(call: Call | Summed, units: Tensor, table: Tensor, shares: Tensor) 
     weighted = call._replace(gradient=call.gradient * _along(shares, call.gradient))
     made: list[Call | Summed] = []
     for rows in table:
-        missing = rows < 0
-        part = weighted.rows(rows.clamp(min=0))
-        pairs = zip(part.inputs, part.mapped, strict=True)
-        inputs = tuple(_blank(value, missing) if own else value for value, own in pairs)
-        made.append(part._replace(inputs=inputs, gradient=_blank(part.gradient, missing)))
+        missing = rows < 0  # the unit's own first row stands in: no other value may meet its layers
+        part = weighted.rows(torch.where(missing, table[0], rows))
+        made.append(part._replace(gradient=_blank(part.gradient, missing)))
     return made
 
 

@@ -184,3 +184,15 @@ def test_two_processes_cannot_overspend_together(tmp_path):
         assert worker.exitcode == 0
     assert sum(made) == len(ledger.charges()) == 15
     assert ledger.epsilon() == pytest.approx(1.5)
+
+
+def test_a_ledger_of_users_takes_no_releases_of_rows(tmp_path):
+    ledger = PrivacyLedger(tmp_path / "ledger", delta=1e-2)
+    ledger.charge("histogram by user", noise_multiplier=3.0, unit="user")
+    with pytest.raises(PrivacyError, match="unit"):
+        ledger.charge("histogram", noise_multiplier=3.0)
+    with pytest.raises(PrivacyError, match="unit"):
+        ledger.open_run(settings())
+    with pytest.raises(ConfigurationError, match="unit"):
+        ledger.charge("histogram", noise_multiplier=3.0, unit="household")
+    assert len(ledger.charges()) == 1

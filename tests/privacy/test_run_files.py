@@ -205,6 +205,30 @@ def test_resume_charges_what_ran_after_the_save(tmp_path):
     assert [entry.steps for entry in ledger.runs()] == [4, 0]
 
 
+def test_a_run_that_was_taken_up_is_nobody_elses(tmp_path):
+    """Planted before: the old object went on, or gave back, what the new one had spent."""
+    ledger = PrivacyLedger(tmp_path / "ledger", delta=1e-3)
+    config = settings(steps=200)
+    first = adam_run(config, ledger=ledger)
+    one_step(first), one_step(first)
+    first.save(tmp_path / "run")
+    second = adam_run(config, ledger=ledger)
+    second.resume(tmp_path / "run")
+    assert second.steps_taken >= first.steps_taken
+    for _ in range(6):
+        one_step(second)
+    told = ledger.runs()[0].steps
+    covered = first._covered
+    with pytest.raises(PrivacyError, match="nobody else"):
+        for _ in range(covered + 1):
+            one_step(first)
+    assert first.steps_taken <= covered <= second.steps_taken  # what it had reserved was charged to the second
+    first.release()
+    assert ledger.runs()[0].steps == told and second.epsilon() <= ledger.epsilon()
+    second.release()
+    assert ledger.runs()[0].steps == second.steps_taken
+
+
 def test_a_run_of_another_ledger_is_refused(tmp_path):
     run = adam_run(ledger=PrivacyLedger(tmp_path / "one"))
     run.save(tmp_path / "run")

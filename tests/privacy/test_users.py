@@ -144,6 +144,36 @@ def test_a_user_with_a_broken_row_is_masked_whole():
         torch.testing.assert_close(gradient * 6, expected[name], rtol=1e-3, atol=1e-5)
 
 
+class Direction(nn.Module):
+    """A layer that is not defined at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return self.weight * x / x.norm(dim=1, keepdim=True)
+
+
+def test_the_rows_of_one_user_do_not_show_in_those_of_others():
+    """Planted before: places that a user lacks were filled with zeros, at which this layer is no number."""
+    x, y = rows()
+    single = torch.arange(24)
+    double = single.clone()
+    double[23] = 22
+    found = []
+    for users in (double, single[:23]):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = nn.Sequential(Direction(), nn.Linear(6, 3))
+        config = user_settings(expected_batch_size=24, public_size=24)
+        private = run(model, (x[: len(users)], y[: len(users)]), users, config)
+        stepped(private)
+        assert private.masked_rows == 0
+        found.append(torch.cat([g.flatten() for g in released(private).values()]) * 24)
+    assert 0 < float((found[0] - found[1]).norm()) <= 2 * BOUND
+
+
 def test_users_join_together_and_with_so_many_rows_at_most():
     """120 steps of seeded draws: all or none of a user's places, two rows at most, each row in its turn."""
     x = torch.arange(24.0).reshape(24, 1)
