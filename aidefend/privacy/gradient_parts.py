@@ -8,7 +8,7 @@ from torch import Tensor
 
 KEPT_NUMBERS = 1 << 25  # per-example gradients up to this size are kept between the two uses, larger ones made twice
 _TINY, _LARGE = 1e-14, 1e5  # lengths: below the first float32 may lose squares; that matters beside the second alone
-_COARSE = 1e-3  # share of a squared length that rounding may hide before it is computed again in float64
+_COARSE = 4e-3  # share of a squared length that rounding may hide before it is computed again in float64
 _SHORT = 1024
 _BLOCK_NUMBERS = 1 << 21
 
