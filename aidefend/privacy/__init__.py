@@ -4,9 +4,9 @@ from aidefend.privacy.accounting import calibrate_noise as calibrate_noise
 from aidefend.privacy.accounting import epsilon as epsilon
 from aidefend.privacy.accounting import max_steps_within as max_steps_within
 from aidefend.privacy.config import PrivacyConfig as PrivacyConfig
-from aidefend.privacy.ledger import LedgerCharge as LedgerCharge
-from aidefend.privacy.ledger import LedgerRun as LedgerRun
 from aidefend.privacy.ledger import PrivacyLedger as PrivacyLedger
+from aidefend.privacy.ledger_entries import LedgerCharge as LedgerCharge
+from aidefend.privacy.ledger_entries import LedgerRun as LedgerRun
 from aidefend.privacy.linear_fit import LinearFit as LinearFit
 from aidefend.privacy.linear_fit import fit_linear as fit_linear
 from aidefend.privacy.lora import add_lora as add_lora

@@ -1,14 +1,11 @@
 """All private runs and releases on one data set, in one file: their epsilons compose, whatever crashes."""
 
-import hashlib
-import json
-import math
 import os
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from aidefend._core.checks import (
     check_choice,
@@ -21,98 +18,12 @@ from aidefend._core.checks import (
     refuse,
 )
 from aidefend._core.errors import BudgetExceeded, PrivacyError
-from aidefend._core.storage import canonical_json, open_database, transaction
-from aidefend.privacy.accounting import NEIGHBORING, Neighboring, epsilon
+from aidefend._core.storage import open_database, transaction
+from aidefend.privacy.accounting import NEIGHBORING, Neighboring
 from aidefend.privacy.config import UNITS, PrivacyConfig
+from aidefend.privacy.ledger_entries import Account, LedgerCharge, LedgerRun, append, create_tables, read_account
 
 _BLOCKS = 50
-_BEGINNING = "aidefend.privacy-ledger/1"
-_SCHEMA = (
-    "CREATE TABLE IF NOT EXISTS entry (number INTEGER PRIMARY KEY, body TEXT NOT NULL, chain TEXT NOT NULL)",
-    "CREATE TABLE IF NOT EXISTS head (id INTEGER PRIMARY KEY CHECK (id = 1), number INTEGER NOT NULL, chain TEXT)",
-)
-
-
-class LedgerRun(NamedTuple):
-    """One run: its steps are those that were reserved, at least those that ran."""
-
-    id: str
-    opened: float
-    digest: str
-    noise_multiplier: float
-    sample_rate: float
-    planned: int
-    bands: int = 1
-    sampler: str = "poisson"
-    unit: str = "example"
-    owner: str = ""
-    steps: int = 0
-    closed: bool = False
-
-    def history(self, steps: int) -> tuple[float, float, int, str]:
-        """So many of its steps as `epsilon` takes them."""
-        rate = min(1.0, self.sample_rate * self.bands)
-        return self.noise_multiplier, rate, -(-steps // self.bands), self.sampler
-
-
-class LedgerCharge(NamedTuple):
-    """One release outside of training: of a Gaussian mechanism, or of one that is (epsilon, delta)-DP."""
-
-    id: str
-    charged: float
-    name: str
-    noise_multiplier: float | None
-    epsilon: float | None
-    delta: float
-    times: int
-    neighboring: str
-    unit: str
-
-    def cost(self, neighboring: str) -> tuple[float, float]:
-        """(epsilon, delta) of all its times; a row that is exchanged is one removed and one added."""
-        one, delta = self.epsilon or 0.0, self.delta
-        if neighboring == self.neighboring:
-            return self.times * one, self.times * delta
-        return self.times * 2 * one, self.times * delta * (1 + math.exp(min(one, 700.0)))
-
-
-class _Account:
-    """What the entries add up to."""
-
-    def __init__(self) -> None:
-        self.limit: tuple[float, float, str] | None = None
-        self.runs: dict[str, LedgerRun] = {}
-        self.charges: list[LedgerCharge] = []
-
-    def take(self, entry: dict[str, Any]) -> None:
-        """One entry more."""
-        kind = entry.pop("kind")
-        if kind == "limit":
-            self.limit = (entry["target"], entry["delta"], entry["neighboring"])
-        elif kind == "open":
-            self.runs[entry["id"]] = LedgerRun(**entry)
-        elif kind == "resume":
-            self.runs[entry["id"]] = self.runs[entry["id"]]._replace(owner=entry["owner"])
-        elif kind in ("reserve", "close"):
-            run = self.runs[entry["id"]]
-            self.runs[run.id] = run._replace(steps=entry["steps"], closed=kind == "close")
-        else:
-            self.charges.append(LedgerCharge(**entry))
-
-    def epsilon(self, delta: float, neighboring: Neighboring, planned: bool = False) -> float:
-        """Of everything; with `planned`, open runs count with all their planned steps."""
-        runs = self.runs.values()
-        history = [
-            run.history(max(run.steps, run.planned) if planned and not run.closed else run.steps) for run in runs
-        ]
-        history += [
-            (c.noise_multiplier or 0.0, 1.0, c.times, "poisson") for c in self.charges if c.noise_multiplier is not None
-        ]
-        others = [charge.cost(neighboring) for charge in self.charges if charge.epsilon is not None]
-        left = delta - sum(its_delta for _, its_delta in others)
-        if left <= 0:
-            return math.inf
-        return epsilon(history, left, neighboring) + sum(its_epsilon for its_epsilon, _ in others)
 
 
 class PrivacyLedger:
@@ -221,9 +132,10 @@ class PrivacyLedger:
         entry = {"name": name, "noise_multiplier": noise_multiplier, "epsilon": epsilon, "delta": delta, "times": times}
         entry |= {"id": secrets.token_hex(16), "charged": time.time(), "neighboring": for_neighboring}
         entry["unit"] = unit
-        with self._database() as connection, transaction(connection):
-            _refuse_other_units(_account(connection), unit)
-            self._check_fits(_append(connection, {"kind": "charge", **entry}))
+        with self._entries() as (connection, account):
+            account.check_unit(unit)
+            append(connection, account, {"kind": "charge", **entry})
+            self._check_fits(account)
         return str(entry["id"])
 
     def open_run(self, config: PrivacyConfig) -> str:
@@ -234,10 +146,12 @@ class PrivacyLedger:
             raise refuse("a run of Poisson batches", "config", config.sampling, cure)
         noise = 0.0 if config.insecure else config.multiplier
         fixed = (config.digest(), noise, config.rate, config.steps, config.bands or 1, config.sampling, config.unit)
-        run = LedgerRun(secrets.token_hex(16), time.time(), *fixed)
-        with self._database() as connection, transaction(connection):
-            _refuse_other_units(_account(connection), config.unit)
-            self._check_fits(_append(connection, {"kind": "open", **run._asdict()}))
+        name = secrets.token_hex(16)
+        run = LedgerRun(name, time.time(), *fixed, owner=name)
+        with self._entries() as (connection, account):
+            account.check_unit(config.unit)
+            append(connection, account, {"kind": "open", **run._asdict()})
+            self._check_fits(account)
         return run.id
 
     def reserved(self, run: str, digest: str) -> int:
@@ -248,13 +162,16 @@ class PrivacyLedger:
             raise PrivacyError(expected("a run of this ledger and configuration", "run", run, cure))
         return found.steps
 
-    def take_over(self, run: str) -> str:
-        """A token for whoever takes up a run: `reserve` and `close_run` with an earlier one have no effect any more."""
+    def take_over(self, run: str) -> tuple[str, int]:
+        """A token for whoever takes up a run, and its reserved steps as of that moment.
+
+        `reserve` and `close_run` with an earlier token (the first one is the run's id) have no effect any more.
+        """
         owner = secrets.token_hex(16)
-        with self._database() as connection, transaction(connection):
-            _run_of(_account(connection), run)
-            _append(connection, {"kind": "resume", "id": run, "owner": owner})
-        return owner
+        with self._entries() as (connection, account):
+            steps = account.run(run).steps
+            append(connection, account, {"kind": "resume", "id": run, "owner": owner})
+        return owner, steps
 
     def reserve(self, run: str, steps: int, owner: str | None = None) -> int:
         """Put at least `steps` steps of a run on disk; returns how many are covered now.
@@ -262,14 +179,14 @@ class PrivacyLedger:
         Raises: PrivacyError: `owner` is not the last that took up the run: its steps would be spent twice.
         """
         check_int(steps, "steps", 0)
-        with self._database() as connection, transaction(connection):
-            found = _run_of(_account(connection), run)
+        with self._entries() as (connection, account):
+            found = account.run(run)
             if owner is not None and owner != found.owner:
                 cure = "Go on with the training that resumed it, or open a run of its own"
                 raise PrivacyError(expected("a run that nobody else has taken up", "run", run, cure))
             block = max(1, found.planned // _BLOCKS)
             covered = max(found.steps, steps, min(found.planned, steps + block - 1))
-            account = _append(connection, {"kind": "reserve", "id": run, "steps": covered})
+            append(connection, account, {"kind": "reserve", "id": run, "steps": covered})
             if found.closed:
                 self._check_fits(account)
         return covered
@@ -280,11 +197,9 @@ class PrivacyLedger:
         Nothing happens if somebody other than `owner` has taken up the run since.
         """
         check_int(steps, "steps", 0)
-        with self._database() as connection, transaction(connection):
-            if owner is not None and owner != _run_of(_account(connection), run).owner:
-                return
-            _run_of(_account(connection), run)
-            _append(connection, {"kind": "close", "id": run, "steps": steps})
+        with self._entries() as (connection, account):
+            if owner in (None, account.run(run).owner):
+                append(connection, account, {"kind": "close", "id": run, "steps": steps})
 
     def _check_relation(self, relation: str, gaussian: bool) -> None:
         check_choice(relation, NEIGHBORING, "for_neighboring")
@@ -292,7 +207,7 @@ class PrivacyLedger:
             cure = "State the mechanism for rows that are added or removed: nothing follows from exchanged ones"
             raise refuse('for_neighboring "add_remove"', "for_neighboring", relation, cure)
 
-    def _check_fits(self, account: _Account) -> None:
+    def _check_fits(self, account: Account) -> None:
         """Every open run counts with all its planned steps."""
         if account.limit is None:
             return
@@ -307,25 +222,30 @@ class PrivacyLedger:
         """The limit in the file holds; written by the first who states one."""
         stated = (target, self._delta, self._neighboring)
         with self._database() as connection, transaction(connection):
-            _refuse_other_tables(connection, self.path)
-            for statement in _SCHEMA:
-                connection.execute(statement)
-            limit = _account(connection).limit
+            create_tables(connection, self.path)
+            account = read_account(connection)
+            limit = account.limit
             if limit is None and target is not None:
                 entry = {"target": target, "delta": self._delta, "neighboring": self._neighboring}
-                _append(connection, {"kind": "limit", **entry})
+                append(connection, account, {"kind": "limit", **entry})
             elif limit is not None and target is not None and limit != stated:
                 cure = "A limit is set once for a data set: open the ledger without target_epsilon, or with this one"
                 raise refuse(f"the limit of the file {limit}", "target_epsilon", stated, cure)
         if limit is not None:
             self._delta, self._neighboring = limit[1], "add_remove" if limit[2] == "add_remove" else "replace_one"
 
-    def _read(self) -> _Account:
+    def _read(self) -> Account:
         with self._database() as connection:
             connection.execute("BEGIN")  # entries and head as of one moment
-            account = _account(connection)
+            account = read_account(connection)
             connection.execute("COMMIT")
         return account
+
+    @contextmanager
+    def _entries(self) -> Iterator[tuple[Any, Account]]:
+        """A connection and what is in the file, for one change of it."""
+        with self._database() as connection, transaction(connection):
+            yield connection, read_account(connection)
 
     @contextmanager
     def _database(self) -> Iterator[Any]:
@@ -341,65 +261,3 @@ class PrivacyLedger:
         finally:
             if connection is not None:
                 connection.close()
-
-
-def _account(connection: Any) -> _Account:
-    """All entries, each checked against the chain."""
-    account, chain, number = _Account(), _BEGINNING, 0
-    for number, (stored, body, link) in enumerate(connection.execute("SELECT * FROM entry ORDER BY number"), 1):
-        chain = _link(chain, body)
-        if stored != number or link != chain:
-            raise _broken(number)
-        account.take(json.loads(body))
-    if _head(connection) != (number, chain):
-        raise _broken(number + 1)
-    return account
-
-
-def _append(connection: Any, entry: dict[str, Any]) -> _Account:
-    """One entry more behind an unbroken chain; what all of them add up to."""
-    account = _account(connection)
-    number, chain = _head(connection)
-    body = canonical_json(entry)
-    following = (number + 1, _link(chain, body))
-    connection.execute("INSERT INTO entry VALUES (?, ?, ?)", (following[0], body, following[1]))
-    connection.execute("INSERT OR REPLACE INTO head VALUES (1, ?, ?)", following)
-    account.take(json.loads(body))
-    return account
-
-
-def _head(connection: Any) -> tuple[int, str]:
-    row = connection.execute("SELECT number, chain FROM head").fetchone()
-    return (0, _BEGINNING) if row is None else (row[0], row[1])
-
-
-def _link(chain: str, body: str) -> str:
-    return hashlib.sha256(f"{chain}\n{body}".encode()).hexdigest()
-
-
-def _run_of(account: _Account, run: Any) -> LedgerRun:
-    found = account.runs.get(check_kind(run, str, "run", "Pass what open_run returned"))
-    if found is None:
-        raise PrivacyError(expected("a run of this ledger", "run", run, "Pass what open_run returned"))
-    return found
-
-
-def _refuse_other_units(account: _Account, unit: str) -> None:
-    """Epsilons of rows and of users do not add up to one of either."""
-    others = {run.unit for run in account.runs.values()} | {charge.unit for charge in account.charges}
-    others -= {unit}
-    if others:
-        cure = "Keep one ledger for each unit of privacy"
-        raise PrivacyError(expected(f"runs of unit {others.pop()!r} in this ledger", "unit", unit, cure))
-
-
-def _refuse_other_tables(connection: Any, path: Any) -> None:
-    names = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if names - {"entry", "head"}:
-        cure = "Pass a new path: entries of another format would not be counted"
-        raise PrivacyError(expected("a readable ledger", "path", f"{path} with tables {sorted(names)}", cure))
-
-
-def _broken(number: int) -> PrivacyError:
-    cure = "The file was changed from outside: restore it from a copy, or count everything that was ever run as spent"
-    return PrivacyError(expected("an unbroken chain of entries", "ledger", f"a break at entry {number}", cure))

@@ -236,11 +236,9 @@ class PrivateTraining:
         charged = check_int(facts.get("charged"), "charged", 0, self.config.steps)
         bound = check_number(facts.get("clip_bound"), "clip_bound", 0.0, open_low=True)
         run = str(facts.get("run"))
-        charged = self._ranks.by_first(lambda: self.config.whole_cycles(max(charged, self._reserved(run))))
+        self._ranks.by_first(lambda: self._reserved(run))
         load_run(path, self._module, self.optimizer.inner, header, tensors)
-        if self._ledger is not None:
-            self._ledger.close_run(self._run, 0, self._owner)
-            self._owner = self._ledger.take_over(run)
+        charged = self._ranks.by_first(lambda: self.config.whole_cycles(max(charged, self._taken_over(run))))
         self._run, self._covered = run, charged
         self._book.charged, self._bound.value = charged, bound
 
@@ -265,12 +263,19 @@ class PrivateTraining:
 
     def _open_run(self) -> int:
         if self._ledger is not None:
-            self._run = self._ledger.open_run(self.config)
-            self._owner = self._ledger.take_over(self._run)
+            self._run = self._owner = self._ledger.open_run(self.config)
         return 0
 
     def _reserved(self, run: str) -> int:
         return 0 if self._ledger is None else self._ledger.reserved(run, self.config.digest())
+
+    def _taken_over(self, run: str) -> int:
+        """The steps of a saved run, which is this object's from now on; the one that it began with is void."""
+        if self._ledger is None:
+            return 0
+        self._ledger.close_run(self._run, 0, self._owner)
+        self._owner, steps = self._ledger.take_over(run)
+        return steps
 
     def _reserve(self, steps: int) -> None:
         self._recorder.clear()

@@ -229,6 +229,28 @@ def test_a_run_that_was_taken_up_is_nobody_elses(tmp_path):
     assert ledger.runs()[0].steps == second.steps_taken
 
 
+def test_steps_that_the_old_owner_takes_while_the_run_is_taken_up_are_counted(tmp_path, monkeypatch):
+    """Count and hand-over are one transaction: what is reserved between the look and it belongs to the new one."""
+    from aidefend.privacy import training
+
+    ledger = PrivacyLedger(tmp_path / "ledger", delta=1e-3)
+    config = settings(steps=200)
+    first = adam_run(config, ledger=ledger)
+    one_step(first)
+    first.save(tmp_path / "run")
+    honest = training.load_run
+
+    def slow(*arguments):
+        for _ in range(30):
+            one_step(first)
+        return honest(*arguments)
+
+    second = adam_run(config, ledger=ledger)
+    monkeypatch.setattr(training, "load_run", slow)
+    second.resume(tmp_path / "run")
+    assert second.steps_taken >= first.steps_taken == 31
+
+
 def test_a_run_of_another_ledger_is_refused(tmp_path):
     run = adam_run(ledger=PrivacyLedger(tmp_path / "one"))
     run.save(tmp_path / "run")
