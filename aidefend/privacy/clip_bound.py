@@ -2,11 +2,9 @@
 
 import math
 
-import torch
-
-from aidefend._core.random import derive_seed, secure_normal
 from aidefend.privacy.config import LEAST_BOUND, PrivacyConfig
 from aidefend.privacy.ranks import Ranks
+from aidefend.privacy.run_draws import draw_noise
 
 _LEARNING_RATE = 0.2
 _SUM_SHARE = 1.01  # the noise of the sum grows by this factor, which pays for the count
@@ -53,9 +51,6 @@ class ClipBound:
         return self._config.clipping == "adaptive"
 
     def _count_noise(self, step: int) -> float:
-        if self._config.insecure_no_noise or not self._ranks.first:
+        if not self._ranks.first:
             return 0.0
-        if self._config.insecure_seed is None:
-            return float(secure_normal((1,), dtype=torch.float64)) * self.count_deviation
-        stream = torch.Generator().manual_seed(derive_seed(self._config.insecure_seed, "count", step))
-        return float(torch.randn(1, generator=stream)) * self.count_deviation
+        return float(draw_noise(self._config, (1,), self.count_deviation, "count", step))

@@ -18,7 +18,6 @@ from aidefend._core.checks import (
 )
 from aidefend._core.errors import IncompatibleModel
 from aidefend._core.modules import naming_the_model, training_layers
-from aidefend._core.random import derive_seed, secure_uniform
 from aidefend.privacy.clip_bound import ClipBound
 from aidefend.privacy.config import PrivacyConfig
 from aidefend.privacy.ledger import PrivacyLedger
@@ -26,6 +25,7 @@ from aidefend.privacy.linear_gradients import BLOCK_ROWS, LinearExamples
 from aidefend.privacy.private_optimizer import Noise
 from aidefend.privacy.ranks import Ranks
 from aidefend.privacy.readiness import dynamic_problems, static_problems
+from aidefend.privacy.run_draws import draw_uniform
 from aidefend.privacy.statement import PrivacyStatement, make_statement
 from aidefend.privacy.training import refuse_problems
 
@@ -204,10 +204,7 @@ def _drawn(n: int, config: PrivacyConfig, step: int) -> Tensor | None:
     """Which rows join a step, each on its own; None for all."""
     if config.rate == 1:
         return None
-    if config.insecure_seed is None:
-        return torch.from_numpy(secure_uniform(n) < config.rate)
-    stream = torch.Generator().manual_seed(derive_seed(config.insecure_seed, "batch", step))
-    return torch.rand(n, generator=stream, dtype=torch.float64) < config.rate
+    return torch.from_numpy(draw_uniform(config, n, "batch", step) < config.rate)
 
 
 def _features(x: Tensor, versions: int, body: Callable[[Tensor], Tensor] | None) -> Tensor:

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from aidefend._core.batches import as_dataset
 from aidefend._core.checks import check_not_empty, describe, refuse
-from aidefend._core.random import derive_seed, secure_uniform
 from aidefend.privacy.banded_noise import groups_of
 from aidefend.privacy.config import PrivacyConfig
 from aidefend.privacy.ranks import Ranks
+from aidefend.privacy.run_draws import draw_uniform
 from aidefend.privacy.step_book import StepBook, refused
 
 _PROBES = 8
@@ -110,7 +110,7 @@ class PoissonLoader:
         may be empty; an empty one needs its step like any other. With sampling="fixed_size" each is a uniformly random
         subset of one size. `len()` is public.
     Raises: BudgetExceeded: at the start of a pass with nothing left.
-    Cost: Eight bytes from the operating system for each row of the data set and step.
+    Cost: Eight secure bytes for each row of the data set and step.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class PoissonLoader:
         for unit in joined.tolist():
             rows = self._rows_of[unit]
             if len(rows) > most:
-                chances = self._numbers(len(rows), "rows", self._book.charged + 1, unit)
+                chances = draw_uniform(self._config, len(rows), "rows", self._book.charged + 1, unit)
                 rows = rows[np.sort(np.argpartition(chances, most - 1)[:most])]
             owner |= dict.fromkeys(rows.tolist(), unit)
         return owner
@@ -175,14 +175,8 @@ class PoissonLoader:
         return chosen
 
     def _uniforms(self, *names: object) -> Any:
-        """One number in (0, 1) for each unit; for a named purpose that is drawn once."""
-        return self._numbers(self._count, *names)
-
-    def _numbers(self, count: int, *names: object) -> Any:
-        if self._config.insecure_seed is None:
-            return secure_uniform(count)
-        seed = derive_seed(self._config.insecure_seed, *names)
-        return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).numpy()
+        """One number in (0, 1) for each unit."""
+        return draw_uniform(self._config, self._count, *names)
 
 
 def rows_by_user(users: Any, rows: int) -> list[Any]:

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from aidefend._core.checks import refuse
-from aidefend._core.random import derive_seed, secure_normal
 from aidefend.privacy.banded_noise import BandedNoise, band_coefficients
 from aidefend.privacy.clip_bound import ClipBound
 from aidefend.privacy.config import PrivacyConfig
 from aidefend.privacy.layer_gradients import trainable_parameters
 from aidefend.privacy.ranks import Ranks
+from aidefend.privacy.run_draws import draw_noise
 from aidefend.privacy.step_book import StepBook, Ticket, refused
 
 _OWN = "Let gradients come from private.loss(...).backward() or private.backward(losses) alone: no clipping, scaling, "
@@ -51,7 +51,7 @@ class ParameterGuard:
 
 
 class Noise:
-    """Gaussian noise from the operating system's stream, or, by a name that says so, from a seed or not at all.
+    """The noise of each step and parameter, correlated over a band of steps if the configuration says so.
 
     Of several processes the first one adds it; the others add nothing.
     """
@@ -69,14 +69,12 @@ class Noise:
 
     def _fresh(self, parameter: Tensor, name: str, step: int) -> Tensor:
         dtype = parameter.dtype if parameter.dtype == torch.float64 else torch.float32
-        shape, device = tuple(parameter.shape), parameter.device
-        if self._config.insecure_no_noise or not self._ranks.first:
-            return torch.zeros(shape, dtype=dtype, device=device)
-        scale = self._bound.noise_deviation
-        if self._config.insecure_seed is None:
-            return secure_normal(shape, device, dtype, scale)
-        stream = torch.Generator().manual_seed(derive_seed(self._config.insecure_seed, "noise", step, name))
-        return torch.randn(shape, generator=stream, dtype=dtype).to(device).mul_(scale)
+        shape, place = tuple(parameter.shape), parameter.device
+        if not self._ranks.first:
+            return torch.zeros(shape, dtype=dtype, device=place)
+        return draw_noise(
+            self._config, shape, self._bound.noise_deviation, "noise", step, name, device=place, dtype=dtype
+        )
 
 
 class PrivateOptimizer(torch.optim.Optimizer):
