@@ -64,10 +64,6 @@ class BandedNoise:
         self._last[name] = step
         return fresh
 
-    def start_again(self) -> None:
-        """Forget what came before."""
-        self._recent, self._last = {}, {}
-
 
 def participations(steps: int, bands: int) -> int:
     """How often a row can take part in so many steps, if it may join one step of each cycle of `bands`."""
