@@ -30,13 +30,16 @@ _NOT_COVERED = (
     "Anything else computed from the private rows: normalisation, vocabulary, label set, cleaning, a size of the data "
     "set stated exactly where rows are added or removed.",
     "Numbers of the training loop: losses, gradients, batch sizes, the count of masked rows. Keep them inside.",
-    "A person with several rows: k rows cost about k times the epsilon.",
     "Inputs that mix rows before the model (mixup, batch statistics in the user's loop): row i of every pass must come "
     "from example i alone.",
-    "Floating point: noise and sums are float32, the noise drawn from 53-bit uniforms; attacks on the last bits of "
+    "Floating point: noise and sums are float32, the noise drawn from 63-bit uniforms; attacks on the last bits of "
     "released weights are not excluded.",
     "Weights that the model already had when the run began.",
 )
+_SEVERAL = {
+    "example": "A person with several rows: k rows cost about k times the epsilon.",
+    "user": "A person who is several users: k of them cost about k times the epsilon.",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +149,7 @@ def make_statement(config: PrivacyConfig, steps_taken: int) -> PrivacyStatement:
     now, planned = config.spent(steps_taken), config.spent(config.steps)
     curve = privacy_curve(config.history(steps_taken), config.neighboring)
     mu, exact = gaussian_mu(config.history(steps_taken), config.neighboring, curve)
-    source = config.insecure or "the operating system's cryptographic stream, never stored, never replayed"
+    source = config.insecure or "a cryptographic stream keyed by the operating system, never stored, never replayed"
     if config.bands is not None:
         source += f"; correlated over {config.bands} steps (banded matrix factorisation)"
     return PrivacyStatement(
@@ -167,7 +170,7 @@ def make_statement(config: PrivacyConfig, steps_taken: int) -> PrivacyStatement:
         noise_source=source,
         insecure=config.insecure,
         public=_PUBLIC,
-        not_covered=_NOT_COVERED,
+        not_covered=(*_NOT_COVERED, _SEVERAL[config.unit]),
         gdp_mu=mu,
         gdp_mu_exact=exact,
         curve=curve,

@@ -11,12 +11,12 @@ from aidefend._core.random import secure_uniform
 from aidefend.privacy.accounting import approximate_delta, approximate_epsilon, renyi_curve
 from aidefend.privacy.config import PrivacyConfig
 from aidefend.privacy.ledger import PrivacyLedger
-from aidefend.privacy.statement import make_statement
+from aidefend.privacy.statement import PrivacyStatement, make_statement
 from aidefend.privacy.step_book import refused
 
 Runs = Literal["geometric", "logarithmic", "poisson"]
 RUNS = ("geometric", "logarithmic", "poisson")
-_COMPARED = ("sampler", "sample_rate", "noise_multiplier", "neighboring", "steps_planned", "insecure")
+_COMPARED = ("unit", "sampler", "sample_rate", "noise_multiplier", "neighboring", "steps_planned", "insecure")
 _LONGEST = 100_000  # runs: beyond any that a distribution of a sensible mean can give
 
 
@@ -84,6 +84,7 @@ class PrivateTuner:
         if ledger is not None:
             check_kind(ledger, PrivacyLedger, "ledger", "Open PrivacyLedger(path)")
         self._ledger = ledger
+        self._gamma = self._log_parameter() if runs == "logarithmic" else 1 / self.mean_runs
 
     def epsilon(self) -> float:
         """Of the whole search, at config.delta."""
@@ -118,37 +119,23 @@ class PrivateTuner:
                 for_neighboring=self.config.neighboring,
                 unit=self.config.unit,
             )
+        asked = make_statement(self.config, self.config.steps)
         count = self._draw()
         best = Tuned(None, None, -math.inf, count)
         for _ in range(count):
             candidate = self.candidates[int(secure_uniform(1)[0] * len(self.candidates))]
             made, score = train(candidate, self.config)
-            self._check_run(made)
+            _check_run(made, asked)
             if not isinstance(score, int | float) or math.isnan(score):
                 raise refused("a score that is a number", "score", score, "Return (run, float)")
             if best.best is None or score > best.score:
                 best = Tuned(made, candidate, float(score), count)
         return best
 
-    def _check_run(self, made: Any) -> None:
-        statement = getattr(made, "statement", None)
-        if not callable(statement):
-            cure = "Return what make_private returned, with the score"
-            raise refused("a private run from train", "run", type(made).__name__, cure)
-        told, asked = statement(), make_statement(self.config, self.config.steps)
-        differ = [name for name in _COMPARED if getattr(told, name) != getattr(asked, name)]
-        if differ:
-            found = {name: getattr(told, name) for name in differ}
-            raise refused(
-                "runs with the configuration of the tuner", "run", found, "Use the config that train was given"
-            )
-
     def _negative_binomial(self, orders: Sequence[float], costs: Sequence[float]) -> list[float]:
         """Theorem 2, with the shape eta 1 (geometric) or 0 (logarithmic), at the best second order."""
-        eta, gamma = (1.0, 1 / self.mean_runs) if self.runs == "geometric" else (0.0, self._log_parameter())
-        added = min(
-            (1 - 1 / order) * cost + math.log(1 / gamma) / order for order, cost in zip(orders, costs, strict=True)
-        )
+        eta, log = 1.0 if self.runs == "geometric" else 0.0, -math.log(self._gamma)
+        added = min((1 - 1 / order) * cost + log / order for order, cost in zip(orders, costs, strict=True))
         mean = math.log(self.mean_runs)
         return [cost + (1 + eta) * added + mean / (order - 1) for order, cost in zip(orders, costs, strict=True)]
 
@@ -169,7 +156,7 @@ class PrivateTuner:
         return math.exp(-float(brentq(excess, 1e-12, 60.0, xtol=1e-14)))
 
     def _draw(self) -> int:
-        """The number of runs, from the operating system's stream, by inversion."""
+        """The number of runs, from the secure stream, by inversion."""
         uniform = float(secure_uniform(1)[0])
         number, total = 0, 0.0
         while number < _LONGEST:
@@ -185,6 +172,19 @@ class PrivateTuner:
         if number == 0:
             return 0.0
         if self.runs == "geometric":
-            return (1 - 1 / self.mean_runs) ** (number - 1) / self.mean_runs
-        gamma = self._log_parameter()
-        return (1 - gamma) ** number / (number * math.log(1 / gamma))
+            return (1 - self._gamma) ** (number - 1) * self._gamma
+        return (1 - self._gamma) ** number / (-number * math.log(self._gamma))
+
+
+def _check_run(made: Any, asked: PrivacyStatement) -> None:
+    """A run has the guarantee that is paid for, or it is refused."""
+    statement = getattr(made, "statement", None)
+    if not callable(statement):
+        cure = "Return what make_private returned, with the score"
+        raise refused("a private run from train", "run", type(made).__name__, cure)
+    told = statement()
+    differ = [name for name in _COMPARED if getattr(told, name) != getattr(asked, name)]
+    if differ:
+        found = {name: getattr(told, name) for name in differ}
+        cure = "Use the config that train was given"
+        raise refused("runs with the configuration of the tuner", "run", found, cure)

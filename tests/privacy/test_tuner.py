@@ -64,7 +64,7 @@ def test_the_number_of_runs_has_the_distribution_that_is_paid_for(runs):
     elif runs == "geometric":
         exact = [0.0, *(0.25 * 0.75 ** (k - 1) for k in range(1, 100))]
     else:
-        gamma = tuner._log_parameter()
+        gamma = tuner._gamma
         assert (1 / gamma - 1) / math.log(1 / gamma) == pytest.approx(4.0)
         exact = [0.0, *((1 - gamma) ** k / (k * math.log(1 / gamma)) for k in range(1, 100))]
     cells = [0, 2, 3, 4, 6, 9]
@@ -134,6 +134,9 @@ def test_runs_with_another_guarantee_are_refused():
     for other in (settings(steps=3), settings(steps=2, noise_multiplier=0.5), settings(steps=2, insecure_seed=1)):
         with pytest.raises(PrivacyError, match="configuration of the tuner"):
             tuner.run(lambda candidate, _, other=other: trained(candidate, other))
+    users = PrivateTuner([0.1], settings(steps=2, unit="user", max_rows_per_user=2))
+    with pytest.raises(PrivacyError, match="unit"):  # a run that hides rows is not one that hides users
+        users.run(lambda candidate, _: trained(candidate, config))
     with pytest.raises(PrivacyError, match="private run"):
         tuner.run(lambda candidate, _: (torch.nn.Linear(1, 1), 1.0))
     with pytest.raises(PrivacyError, match="score"):

@@ -198,7 +198,8 @@ def test_the_statement_and_the_ledger_know_the_unit(tmp_path):
         small_cnn(), images(), USERS, user_settings(insecure_seed=None, insecure_no_noise=False), ledger=ledger
     )
     stepped(private)
-    assert "all rows of one user" in private.statement().to_markdown()
+    text = private.statement().to_markdown()
+    assert "all rows of one user" in text and "several users" in text and "several rows" not in text
     assert private.epsilon() <= ledger.epsilon() < float("inf")
     private.release()
     with pytest.raises(PrivacyError, match="unit"):
