@@ -69,8 +69,8 @@ def clip_block(
         weights = factors[path].masked_fill(broken, 0)
         total.add(weighted_sums({path: parts.pop(path)}, weights, masked))
     total.masked += int(broken.sum())
-    inside = whole.sqrt() <= bound
-    total.balance += 0.5 * (int((inside & ~broken).sum()) - int((~inside & ~broken).sum()))
+    sides = torch.where(whole.sqrt() <= bound, 0.5, -0.5).masked_fill(broken, 0)
+    total.balance += float(sides.sum())
 
 
 def parts_of(calls: Calls, layers: Mapping[str, nn.Module]) -> Parts:

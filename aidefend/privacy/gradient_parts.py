@@ -78,15 +78,7 @@ class Gram:
         """See `GradientPart`."""
         positions, width = self._inputs.shape[1], self._inputs.shape[2] + self._outputs.shape[2]
         numbers = positions * (2 * positions + width)
-        return torch.cat([self._of_rows(rows) for rows in row_blocks(len(self._inputs), numbers)])
-
-    def _of_rows(self, rows: slice) -> Tensor:
-        a, g = exact(self._inputs[rows]), exact(self._outputs[rows])
-        squared, coarse = self._squared(a, g)
-        if bool(coarse.any()):
-            again = torch.nonzero(coarse)[:, 0]
-            squared[again] = self._squared(a[again].double(), g[again].double())[0]
-        return squared
+        return _in_blocks(self._squared, (self._inputs, self._outputs), numbers)
 
     def _squared(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """Guarded lengths of some rows, and of which the arithmetic was too coarse."""
@@ -120,17 +112,7 @@ class Lookup:
     def norm_squared(self) -> Tensor:
         """See `GradientPart`."""
         positions, width = self._outputs.shape[1:]
-        return torch.cat(
-            [self._of_rows(rows) for rows in row_blocks(len(self._ids), positions * (2 * positions + width))]
-        )
-
-    def _of_rows(self, rows: slice) -> Tensor:
-        g, ids = exact(self._outputs[rows]), self._ids[rows]
-        squared, coarse = self._squared(g, ids)
-        if bool(coarse.any()):
-            again = torch.nonzero(coarse)[:, 0]
-            squared[again] = self._squared(g[again].double(), ids[again])[0]
-        return squared
+        return _in_blocks(self._squared, (self._outputs, self._ids), positions * (2 * positions + width))
 
     def _squared(self, g: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Guarded lengths of some rows, and of which the arithmetic was too coarse."""
@@ -227,7 +209,7 @@ def row_blocks(rows: int, numbers: int) -> list[slice]:
 
 def exact(tensor: Tensor) -> Tensor:
     """The tensor in a type whose matrix products keep its digits: products of float32 may run in fewer bits."""
-    return tensor if torch.get_float32_matmul_precision() == "highest" else tensor.double()
+    return tensor if torch.get_float32_matmul_precision() == "highest" else _double(tensor)
 
 
 def guarded(
@@ -247,6 +229,24 @@ def guarded(
     found = ((squared.clamp(min=0) + hidden).sqrt() + slack).square().to(summed)
     coarse = (hidden > _COARSE * squared) & (size > 0) & (torch.finfo(dtype).eps > torch.finfo(torch.float64).eps)
     return found, coarse
+
+
+def _in_blocks(squared: Callable[..., tuple[Tensor, Tensor]], tensors: tuple[Tensor, ...], numbers: int) -> Tensor:
+    """Squared lengths from blocks of rows of some tensors, those that come out too coarse once more in float64."""
+    lengths = []
+    for rows in row_blocks(len(tensors[0]), numbers):
+        block = [exact(tensor[rows]) for tensor in tensors]
+        found, coarse = squared(*block)
+        if bool(coarse.any()):
+            again = torch.nonzero(coarse)[:, 0]
+            found[again] = squared(*(_double(tensor[again]) for tensor in block))[0]
+        lengths.append(found)
+    return torch.cat(lengths)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    """Numbers in float64; ids stay ids."""
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _diagonal_roots(products: Tensor) -> Tensor:

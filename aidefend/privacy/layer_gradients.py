@@ -65,11 +65,11 @@ def gradient_parts(layer: nn.Module, calls: Sequence[Any]) -> list[GradientPart]
         return _products(trainable, calls)
     if isinstance(layer, nn.Linear):
         return _linear(trainable, calls)
-    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(layer, _Convolution):
         return _convolution(layer, trainable, calls)
     if isinstance(layer, nn.Embedding):
         return _embedding(layer, calls)
-    if isinstance(layer, nn.GroupNorm | nn.LayerNorm | nn.RMSNorm):
+    if isinstance(layer, Normalisation):
         return _normalisation(layer, trainable, calls)
     return [_generic(layer, trainable, calls)]
 
