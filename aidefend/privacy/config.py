@@ -51,7 +51,8 @@ class PrivacyConfig:
             g * max_grad_norm / (|g| + 0.01), so that the norm needs no tuning; "adaptive": flat, with a bound that
             starts at max_grad_norm and follows the median length, of which a noisy count is taken within the same
             epsilon (1 % more noise on the sum).
-        microbatch: Rows in memory at a time, >= 1; changes nothing but memory, at the cost of one more forward pass.
+        microbatch: Rows in memory at a time, >= 1; changes nothing but memory, at the cost of one more forward pass. A
+            pass with further tensors among the model's arguments runs whole: who could tell rows from what is shared?
         steps_per_pass: Steps of one pass of the loader, for epoch loops; None: all that remain.
         noise: "independent": fresh noise at each step; "banded": the noise of a step takes back part of that of the
             bands - 1 steps before, which moves the weights less at the same epsilon where a run has few passes over

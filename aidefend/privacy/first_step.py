@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from aidefend.privacy.clipping import norms_squared, parts_of, weighted_sums
-from aidefend.privacy.recorder import ForwardPass, Places, Recorder, tapped_calls
+from aidefend.privacy.forward_pass import ForwardPass
+from aidefend.privacy.recorder import Places, Recorder, tapped_calls
 from aidefend.privacy.step_book import Ticket, refused
 
 

@@ -27,8 +27,8 @@ class Call(NamedTuple):
 
     @property
     def mapped(self) -> tuple[bool, ...]:
-        """For each input whether it goes by row; by its length where the probe has not seen the layer."""
-        if self.by_row is not None and len(self.by_row) == len(self.inputs):
+        """For each input whether it goes by row; by its length where nobody has looked."""
+        if self.by_row is not None:
             return self.by_row
         return tuple(_by_row(value, len(self.gradient)) for value in self.inputs)
 

@@ -9,94 +9,20 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from aidefend._core.errors import IncompatibleModel, Offender
 from aidefend.privacy.decomposed import Product, form_of, product_of
-from aidefend.privacy.layer_gradients import Call, Normalisation, Summed, own_parameters, summed
+from aidefend.privacy.forward_pass import Deferred, ForwardPass, Tap, lengths_of, versions_of
+from aidefend.privacy.layer_gradients import Call, Normalisation, Summed, own_parameters
 from aidefend.privacy.random_streams import current_streams, replayed
 from aidefend.privacy.step_book import Ticket, refused
 
 Calls = dict[str, list[Call | Summed]]
 Places = list[list[Tensor | None]]
-
-
-class Tap:
-    """One run of one layer inside a forward pass."""
-
-    def __init__(
-        self,
-        path: str,
-        layer: nn.Module,
-        inputs: tuple[Any, ...],
-        output: Tensor,
-        product: Product | None = None,
-    ) -> None:
-        self.path, self.edge, self._product = path, get_gradient_edge(output), product
-        self._layer: Any = layer
-        self._inputs = tuple(value.detach() if isinstance(value, Tensor) else value for value in inputs)
-        self._versions = self._now()
-        self._summed: Summed | None = None
-        self.by_row: tuple[bool, ...] | None = None
-        self.lengths = tuple(len(v) if isinstance(v, Tensor) and v.ndim else None for v in self._inputs)
-
-    def arrive(self, gradient: Tensor) -> None:
-        """The gradient of a normalisation's output is there: it is done with now, its inputs are not kept."""
-        call = self.call(gradient)
-        if isinstance(call, Call):
-            self._summed, self._inputs = summed(self._layer, call), ()
-
-    def call(self, gradient: Tensor) -> Call | Summed:
-        """The run with the gradient of its output; refuses inputs that have changed since."""
-        if self._summed is not None:
-            return self._summed
-        if self._now() != self._versions:
-            cure = "Replace the in-place operation that follows the use of this tensor"
-            rule = f"inputs of {self.path or 'the model'} unchanged until backward"
-            raise refused(rule, "versions", self._now(), cure)
-        return Call(self._inputs, gradient.detach(), self._product, self.by_row)
-
-    def _now(self) -> tuple[int, ...]:
-        return tuple(value._version for value in self._inputs if isinstance(value, Tensor))
-
-
-class Deferred(NamedTuple):
-    """A pass that ran without a graph, in blocks of rows; the backward pass runs each block again."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    streams: list[tuple[slice, Any]]
-    output: Tensor
-    versions: tuple[int, ...]
-    autocast: tuple[bool, torch.dtype]
-
-
-class ForwardPass:
-    """One call of the private model while a batch is open."""
-
-    def __init__(self, ticket: Ticket, rows: int) -> None:
-        self.ticket, self.rows = ticket, rows
-        self.taps: list[Tap] = []
-        self.deferred: Deferred | None = None
-        self.consumed: GradientEdge | None = None
-
-    def consume(self) -> None:
-        """Another backward pass ran through: give the activations back, keep one place to notice a second use."""
-        if self.taps:
-            self.consumed = self.taps[-1].edge
-            self.taps = []
-
-    @property
-    def edges(self) -> list[Any]:
-        """Where the gradients of this pass arise."""
-        kept: list[Any] = [tap.edge for tap in self.taps]
-        if self.deferred is not None:
-            kept.append(self.deferred.output)
-        return kept
 
 
 class Recorder:
@@ -113,47 +39,50 @@ class Recorder:
         ]
         self._passes: list[ForwardPass] = []
         self._collecting = self._last_pass = False
-        self._by_row: dict[str, tuple[bool, ...]] | None = None
+        self._by_row: dict[str, tuple[bool | None, ...]] | None = None
 
     def learn(self, x: Tensor) -> None:
         """Which inputs of each layer go by row: those whose length follows the batch from n to n - 1 rows.
 
         A table that all rows share would otherwise be taken for rows whenever a batch is as long as it.
         """
-        seen: list[dict[str, list[tuple[int | None, ...]]]] = []
-        for part in (x, x[:-1]):
-            taps: list[Tap] = []
-            self._tapped(taps, (part,), {})
-            seen.append({})
-            for tap in taps:
-                seen[-1].setdefault(tap.path, []).append(tap.lengths)
-        flags: dict[str, set[tuple[bool, ...]]] = {}
-        for path, calls in seen[0].items():
-            for whole, less in zip(calls, seen[1].get(path, []), strict=False):
-                flags.setdefault(path, set()).add(tuple(a != b for a, b in zip(whole, less, strict=False)))
-        unclear = [path for path, found in flags.items() if len(found) > 1]
+        whole, less = (self._lengths(part) for part in (x, x[:-1]))
+        kinds: dict[str, set[tuple[bool | None, ...]]] = {}
+        for path, calls in whole.items():
+            for call, shorter in zip(calls, less.get(path, ()), strict=False):
+                found = tuple(None if a is None else a != b for a, b in zip(call, shorter, strict=False))
+                kinds.setdefault(path, set()).add(found)
+        unclear = [path for path, seen in kinds.items() if len(seen) > 1]
         if unclear:
-            cure = "Call the layer in one way, or make two layers of it"
-            reasons = [
-                Offender(path, "an argument goes by row in one call and not in another", cure) for path in unclear
-            ]
-            raise IncompatibleModel("Expected layers whose arguments go by row or not.", reasons)
-        self._by_row = {path: found.pop() for path, found in flags.items()}
+            reason, cure = "its arguments differ in kind from call to call", "Make a layer for each way to call it"
+            offenders = [Offender(path, reason, cure) for path in unclear]
+            raise IncompatibleModel("Expected layers whose arguments go by row or not.", offenders)
+        self._by_row = {path: seen.pop() for path, seen in kinds.items()}
+
+    def _lengths(self, x: Tensor) -> dict[str, list[tuple[int | None, ...]]]:
+        """The lengths of the inputs of each layer, at each of its runs in one pass."""
+        taps: list[Tap] = []
+        self._tapped(taps, (x,), {})
+        found: dict[str, list[tuple[int | None, ...]]] = {}
+        for tap in taps:
+            found.setdefault(tap.path, []).append(tap.lengths)
+        return found
 
     def _flags(self, path: str, lengths: tuple[int | None, ...]) -> tuple[bool, ...] | None:
-        if self._by_row is None:
-            return None
-        flags = self._by_row.get(path)
-        if flags is None and sum(length is not None for length in lengths) > 1:
-            cure = "Let every layer with several inputs run in train mode when make_private looks at the model"
+        """As `learn` has seen the layer; one tensor alone is rows. Anything else is refused: it was never looked at."""
+        seen = None if self._by_row is None else self._by_row.get(path)
+        if seen is not None and [flag is None for flag in seen] == [length is None for length in lengths]:
+            return tuple(bool(flag) for flag in seen)
+        if self._by_row is not None and sum(length is not None for length in lengths) > 1:
+            cure = "Let every layer with several inputs run, in its usual way, when make_private looks at the model"
             raise refused("layers that make_private has seen at work", "layer", path, cure)
-        return flags
+        return None
 
     def run(self, ticket: Ticket, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One forward pass, remembered."""
         rows = count_rows(args, kwargs)
         record = ForwardPass(ticket, rows)
-        splits = self._microbatch is not None and rows > self._microbatch and not _differentiated(args, kwargs)
+        splits = self._microbatch is not None and rows > self._microbatch and _can_be_split(args, kwargs)
         output = self._deferred(record, args, kwargs) if splits else self._tapped(record.taps, args, kwargs)
         self._passes.append(record)
         self._watch(record)
@@ -221,8 +150,7 @@ class Recorder:
                     "Expected layers from tensors to one tensor.",
                     [Offender(path, reason, "Call it with positional arguments, or wrap it in layers that do")],
                 )
-            taps.append(Tap(path, layer, inputs, output))
-            taps[-1].by_row = self._flags(path, taps[-1].lengths)
+            taps.append(Tap(path, layer, inputs, output, by_row=self._flags(path, lengths_of(inputs))))
             if isinstance(layer, Normalisation):
                 output.register_hook(self._arrival(weakref.ref(taps[-1])))
 
@@ -260,7 +188,7 @@ class Recorder:
             rows = slice(start, min(start + (self._microbatch or 1), record.rows))
             streams.append((rows, current_streams()))
             with torch.no_grad():
-                output = self._model(*_slice(args, record.rows, rows), **_slice(kwargs, record.rows, rows))
+                output = self._model(*_slice(args, rows), **_slice(kwargs, rows))
             if not isinstance(output, Tensor):
                 reason = Offender(
                     "", "microbatch joins outputs of blocks of rows", "Return one tensor, or drop microbatch"
@@ -270,7 +198,7 @@ class Recorder:
         joined = torch.cat(outputs).requires_grad_()
         kind = joined.device.type
         precision = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        record.deferred = Deferred(args, kwargs, streams, joined, _versions(args, kwargs), precision)
+        record.deferred = Deferred(args, kwargs, streams, joined, versions_of(args, kwargs), precision)
         return joined.view_as(joined)
 
     def _watch(self, record: ForwardPass) -> None:
@@ -307,21 +235,19 @@ class Recorder:
                     for path, each in tapped_calls([(record, gradients)]).items()
                 }
             else:
-                part = self._again(record, record.deferred, gradients[-1], rows)
+                part = self._again(record.deferred, gradients[-1], rows)
             for path, each in part.items():
                 calls.setdefault(path, []).extend(each)
         return calls
 
-    def _again(self, record: ForwardPass, deferred: Deferred, gradient: Tensor | None, rows: slice) -> Calls:
-        if _versions(deferred.args, deferred.kwargs) != deferred.versions:
-            cure = "Leave the inputs of private.model as they are until backward"
-            raise refused("inputs of the model unchanged until backward", "inputs", "changed in place", cure)
+    def _again(self, deferred: Deferred, gradient: Tensor | None, rows: slice) -> Calls:
+        deferred.check()
         taps: list[Tap] = []
         enabled, precision = deferred.autocast
         autocast = torch.autocast(deferred.output.device.type, precision, enabled)
         stream = next(state for block, state in deferred.streams if block == rows)
         with replayed(stream), torch.enable_grad(), autocast:
-            args, kwargs = (_slice(part, record.rows, rows) for part in (deferred.args, deferred.kwargs))
+            args, kwargs = (_slice(part, rows) for part in (deferred.args, deferred.kwargs))
             output = self._tapped(taps, args, kwargs)
         seed = gradient[rows] if gradient is not None else torch.zeros_like(output)
         with self._ours(last=True):
@@ -350,10 +276,6 @@ def _taken_apart(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None
             del layer.__dict__["forward"]
         else:
             layer.__dict__["forward"] = before
-
-
-def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
-    return tuple(value._version for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
 def tapped_calls(used: Sequence[tuple[ForwardPass, list[Tensor | None]]]) -> Calls:
@@ -402,13 +324,14 @@ def _hook(keep: Any, path: str) -> Any:
     return hook
 
 
-def _differentiated(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values()))
+def _can_be_split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """One tensor of rows, for which nobody asks a gradient. Of two tensors one may be shared by all rows: who knows."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    return sum(value.ndim > 0 for value in tensors) == 1 and not any(value.requires_grad for value in tensors)
 
 
-def _slice(values: Any, n: int, rows: slice) -> Any:
-    """Tensors with n rows cut to some rows, in a tuple or a dict."""
+def _slice(values: Any, rows: slice) -> Any:
+    """Some rows of the one tensor of rows, in a tuple or a dict of arguments."""
     if isinstance(values, dict):
-        return {key: _slice((value,), n, rows)[0] for key, value in values.items()}
-    cut = (isinstance(value, Tensor) and value.ndim > 0 and len(value) == n for value in values)
-    return tuple(value[rows] if by_row else value for value, by_row in zip(values, cut, strict=True))
+        return dict(zip(values, _slice(tuple(values.values()), rows), strict=True))
+    return tuple(value[rows] if isinstance(value, Tensor) and value.ndim > 0 else value for value in values)

@@ -261,6 +261,69 @@ def test_a_shared_table_as_long_as_the_batch_is_not_taken_for_rows(entries, micr
         torch.testing.assert_close(gradient * 24, expected[name], rtol=1e-3, atol=1e-5)
 
 
+class WithTable(nn.Module):
+    """A table that comes with the call."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x, table=None):
+        return self.head(x if table is None else torch.tanh(x @ table.T @ table))
+
+
+@pytest.mark.parametrize("entries", [5, 23, 24])
+@pytest.mark.parametrize("microbatch", [None, 5])
+def test_a_shared_argument_as_long_as_the_batch_is_not_cut_into_blocks(entries, microbatch):
+    """Planted before: with microbatch a table with as many entries as the batch has rows was dealt out to them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = WithTable()
+    table = torch.randn(entries, 6, generator=torch.Generator().manual_seed(2))
+    before = copy.deepcopy(model)
+    private = private_run(model, config=quiet(expected_batch_size=24, steps=1, microbatch=microbatch))
+
+    def objective(net, a, b):
+        return cross_entropy(net(a, table), b)
+
+    x, y = one_step(private, objective)
+    expected = naive_sum(before, x, y, 0.7, objective)
+    for name, gradient in released(private).items():
+        torch.testing.assert_close(gradient * 24, expected[name], rtol=1e-3, atol=1e-5)
+
+
+class Shifted(nn.Module):
+    """A layer whose second input is there in some calls only."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+
+    def forward(self, x, shift):
+        return self.weight * (x if shift is None else x + shift)
+
+
+class SometimesShifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shift, self.head = Shifted(), nn.Linear(6, 3)
+
+    def forward(self, x, by=None):
+        return self.head(self.shift(x, by))
+
+
+def test_an_input_that_the_probe_never_saw_is_refused():
+    """Planted before: what came later was taken for shared, and the rows of all others went into each row."""
+    private = private_run(SometimesShifted(), config=quiet(expected_batch_size=24))
+    x, y = next(iter(private.loader))
+    private.optimizer.zero_grad()
+    private.loss(private.model(x), y).backward()
+    private.optimizer.step()
+    x, y = next(iter(private.loader))
+    with pytest.raises(PrivacyError, match="seen at work"):
+        private.model(x, torch.randn(24, 6))
+
+
 @pytest.mark.parametrize("microbatch", [None, 7])
 def test_a_backward_pass_inside_of_autocast_keeps_the_bound(microbatch):
     """Planted before: sums in 16 bits moved by several bounds for one row more."""
