@@ -1,11 +1,13 @@
-"""Small models and the naive way to private training: one backward pass for each example."""
+"""Small models, the naive way to private training (a backward pass for each example), and what attackers measure."""
 
 import copy
 
 import torch
+from scipy.stats import norm
 from torch import nn
 from torch.nn import functional
 
+from aidefend._core.stats import clopper_pearson
 from aidefend.privacy import PrivacyConfig, make_private
 
 
@@ -107,3 +109,10 @@ def two_forwards(model, x, y):
         functional.log_softmax(moved, 1), functional.log_softmax(clean, 1), reduction="none", log_target=True
     )
     return cross_entropy(clean, y) + 2.0 * divergence.sum(1)
+
+
+def separation(members, others):
+    """Lower bound (99 % together) of the Gaussian-DP parameter mu, at a threshold fixed beforehand."""
+    hits = clopper_pearson(int((members > 0.5).sum()), len(members), 0.98)
+    false = clopper_pearson(int((others > 0.5).sum()), len(others), 0.98)
+    return float(norm.ppf(hits.low) - norm.ppf(false.high))

@@ -9,14 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from scipy.stats import norm
 from torch import nn
 
 from aidefend import AidefendError, BudgetExceeded, ConfigurationError, IncompatibleModel, PrivacyError
-from aidefend._core.stats import clopper_pearson
 from aidefend.privacy import PrivacyLedger, ScatterFeatures, fit_linear, linear_fit, linear_gradients, private_optimizer
 from aidefend.privacy.linear_gradients import LinearExamples
-from tests.privacy.private_worlds import cross_entropy, naive_sum, private_run, rows, settings
+from tests.privacy.private_worlds import cross_entropy, naive_sum, private_run, rows, separation, settings
 
 FEW = hypothesis_settings(max_examples=15, deadline=None)
 BOUND = 0.7
@@ -225,13 +223,6 @@ def scores(with_canary):
 @pytest.fixture(scope="module")
 def honest_scores():
     return scores(True), scores(False)
-
-
-def separation(members, others):
-    """Lower bound (99 % together) of the Gaussian-DP parameter mu, at a threshold fixed beforehand."""
-    hits = clopper_pearson(int((members > 0.5).sum()), len(members), 0.98)
-    false = clopper_pearson(int((others > 0.5).sum()), len(others), 0.98)
-    return float(norm.ppf(hits.low) - norm.ppf(false.high))
 
 
 def test_one_white_box_step_shows_no_more_than_it_may(honest_scores):

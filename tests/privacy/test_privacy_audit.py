@@ -10,7 +10,7 @@ from torch import nn
 
 from aidefend._core.stats import clopper_pearson
 from aidefend.privacy import clipping, epsilon, poisson_loader, private_optimizer
-from tests.privacy.private_worlds import private_run, rows, settings
+from tests.privacy.private_worlds import private_run, rows, separation, settings
 
 RUNS, SIGMA = 250, 1.0
 
@@ -41,13 +41,6 @@ def scores(with_canary, **changes):
 @pytest.fixture(scope="module")
 def honest_scores():
     return scores(True), scores(False)
-
-
-def separation(members, others):
-    """Lower bound (99 % together) of the Gaussian-DP parameter mu, at a threshold fixed beforehand."""
-    hits = clopper_pearson(int((members > 0.5).sum()), len(members), 0.98)
-    false = clopper_pearson(int((others > 0.5).sum()), len(others), 0.98)
-    return float(norm.ppf(hits.low) - norm.ppf(false.high))
 
 
 def test_one_white_box_step_shows_no_more_than_it_may(honest_scores):

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import norm
 from scipy.stats import t as student
 
 from aidefend import BudgetExceeded, ConfigurationError
@@ -19,6 +18,7 @@ from aidefend.privacy import (
     private_quantile,
     private_statistics,
 )
+from tests.privacy.private_worlds import separation
 
 N = 40
 
@@ -81,13 +81,6 @@ def test_planted_bounds_from_the_rows(frozen):
         return private_mean(data, float(data.min()), float(data.max()), **QUIET) / 2 * N
 
     assert float((careless(more) - careless(x)).norm()) > 100
-
-
-def separation(members, others):
-    """Lower bound (99 % together) of the Gaussian parameter mu, at a threshold fixed beforehand."""
-    hits = clopper_pearson(int((members > 0.5).sum()), len(members), 0.98)
-    false = clopper_pearson(int((others > 0.5).sum()), len(others), 0.98)
-    return float(norm.ppf(hits.low) - norm.ppf(false.high))
 
 
 def observed(with_row, runs=600):
