@@ -2,20 +2,41 @@
 
 from aidefend.sanitize.activation_clustering import ActivationClustering, ClusterEvidence
 from aidefend.sanitize.batch import screen_batch
+from aidefend.sanitize.beatrix import Beatrix
 from aidefend.sanitize.confident_learning import ConfidentLearning
 from aidefend.sanitize.features import Features, extract_features
+from aidefend.sanitize.influence import Influence
+from aidefend.sanitize.near_duplicates import NearDuplicates
 from aidefend.sanitize.neighbour_disagreement import NeighbourDisagreement
+from aidefend.sanitize.outliers import Outliers
+from aidefend.sanitize.scan import Scan, ScanEvidence
 from aidefend.sanitize.screen import Detector, screen
+from aidefend.sanitize.source_evidence import SourceEvidence, SourceScore
 from aidefend.sanitize.spectral_signature import SpectralSignature
+from aidefend.sanitize.spectre import Spectre
+from aidefend.sanitize.training_dynamics import TrainingDynamics, Trajectory
+from aidefend.sanitize.trigger_consistency import TriggerConsistency
 
 __all__ = [
     "ActivationClustering",
+    "Beatrix",
     "ClusterEvidence",
     "ConfidentLearning",
     "Detector",
     "Features",
+    "Influence",
+    "NearDuplicates",
     "NeighbourDisagreement",
+    "Outliers",
+    "Scan",
+    "ScanEvidence",
+    "SourceEvidence",
+    "SourceScore",
     "SpectralSignature",
+    "Spectre",
+    "TrainingDynamics",
+    "Trajectory",
+    "TriggerConsistency",
     "extract_features",
     "screen",
     "screen_batch",

@@ -61,8 +61,7 @@ class ActivationClustering:
     def partial_fit(self, block: Mapping[str, Any]) -> "ActivationClustering":
         """Add the rows of a block; returns self."""
         rows = read_block(block, self._features())
-        ids = [row_id for row_id, usable in zip(rows.ids, rows.usable.tolist(), strict=True) if usable]
-        features, labels = rows.features[rows.usable], rows.labels[rows.usable]
+        ids, features, labels = rows.finite()
         self.moments = merged(self.moments, moments_of(features, labels))
         self.sample.add(ids, features, labels)
         self._clusters = None

@@ -1,6 +1,6 @@
 """The block: a slice of rows as every detector takes it, and the checks at that door."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,11 @@ class Rows(NamedTuple):
     features: Tensor
     labels: Tensor
     usable: Tensor
+
+    def finite(self) -> tuple[list[str], Tensor, Tensor]:
+        """Ids, features and labels of the usable rows."""
+        ids = [row_id for row_id, usable in zip(self.ids, self.usable.tolist(), strict=True) if usable]
+        return ids, self.features[self.usable], self.labels[self.usable]
 
 
 def read_block(block: Mapping[str, Any], dimensions: int | None = None, key: str = "features") -> Rows:
@@ -40,6 +45,16 @@ def read_block(block: Mapping[str, Any], dimensions: int | None = None, key: str
         cure = "Pass blocks from one feature extractor"
         raise refuse(f"{dimensions} features, as in earlier blocks", source, features, cure)
     return Rows(ids, features, labels, torch.isfinite(features).all(dim=1))
+
+
+def score_by_class(rows: Rows, judges: Mapping[int, Callable[[Tensor], Tensor]]) -> Tensor:
+    """(N,) float64: the usable rows of each class by the judge of the class; NaN where there is none."""
+    scores = torch.full((len(rows.ids),), torch.nan, dtype=torch.float64)
+    for label, judge in judges.items():
+        mine = (rows.labels == label) & rows.usable
+        if bool(mine.any()):
+            scores[mine] = judge(rows.features[mine])
+    return scores
 
 
 def check_kin(detector: object, other: Any, settings: tuple[str, ...]) -> None:

@@ -45,8 +45,7 @@ class NeighbourDisagreement:
     def partial_fit(self, block: Mapping[str, Any]) -> "NeighbourDisagreement":
         """Add the rows of a block to the bank; returns self."""
         rows = read_block(block, self._features(), key="view")
-        ids = [row_id for row_id, usable in zip(rows.ids, rows.usable.tolist(), strict=True) if usable]
-        self.sample.add(ids, rows.features[rows.usable], rows.labels[rows.usable])
+        self.sample.add(*rows.finite())
         return self
 
     def merge(self, other: "NeighbourDisagreement") -> "NeighbourDisagreement":

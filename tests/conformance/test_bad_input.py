@@ -249,6 +249,7 @@ def sample_arguments():
     return {"model": Net(), "x": X, "y": Y}
 
 
+LOGIT_BLOCK = {**BLOCK, "logits": torch.zeros(ROWS, CLASSES)}
 FITTED = sanitize.SpectralSignature().partial_fit(BLOCK)
 INDICATORS = collaborate.sample_indicators(X[:4], KEY)
 DETECTOR = collaborate.apply_indicators(INDICATORS, KEY)
@@ -477,6 +478,30 @@ CALLS = {
     "sanitize.SpectralSignature.merge": (FITTED.merge, lambda: {"other": FITTED}),
     "sanitize.SpectralSignature.ids": (lambda ids: FITTED.score({**BLOCK, "ids": ids}), lambda: {"ids": BLOCK["ids"]}),
     "sanitize.ActivationClustering": (sanitize.ActivationClustering, lambda: {"dimensions": 3, "limit": 9, "seed": 0}),
+    "sanitize.Beatrix": (sanitize.Beatrix, lambda: {"powers": 2, "dimensions": 3, "limit": 9, "seed": 0}),
+    "sanitize.Influence": (sanitize.Influence, lambda: {"trusted": LOGIT_BLOCK}),
+    "sanitize.NearDuplicates": (sanitize.NearDuplicates, lambda: {"by": "image", "threshold": 0.9, "seed": 0}),
+    "sanitize.NearDuplicates.partial_fit": (sanitize.NearDuplicates().partial_fit, lambda: {"block": BLOCK}),
+    "sanitize.Outliers": (sanitize.Outliers().partial_fit, lambda: {"block": BLOCK}),
+    "sanitize.Scan": (sanitize.Scan, lambda: {"dimensions": 3, "limit": 12, "seed": 0}),
+    "sanitize.SourceEvidence": (sanitize.SourceEvidence, lambda: {"ridge": 0.1, "smallest": 3}),
+    "sanitize.SourceEvidence.partial_fit": (
+        sanitize.SourceEvidence().partial_fit,
+        lambda: {"block": {**BLOCK, "sources": ["a"] * ROWS}},
+    ),
+    "sanitize.Spectre": (
+        sanitize.Spectre,
+        lambda: {"dimensions": 3, "max_share": 0.2, "limit": 12, "seed": 0},
+    ),
+    "sanitize.TrainingDynamics": (sanitize.TrainingDynamics, lambda: {"seeks": "both", "early": 2}),
+    "sanitize.TriggerConsistency": (
+        sanitize.TriggerConsistency,
+        lambda: {"model": Net(), "overlays": 2, "seed": 0},
+    ),
+    "sanitize.TriggerConsistency.partial_fit": (
+        sanitize.TriggerConsistency(Net()).partial_fit,
+        lambda: {"block": {**BLOCK, "x": X}},
+    ),
     "sanitize.ConfidentLearning": (sanitize.ConfidentLearning, lambda: {"limit": 9, "seed": 0}),
     "sanitize.NeighbourDisagreement": (sanitize.NeighbourDisagreement, lambda: {"k": 3, "limit": 9, "seed": 0}),
     "privacy.PrivacyConfig": (
@@ -866,6 +891,9 @@ NO_ARGUMENTS_OR_RESULTS = {  # nothing to get wrong, or made by the library and 
     "attacks.InversionResult",
     "attacks.Poisoned",
     "sanitize.ClusterEvidence",
+    "sanitize.ScanEvidence",
+    "sanitize.SourceScore",
+    "sanitize.Trajectory",
     "privacy.LedgerCharge",
     "privacy.Tuned",
     "privacy.Change",
