@@ -3,6 +3,7 @@
 from aidefend.sanitize.activation_clustering import ActivationClustering, ClusterEvidence
 from aidefend.sanitize.batch import screen_batch
 from aidefend.sanitize.beatrix import Beatrix
+from aidefend.sanitize.choose import Detector
 from aidefend.sanitize.confident_learning import ConfidentLearning
 from aidefend.sanitize.features import Features, extract_features
 from aidefend.sanitize.influence import Influence
@@ -10,7 +11,7 @@ from aidefend.sanitize.near_duplicates import NearDuplicates
 from aidefend.sanitize.neighbour_disagreement import NeighbourDisagreement
 from aidefend.sanitize.outliers import Outliers
 from aidefend.sanitize.scan import Scan, ScanEvidence
-from aidefend.sanitize.screen import Detector, screen
+from aidefend.sanitize.screen import screen
 from aidefend.sanitize.source_evidence import SourceEvidence, SourceScore
 from aidefend.sanitize.spectral_signature import SpectralSignature
 from aidefend.sanitize.spectre import Spectre

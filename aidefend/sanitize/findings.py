@@ -1,6 +1,7 @@
 """What a screen says in words and numbers: reasons per row, facts about the whole, and what it does not show."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from aidefend._core.stats import wilson
 from aidefend.sanitize.decide import POWER, SMALLEST_CLASS, Decision, Verdict, smallest_detectable
 from aidefend.sanitize.features import Features, finite_rows
+from aidefend.sanitize.remarks import Remarks
 
 THREAT = (
     "An adversary adds training rows of other classes under one label (dirty-label backdoor), all with one pattern "
@@ -36,10 +38,20 @@ class RowVerdicts:
     Args:
         found: All rows, usable or not.
         decision: About the usable ones.
-        trusted: (N,) bool, rows that are never quarantined for what a group of theirs is.
+        trusted: (N,) bool, rows that are never quarantined for what a group of theirs is, or for a remark.
+        remarks: What detectors say of single rows.
+        quarantine: Whether a remark quarantines its row.
     """
 
-    def __init__(self, found: Features, decision: Decision, trusted: Tensor) -> None:
+    def __init__(
+        self,
+        found: Features,
+        decision: Decision,
+        trusted: Tensor,
+        remarks: Mapping[str, Remarks] = MappingProxyType({}),
+        *,
+        quarantine: bool = False,
+    ) -> None:
         n = len(found)
         self.scores = torch.where(found.usable, 0.0, torch.nan).double()
         self.p_values = torch.ones(n, dtype=torch.float64)
@@ -52,6 +64,8 @@ class RowVerdicts:
         self.removed = self.in_group & ~trusted
         self.keep = found.usable & ~self.removed
         self._remark(found, decision, trusted)
+        for said in remarks.values():
+            self._remark_rows(said, trusted, quarantine)
         self.reasons = tuple(tuple(row) for row in self._remarks)
 
     def _mark(self, verdict: Verdict) -> None:
@@ -84,6 +98,16 @@ class RowVerdicts:
         for row in self._places[decision.mislabelled].tolist():
             if not self.in_group[row]:
                 self._remarks[row].append("kept: fits another class better than its label (no structured poison)")
+
+    def _remark_rows(self, said: Remarks, trusted: Tensor, quarantine: bool) -> None:
+        for row, words in zip(said.flagged.nonzero().flatten().tolist(), said.words, strict=True):
+            kept = not quarantine or bool(trusted[row])
+            self.keep[row] = bool(self.keep[row]) and kept
+            self._remarks[row].append(_prefix(bool(self.keep[row])) + words)
+
+
+def _prefix(kept: bool) -> str:
+    return "kept: " if kept else ""
 
 
 def _said(verdict: Verdict) -> tuple[str, str]:

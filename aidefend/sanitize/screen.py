@@ -1,38 +1,31 @@
 """Screen training data: find structured poison without being told rate, class or trigger, and say why."""
 
-import copy
-import re
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from aidefend._core.batches import Batch
-from aidefend._core.checks import check_int, check_labels, check_tensor, refuse
+from aidefend._core.checks import check_int, check_labels, check_tensor
 from aidefend._core.modules import Model
 from aidefend._core.report import Report
 from aidefend._core.stats import wilson
-from aidefend.sanitize.activation_clustering import ActivationClustering
+from aidefend.sanitize.choose import Chosen, Detector, chosen_for, named_detectors
+from aidefend.sanitize.confident_learning import ConfidentLearning
 from aidefend.sanitize.decide import Decision, decide, undecided
 from aidefend.sanitize.features import Features, Layer, extract_features, finite_rows, predictor, read_samples
 from aidefend.sanitize.findings import ALPHA, SCORE, THREAT, RowVerdicts, facts_of, limits_of
-from aidefend.sanitize.neighbour_disagreement import NeighbourDisagreement
+from aidefend.sanitize.out_of_fold import out_of_fold_logits
 from aidefend.sanitize.provenance import read_names, read_trusted, removals
-from aidefend.sanitize.spectral_signature import SpectralSignature
+from aidefend.sanitize.remarks import Remarks, remarks_of
 from aidefend.sanitize.suspect import train_suspect
 from aidefend.sanitize.view import IndependentView
 from aidefend.sanitize.world import World, shuffled, world_of
 
-
-class Detector(Protocol):
-    """What `detectors=` takes: fitted block by block, then asked for scores, up = suspicious."""
-
-    def partial_fit(self, block: Mapping[str, Any]) -> Any:
-        """Add a block."""
-
-    def score(self, block: Mapping[str, Any]) -> Tensor:
-        """(N,) scores of a block."""
+ON_ROWS = ("outliers", "confident_learning", "near_duplicates", "source_evidence", "influence")
+_BLOCK = 1024
 
 
 def screen(
@@ -65,12 +58,14 @@ def screen(
         model: Module or callable that was trained on this data, from x to logits. None: a small network is trained
             here, on the data as it is, so that a shortcut shows.
         layer: Where features come from, see `extract_features`.
-        detectors: Who proposes: "auto" is [SpectralSignature(), ActivationClustering(), NeighbourDisagreement()];
-            clusters of the features are proposed in any case. Given ones are copied, then fitted on this data.
+        detectors: Who proposes. "auto": all that this data has what they need for; `parameters["chosen_because"]` says
+            which and why. What these say of single rows (wrong labels with the label that fits better, near duplicates,
+            outliers) is then a remark. Given ones are copied, then fitted on this data, and what they say of single
+            rows quarantines. Clusters of the features are proposed in any case.
         trusted: Rows that are known to be good: bool mask (N,), row numbers, or content ids. They are never quarantined
             (unless they hold NaN or infinity), and how many of them lay in a quarantined group is reported.
         sources: One name a row (who delivered it): the share of each source that was quarantined, with interval, goes
-            to `parameters["sources"]`.
+            to `parameters["sources"]`, and each source is scored as a whole.
         groups: One name a row (whom it concerns): the same in `parameters["groups"]`, where a group that loses more
             than twice the share of the rest is marked. Neither changes a verdict.
         seed: Everything that is drawn. Equal input and seed give an equal report.
@@ -97,16 +92,20 @@ def screen(
     samples = read_samples(dataset)
     good = read_trusted(trusted, samples.ids)
     sides = {"sources": read_names(sources, len(good), "sources"), "groups": read_names(groups, len(good), "groups")}
-    chosen = _detectors(detectors)
+    if not (isinstance(detectors, str) and detectors == "auto"):
+        named_detectors(detectors, copied=False)  # refused before a model is trained
     suspect = model if model is not None else _trained(samples, seed)
     found = extract_features(samples, suspect, layer)
-    scores, decision, control = _judged(found, suspect, chosen, seed)
-    rows = RowVerdicts(found, decision, good)
+    chosen = chosen_for(detectors, found, suspect, good, sides["sources"])
+    scores, remarks, decision, control = _judged(found, suspect, chosen, sides["sources"], seed)
+    rows = RowVerdicts(found, decision, good, remarks, quarantine=chosen.named)
     facts = facts_of(decision, int(rows.removed.sum()), len(rows.removed)) | {
         "alpha": ALPHA,
         "seed": seed,
         "model": "trained by screen" if model is None else type(model).__name__,
         "detectors": list(scores),
+        "chosen_because": dict(chosen.why),
+        "remarks": {name: int(said.flagged.sum()) for name, said in remarks.items()},
         "label_permuted_control": control,
         "trusted": {"rows": int(good.sum()), "in_quarantined_groups": int((good & rows.in_group).sum())},
         "bad_rows": int((~found.usable).sum()),
@@ -127,25 +126,6 @@ def screen(
     )
 
 
-def _detectors(detectors: Any) -> dict[str, Detector]:
-    """Fresh copies by name; two of one kind get a number."""
-    if isinstance(detectors, str) and detectors == "auto":
-        detectors = [SpectralSignature(), ActivationClustering(), NeighbourDisagreement()]
-    rule, cure = 'detectors to be "auto" or a list of detector objects', "Pass for example [SpectralSignature()]"
-    if isinstance(detectors, str) or not isinstance(detectors, Sequence):
-        raise refuse(rule, "detectors", detectors, cure)
-    named: dict[str, Detector] = {}
-    for detector in detectors:
-        if isinstance(detector, type) or not all(
-            callable(getattr(detector, m, None)) for m in ("partial_fit", "score")
-        ):
-            raise refuse(rule, "detectors", detector, cure)
-        plain = re.sub(r"(?<!^)(?=[A-Z])", "_", type(detector).__name__).lower()
-        free = (name for count in range(1, len(detectors) + 1) if (name := f"{plain}_{count}" if count > 1 else plain))
-        named[next(name for name in free if name not in named)] = copy.deepcopy(detector)
-    return named
-
-
 def _trained(samples: Batch, seed: int) -> nn.Module:
     """A suspect model of our own, from the rows that are finite."""
     usable = finite_rows(samples.x)
@@ -154,35 +134,61 @@ def _trained(samples: Batch, seed: int) -> nn.Module:
 
 
 def _judged(
-    found: Features, suspect: Model, detectors: Mapping[str, Detector], seed: int
-) -> tuple[dict[str, Tensor], Decision, dict[str, Any]]:
-    """Detector scores (N,) of all rows, the decision on the usable ones, and the control."""
+    found: Features, suspect: Model, chosen: Chosen, sources: Sequence[str] | None, seed: int
+) -> tuple[dict[str, Tensor], dict[str, Remarks], Decision, dict[str, Any]]:
+    """Detector scores (N,) of all rows, remarks on single ones, the decision on the usable ones, and the control."""
     if not bool(found.usable.any()):
-        nothing = {name: torch.full((len(found),), torch.nan, dtype=torch.float64) for name in detectors}
-        return nothing, undecided(), {"quarantined": 0, "n": 0}
+        nothing = {name: torch.full((len(found),), torch.nan, dtype=torch.float64) for name in chosen.detectors}
+        return nothing, {}, undecided(), {"quarantined": 0, "n": 0}
     view = IndependentView(found.x[found.usable], seed=seed)
-    scores = _scores(found, view, detectors)
+    scores, remarks = _scores(found, view, chosen.detectors, sources, seed)
     world = world_of(found, view, predictor(suspect), seed)
-    proposing = [score[found.usable] for score in scores.values()]
+    proposing = [score[found.usable] for name, score in scores.items() if chosen.named or name not in ON_ROWS]
     decision = decide(world, proposing, ALPHA)
-    return scores, decision, _control(world, proposing, decision)
+    return scores, remarks, decision, _control(world, proposing, decision)
 
 
-def _scores(found: Features, view: IndependentView, detectors: Mapping[str, Detector]) -> dict[str, Tensor]:
-    """Scores (N,) of every detector after one pass of fitting; NaN for rows that are not usable."""
+def _scores(
+    found: Features,
+    view: IndependentView,
+    detectors: Mapping[str, Detector],
+    sources: Sequence[str] | None,
+    seed: int,
+) -> tuple[dict[str, Tensor], dict[str, Remarks]]:
+    """Scores (N,) of every detector after one pass of fitting, NaN for rows that are not usable; and its remarks."""
     coordinates = torch.full((len(found), view.dimensions), torch.nan)
     coordinates[found.usable] = view.coordinates(found.x[found.usable])
-    scores = {}
+    unseen = _unseen(found, coordinates, seed)
+    scores, remarks = {}, {}
     for name, detector in detectors.items():
+        rows = dataclasses.replace(found, logits=unseen) if isinstance(detector, ConfidentLearning) else found
+        blocks = [_with_sources(block, sources, at) for at, block in enumerate(rows.blocks(_BLOCK, coordinates))]
         fitted = detector
-        for block in found.blocks(view=coordinates):
+        for block in blocks:
             fitted = fitted.partial_fit(block) or fitted
         parts = [
             check_tensor(fitted.score(block), "score(block)", ndim=1, finite=False, rows=len(block["ids"]))
-            for block in found.blocks(view=coordinates)
+            for block in blocks
         ]
         scores[name] = torch.cat(parts).double()
-    return scores
+        said = remarks_of(fitted, next(rows.blocks(len(rows), coordinates)), scores[name])
+        if said is not None:
+            remarks[name] = said
+    return scores, remarks
+
+
+def _unseen(found: Features, coordinates: Tensor, seed: int) -> Tensor:
+    """(N, K) predictions of cross-validation in the independent view, NaN for rows that are not usable."""
+    ids = [row_id for row_id, usable in zip(found.ids, found.usable.tolist(), strict=True) if usable]
+    logits = out_of_fold_logits(ids, coordinates[found.usable], found.labels[found.usable], seed)
+    classes = max(logits.shape[1], int(found.labels.max()) + 1)
+    unseen = torch.full((len(found), classes), torch.nan, dtype=torch.float64)
+    unseen[found.usable] = torch.nn.functional.pad(logits, (0, classes - logits.shape[1]), value=-100.0)
+    return unseen
+
+
+def _with_sources(block: dict[str, Any], sources: Sequence[str] | None, at: int) -> dict[str, Any]:
+    return block if sources is None else {**block, "sources": list(sources[at * _BLOCK : (at + 1) * _BLOCK])}
 
 
 def _control(world: World, scores: Sequence[Tensor], decision: Decision) -> dict[str, Any]:

@@ -54,6 +54,12 @@ def test_scores_and_p_values_agree_with_the_verdict(report):
         "spectral_signature",
         "activation_clustering",
         "neighbour_disagreement",
+        "scan",
+        "spectre",
+        "outliers",
+        "confident_learning",
+        "near_duplicates",
+        "trigger_consistency",
     }
     assert torch.equal(report.scores["structured_poison"] > 0.5, ~report.keep)
     assert torch.equal(report.p_values["structured_poison"] < 0.01, ~report.keep)

@@ -1,0 +1,83 @@
+"""What single rows have against them beside structured poison: wrong labels, copies, outliers, in words."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aidefend.sanitize.confident_learning import ConfidentLearning
+from aidefend.sanitize.near_duplicates import NearDuplicates
+from aidefend.sanitize.outliers import Outliers
+
+LIKELY = 0.9
+FAR = 6.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Remarks:
+    """What one detector says of the rows of one block of all data.
+
+    Args:
+        flagged: (N,) bool.
+        words: For each flagged row, in order, the reason.
+    """
+
+    flagged: Tensor
+    words: tuple[str, ...]
+
+
+def remarks_of(detector: Any, block: Mapping[str, Any], scores: Tensor) -> Remarks | None:
+    """Rows that a fitted detector would have looked at, with reasons; None for a detector that judges groups only.
+
+    Wrong labels: the issues of confident learning with a score of at least .9, with the label that fits better.
+    Copies: every member of a group of near duplicates but the one whose id comes first. Outliers: six robust standard
+    deviations beyond the median of the class.
+    """
+    if isinstance(detector, ConfidentLearning):
+        return _wrong_labels(detector, block, scores)
+    if isinstance(detector, NearDuplicates):
+        return _copies(detector, block, scores)
+    if isinstance(detector, Outliers):
+        return _outliers(block["labels"], scores)
+    return None
+
+
+def _wrong_labels(detector: ConfidentLearning, block: Mapping[str, Any], scores: Tensor) -> Remarks:
+    if not detector.counts:
+        return Remarks(torch.zeros(len(scores), dtype=torch.bool), ())
+    better, labels = detector.suggestions(block), block["labels"]
+    flagged = detector.issues(block) & (scores >= LIKELY) & (better != labels)
+    words = (
+        f"wrong label: labelled {int(labels[row])}, proposed {int(better[row])} (score {float(scores[row]):.2f})"
+        for row in flagged.nonzero().flatten().tolist()
+    )
+    return Remarks(flagged, tuple(words))
+
+
+def _copies(detector: NearDuplicates, block: Mapping[str, Any], scores: Tensor) -> Remarks:
+    first = {row_id: group[0] for group in detector.groups() for row_id in group[1:]}
+    flagged = torch.tensor([row_id in first for row_id in block["ids"]], dtype=torch.bool)
+    words = (
+        f"near duplicate of row {first[block['ids'][row]]} (similarity {float(scores[row]):.3f})"
+        for row in flagged.nonzero().flatten().tolist()
+    )
+    return Remarks(flagged, tuple(words))
+
+
+def _outliers(labels: Tensor, scores: Tensor) -> Remarks:
+    gaps = torch.zeros(len(scores), dtype=torch.float64)
+    for label in labels.unique().tolist():
+        mine = (labels == label) & ~scores.isnan()
+        if bool(mine.any()):
+            middle = scores[mine].median()
+            spread = 1.4826 * (scores[mine] - middle).abs().median()
+            if float(spread) > 0:
+                gaps[mine] = (scores[mine] - middle) / spread
+    flagged = gaps >= FAR
+    words = (
+        f"outlier: {float(gaps[row]):.1f} robust deviations beyond the usual distance in class {int(labels[row])}"
+        for row in flagged.nonzero().flatten().tolist()
+    )
+    return Remarks(flagged, tuple(words))
