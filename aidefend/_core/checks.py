@@ -63,7 +63,10 @@ def check_items(
     if isinstance(values, str | bytes | Mapping | Tensor) or not isinstance(values, Iterable):
         kinds = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
         raise refuse(f"{name} to be a collection of {kinds}", name, values, cure)
-    return tuple(check_kind(value, kind, name, cure) for value in values)
+    items = tuple(values)
+    if set(map(type, items)) <= {kind}:  # the usual case, without a call for each of a million ids
+        return items
+    return tuple(check_kind(value, kind, name, cure) for value in items)
 
 
 def check_callable(value: T, name: str, cure: str) -> T:

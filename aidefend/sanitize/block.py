@@ -44,7 +44,15 @@ def read_block(block: Mapping[str, Any], dimensions: int | None = None, key: str
     if dimensions is not None and features.shape[1] != dimensions:
         cure = "Pass blocks from one feature extractor"
         raise refuse(f"{dimensions} features, as in earlier blocks", source, features, cure)
-    return Rows(ids, features, labels, torch.isfinite(features).all(dim=1))
+    return Rows(ids, features, labels, _finite(features))
+
+
+def _finite(features: Tensor) -> Tensor:
+    """(N,) bool: a row whose sum is finite is finite; the others are looked at number by number."""
+    usable = torch.isfinite(features.sum(dim=1))
+    odd = (~usable).nonzero().flatten()
+    usable[odd] = torch.isfinite(features[odd]).all(dim=1)
+    return usable
 
 
 def score_by_class(rows: Rows, judges: Mapping[int, Callable[[Tensor], Tensor]]) -> Tensor:

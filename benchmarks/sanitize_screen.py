@@ -1,0 +1,258 @@
+"""Screening beside the filters of ART and cleanlab, a random filter of equal size, and a perfect one.
+
+python -m benchmarks.sanitize_screen --data mnist.npz [--seeds 5] [--rows 5000] [--arms ours]
+A small CNN is trained on poisoned images, every arm judges the same rows (ours without any hint, ART's with its default
+rate and with the true one), the same CNN is trained again on what the arm keeps. Per attack and arm: attack success on
+test images of other classes, accuracy, true- and false-positive rate, the share of the gap between no defense and the
+perfect filter that was closed, and seconds. Needs adversarial-robustness-toolbox and cleanlab unless --arms ours.
+Writes benchmarks/results/sanitize_screen_NAME.json.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from aidefend.attacks import poisoning
+from aidefend.sanitize import screen
+from benchmarks.record import write_result
+
+FIRST_SEED = 200
+TARGET = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """Poisoned training data with its truth, and test data."""
+
+    x: Tensor
+    y: Tensor
+    is_poison: Tensor
+    trigger: Callable[[Tensor], Tensor] | None
+    test_x: Tensor
+    test_y: Tensor
+    aim: Callable[[Tensor], Tensor]
+
+
+def attacks() -> dict[str, Any]:
+    """What is planted, by name; None is clean data."""
+    return {
+        "clean": None,
+        "patch 10 %": poisoning.Patch(TARGET, 0.1),
+        "patch 1 %": poisoning.Patch(TARGET, 0.01),
+        "patch 0.5 %": poisoning.Patch(TARGET, 0.005),
+        "blend 10 %": poisoning.Blend(TARGET, 0.1),
+        "blend 5 %": poisoning.Blend(TARGET, 0.05),
+        "blend 1 %": poisoning.Blend(TARGET, 0.01),
+    }
+
+
+def world(data: dict[str, Any], attack: Any, rows: int, seed: int) -> World:
+    """A seeded part of the training images with the attack in it."""
+    chosen = np.random.default_rng(seed).permutation(len(data["train_x"]))[:rows]
+    x, y = _images(data["train_x"][chosen]), torch.from_numpy(data["train_y"][chosen]).long()
+    test_x, test_y = _images(data["test_x"][:5000]), torch.from_numpy(data["test_y"][:5000]).long()
+    if attack is None:
+        return World(x, y, torch.zeros(rows, dtype=torch.bool), None, test_x, test_y, _to_target)
+    poisoned = attack.poison((x, y), seed=seed)
+    pairs = [poisoned.dataset[i] for i in range(rows)]
+    y = torch.tensor([int(label) for _, label in pairs])
+    aim = _to_target if poisoned.target is not None else _to_next
+    return World(torch.stack([one for one, _ in pairs]), y, poisoned.is_poison, poisoned.trigger, test_x, test_y, aim)
+
+
+def _images(raw: Any) -> Tensor:
+    return torch.from_numpy(raw).float().div(255).unsqueeze(1)
+
+
+def _to_target(labels: Tensor) -> Tensor:
+    return torch.full_like(labels, TARGET)
+
+
+def _to_next(labels: Tensor) -> Tensor:
+    return (labels + 1) % 10
+
+
+def network(seed: int) -> nn.Sequential:
+    """Two convolutions, two linear layers."""
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 16, 5, 2, 2),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 5, 2, 2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(1568, 64),
+            nn.ReLU(),
+            nn.Linear(64, 10),
+        )
+
+
+def trained(x: Tensor, y: Tensor, seed: int, epochs: int = 8) -> nn.Sequential:
+    """The network after some passes over the rows."""
+    model, stream = network(seed), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x), generator=stream).split(64):
+            optimizer.zero_grad()
+            cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def judged(model: nn.Module, w: World) -> tuple[float, float]:
+    """Accuracy, and attack success on test images that do not have the aim as their class."""
+    accuracy = float((model(w.test_x).argmax(dim=1) == w.test_y).double().mean())
+    if w.trigger is None:
+        return accuracy, float("nan")
+    aim = w.aim(w.test_y)
+    others = aim != w.test_y
+    hit = model(w.trigger(w.test_x[others])).argmax(dim=1) == aim[others]
+    return accuracy, float(hit.double().mean())
+
+
+def ours(w: World, model: nn.Module, seed: int) -> Tensor:
+    """Rows that `screen` keeps, with the user's model and without any hint."""
+    return screen((w.x, w.y), model=model, seed=seed).keep
+
+
+def ours_alone(w: World, model: nn.Module, seed: int) -> Tensor:
+    """The same without a model."""
+    return screen((w.x, w.y), seed=seed).keep
+
+
+def art_filter(kind: str, oracle: bool) -> Callable[[World, nn.Module, int], Tensor]:
+    """Activation clustering or spectral signatures of ART; `oracle`: with the true rate."""
+
+    def keep(w: World, model: nn.Module, seed: int) -> Tensor:
+        from art.defences.detector.poison import ActivationDefence, SpectralSignatureDefense
+        from art.estimators.classification import PyTorchClassifier
+
+        rate = max(float(w.is_poison.double().mean()), 1e-3)
+        classifier = PyTorchClassifier(model, nn.CrossEntropyLoss(), (1, 28, 28), 10, clip_values=(0, 1))
+        images, labels = w.x.numpy(), nn.functional.one_hot(w.y, 10).numpy()
+        if kind == "activations":
+            defence = ActivationDefence(classifier, images, labels)
+            _, good = defence.detect_poison(nb_clusters=2, nb_dims=10, reduce="PCA")
+        else:
+            shares = {"expected_pp_poison": rate} if oracle else {}
+            defence = SpectralSignatureDefense(classifier, images, labels, **shares)
+            _, good = defence.detect_poison()
+        return torch.tensor(good, dtype=torch.bool)
+
+    return keep
+
+
+def cleanlab_filter(w: World, model: nn.Module, seed: int) -> Tensor:
+    """Cleanlab's label issues on cross-validated predictions of a linear head on raw pixels."""
+    from cleanlab.filter import find_label_issues
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_predict
+
+    classifier = LogisticRegression(max_iter=60, C=0.05)
+    chances = cross_val_predict(classifier, w.x.flatten(1).numpy(), w.y.numpy(), cv=5, method="predict_proba")
+    return torch.from_numpy(~find_label_issues(w.y.numpy(), chances))
+
+
+def arms(which: str) -> dict[str, Callable[[World, nn.Module, int], Tensor]]:
+    """The arms that judge; the random and the perfect filter follow from them."""
+    found = {"ours": ours, "ours, no model": ours_alone}
+    if which == "all":
+        found |= {
+            "ART activations": art_filter("activations", False),
+            "ART spectral": art_filter("spectral", False),
+            "ART spectral, true rate": art_filter("spectral", True),
+            "cleanlab": cleanlab_filter,
+        }
+    return found
+
+
+def rows_of(data: dict[str, Any], name: str, attack: Any, which: str, rows: int, seed: int) -> Iterator[dict[str, Any]]:
+    """One row for each arm."""
+    w = world(data, attack, rows, seed)
+    model = trained(w.x, w.y, seed)
+    accuracy, undefended = judged(model, w)
+    yield {"attack": name, "arm": "undefended", "accuracy": accuracy, "asr": undefended, "tpr": 0.0, "fpr": 0.0}
+    floor = judged(trained(w.x[~w.is_poison], w.y[~w.is_poison], seed), w) if attack is not None else (accuracy, 0.0)
+    yield {"attack": name, "arm": "perfect", "accuracy": floor[0], "asr": floor[1], "tpr": 1.0, "fpr": 0.0}
+    for arm, judge in arms(which).items():
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            keep = judge(w, model, seed)
+        seconds = time.perf_counter() - start
+        yield _row(name, arm, w, keep, seed, undefended, floor[1]) | {"seconds": seconds}
+        if arm == "ours":
+            stream = torch.Generator().manual_seed(seed)
+            drawn = torch.ones(rows, dtype=torch.bool)
+            drawn[torch.randperm(rows, generator=stream)[: int((~keep).sum())]] = False
+            yield _row(name, "random", w, drawn, seed, undefended, floor[1])
+
+
+def _row(name: str, arm: str, w: World, keep: Tensor, seed: int, before: float, floor: float) -> dict[str, Any]:
+    accuracy, success = judged(trained(w.x[keep], w.y[keep], seed), w)
+    gone = ~keep
+    row = {"attack": name, "arm": arm, "accuracy": accuracy, "asr": success}
+    row["tpr"] = float(gone[w.is_poison].double().mean()) if bool(w.is_poison.any()) else float("nan")
+    row["fpr"] = float(gone[~w.is_poison].double().mean())
+    row["gap_closed"] = (before - success) / (before - floor) if before - floor > 0.05 else float("nan")
+    return row
+
+
+def summary(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over the seeds of each attack and arm."""
+    keys = dict.fromkeys((row["attack"], row["arm"]) for row in table)
+    means = []
+    for attack, arm in keys:
+        mine = [row for row in table if (row["attack"], row["arm"]) == (attack, arm)]
+        names = [name for name in ("accuracy", "asr", "tpr", "fpr", "gap_closed", "seconds") if name in mine[0]]
+        means.append(
+            {"attack": attack, "arm": arm, "n": len(mine)}
+            | {name: float(np.nanmean([row[name] for row in mine])) for name in names}
+        )
+    return means
+
+
+def main() -> None:
+    """Print the rows as they come, then their means."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=5000)
+    parser.add_argument("--arms", choices=("all", "ours"), default="all")
+    parser.add_argument("--attacks", nargs="*", default=None)
+    arguments = parser.parse_args()
+    with np.load(arguments.data) as arrays:
+        data = {name: arrays[name] for name in arrays.files}
+    chosen = {name: attack for name, attack in attacks().items() if not arguments.attacks or name in arguments.attacks}
+    seeds, table = range(FIRST_SEED, FIRST_SEED + arguments.seeds), []
+    for name, attack in chosen.items():
+        for seed in seeds:
+            for row in rows_of(data, name, attack, arguments.arms, arguments.rows, seed):
+                table.append(row | {"seed": seed})
+                print(" ".join(f"{v:.4f}" if isinstance(v, float) else f"{v:24}" for v in row.values()), flush=True)
+    means = summary(table)
+    print("\nmeans")
+    for row in means:
+        print(" ".join(f"{v:.4f}" if isinstance(v, float) else f"{v:24}" for v in row.values()))
+    packages = ["adversarial-robustness-toolbox", "cleanlab", "scikit-learn"]
+    result = {"means": means, "rows": table, "training_rows": arguments.rows}
+    write_result(f"sanitize_screen_{Path(arguments.data).stem}", result, seeds=list(seeds), packages=packages)
+
+
+if __name__ == "__main__":
+    main()
