@@ -7,11 +7,13 @@ from aidefend.sanitize.choose import Detector
 from aidefend.sanitize.confident_learning import ConfidentLearning
 from aidefend.sanitize.features import Features, extract_features
 from aidefend.sanitize.influence import Influence
+from aidefend.sanitize.kept_sampler import KeptSampler
 from aidefend.sanitize.near_duplicates import NearDuplicates
 from aidefend.sanitize.neighbour_disagreement import NeighbourDisagreement
 from aidefend.sanitize.outliers import Outliers
 from aidefend.sanitize.scan import Scan, ScanEvidence
 from aidefend.sanitize.screen import screen
+from aidefend.sanitize.screen_report import ScreenReport
 from aidefend.sanitize.source_evidence import SourceEvidence, SourceScore
 from aidefend.sanitize.spectral_signature import SpectralSignature
 from aidefend.sanitize.spectre import Spectre
@@ -26,11 +28,13 @@ __all__ = [
     "Detector",
     "Features",
     "Influence",
+    "KeptSampler",
     "NearDuplicates",
     "NeighbourDisagreement",
     "Outliers",
     "Scan",
     "ScanEvidence",
+    "ScreenReport",
     "SourceEvidence",
     "SourceScore",
     "SpectralSignature",

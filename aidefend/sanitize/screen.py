@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from aidefend._core.batches import Batch
 from aidefend._core.checks import check_int, check_labels, check_tensor
 from aidefend._core.modules import Model
-from aidefend._core.report import Report
 from aidefend._core.stats import wilson
 from aidefend.sanitize.choose import Chosen, Detector, chosen_for, named_detectors
 from aidefend.sanitize.confident_learning import ConfidentLearning
@@ -20,6 +19,7 @@ from aidefend.sanitize.findings import ALPHA, SCORE, THREAT, RowVerdicts, facts_
 from aidefend.sanitize.out_of_fold import out_of_fold_logits
 from aidefend.sanitize.provenance import read_names, read_trusted, removals
 from aidefend.sanitize.remarks import Remarks, remarks_of
+from aidefend.sanitize.screen_report import ScreenReport
 from aidefend.sanitize.suspect import train_suspect
 from aidefend.sanitize.view import IndependentView
 from aidefend.sanitize.world import World, shuffled, world_of
@@ -37,7 +37,7 @@ def screen(
     sources: Sequence[Any] | None = None,
     groups: Sequence[Any] | None = None,
     seed: int = 0,
-) -> Report:
+) -> ScreenReport:
     """Judge every row of a training set: quarantine structured poison, remark what else looks wrong, remove nothing.
 
     Detectors propose parts of each class; a part is quarantined as a whole if five hypotheses under which it would be
@@ -113,7 +113,7 @@ def screen(
         "shape": list(found.x.shape[1:]),
         **{name: removals(values, rows.removed) for name, values in sides.items() if values is not None},
     }
-    return Report(
+    return ScreenReport(
         found.ids,
         rows.keep,
         {SCORE: rows.scores, **scores},

@@ -250,6 +250,7 @@ def sample_arguments():
 
 
 LOGIT_BLOCK = {**BLOCK, "logits": torch.zeros(ROWS, CLASSES)}
+SCREENED = sanitize.ScreenReport(["a", "b"], torch.tensor([False, True]), {"structured_poison": torch.ones(2)})
 FITTED = sanitize.SpectralSignature().partial_fit(BLOCK)
 INDICATORS = collaborate.sample_indicators(X[:4], KEY)
 DETECTOR = collaborate.apply_indicators(INDICATORS, KEY)
@@ -480,6 +481,15 @@ CALLS = {
     "sanitize.ActivationClustering": (sanitize.ActivationClustering, lambda: {"dimensions": 3, "limit": 9, "seed": 0}),
     "sanitize.Beatrix": (sanitize.Beatrix, lambda: {"powers": 2, "dimensions": 3, "limit": 9, "seed": 0}),
     "sanitize.Influence": (sanitize.Influence, lambda: {"trusted": LOGIT_BLOCK}),
+    "sanitize.KeptSampler": (
+        sanitize.KeptSampler,
+        lambda: {"kept": torch.arange(4), "shuffle": True, "seed": 0, "rank": 0, "world_size": 2},
+    ),
+    "sanitize.ScreenReport.weights": (SCREENED.weights, lambda: {"down": "structured_poison", "least": 0.0}),
+    "sanitize.ScreenReport.release": (
+        SCREENED.release,
+        lambda: {"ids": ["a"], "by": "me", "why": "checked", "log": None},
+    ),
     "sanitize.NearDuplicates": (sanitize.NearDuplicates, lambda: {"by": "image", "threshold": 0.9, "seed": 0}),
     "sanitize.NearDuplicates.partial_fit": (sanitize.NearDuplicates().partial_fit, lambda: {"block": BLOCK}),
     "sanitize.Outliers": (sanitize.Outliers().partial_fit, lambda: {"block": BLOCK}),
@@ -892,6 +902,7 @@ NO_ARGUMENTS_OR_RESULTS = {  # nothing to get wrong, or made by the library and 
     "attacks.Poisoned",
     "sanitize.ClusterEvidence",
     "sanitize.ScanEvidence",
+    "sanitize.ScreenReport",
     "sanitize.SourceScore",
     "sanitize.Trajectory",
     "privacy.LedgerCharge",

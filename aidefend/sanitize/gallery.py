@@ -1,0 +1,78 @@
+"""The page with the rows in quarantine. Needs the extra `report`."""
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aidefend._core.checks import check_int
+from aidefend._core.errors import MissingExtra
+from aidefend._core.report import Report
+
+_TEMPLATE = Path(__file__).with_name("templates") / "quarantine.html"
+_NUMBERS = 24
+_LETTERS = 600
+
+
+def page(report: Report, suspects: Any, texts: Sequence[str] | None, limit: int) -> str:
+    """The page as text; `suspects` are the samples of the rows in quarantine, in order, or None."""
+    check_int(limit, "limit")
+    try:
+        import jinja2
+    except ImportError as error:
+        raise MissingExtra("jinja2", "report") from error
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    rows = report.quarantine_indices.tolist()
+    order = sorted(range(len(rows)), key=lambda at: (-_suspicion(report, rows[at]), rows[at]))[:limit]
+    cards = [_card(report, rows[at], None if suspects is None else suspects[at][0], texts) for at in order]
+    facts = report.parameters
+    return template.render(
+        summary=report.summary(),
+        cards=cards,
+        hidden=len(rows) - len(cards),
+        groups=facts.get("poison", ()),
+        control=facts.get("label_permuted_control", {}),
+        releases=facts.get("releases", ()),
+        threat=report.threat,
+        limits=report.limits,
+    )
+
+
+def _suspicion(report: Report, row: int) -> float:
+    score = float(report.scores["structured_poison"][row]) if "structured_poison" in report.scores else 0.0
+    return score if score == score else 0.0
+
+
+def _card(report: Report, row: int, sample: Any, texts: Sequence[str] | None) -> dict[str, Any]:
+    card = {"row": row, "id": report.ids[row], "reasons": report.reasons[row], "picture": "", "words": ""}
+    card["scores"] = [(name, f"{float(values[row]):.3g}") for name, values in report.scores.items()]
+    if texts is not None:
+        card["words"] = texts[row][:_LETTERS] + ("…" if len(texts[row]) > _LETTERS else "")
+    elif sample is not None:
+        values = torch.as_tensor(sample).detach().cpu()
+        if values.ndim == 3 and values.shape[0] in (1, 3):
+            card["picture"] = _picture(values)
+        else:
+            shown = ", ".join(f"{float(value):.4g}" for value in values.flatten()[:_NUMBERS])
+            card["words"] = f"{shown}{', …' if values.numel() > _NUMBERS else ''} (shape {tuple(values.shape)})"
+    return card
+
+
+def _picture(values: Tensor) -> str:
+    """PNG of a picture (C, H, W) in base64, stretched to the full range."""
+    try:
+        from matplotlib import image
+    except ImportError as error:
+        raise MissingExtra("matplotlib", "report") from error
+    wide = values.double().nan_to_num(0.0, 0.0, 0.0)
+    low, high = float(wide.min()), float(wide.max())
+    shown = ((wide - low) / (high - low if high > low else 1.0)).permute(1, 2, 0)
+    shown = shown.expand(-1, -1, 3) if shown.shape[2] == 1 else shown
+    file = io.BytesIO()
+    image.imsave(file, (shown * 255).round().to(torch.uint8).contiguous().numpy(), format="png")
+    return base64.b64encode(file.getvalue()).decode()
