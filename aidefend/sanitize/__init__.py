@@ -5,12 +5,14 @@ from aidefend.sanitize.batch import screen_batch
 from aidefend.sanitize.beatrix import Beatrix
 from aidefend.sanitize.choose import Detector
 from aidefend.sanitize.confident_learning import ConfidentLearning
+from aidefend.sanitize.election import Certificate
 from aidefend.sanitize.features import Features, extract_features
 from aidefend.sanitize.influence import Influence
 from aidefend.sanitize.kept_sampler import KeptSampler
 from aidefend.sanitize.near_duplicates import NearDuplicates
 from aidefend.sanitize.neighbour_disagreement import NeighbourDisagreement
 from aidefend.sanitize.outliers import Outliers
+from aidefend.sanitize.partition_ensemble import PartitionEnsemble
 from aidefend.sanitize.scan import Scan, ScanEvidence
 from aidefend.sanitize.screen import screen
 from aidefend.sanitize.screen_report import ScreenReport
@@ -23,6 +25,7 @@ from aidefend.sanitize.trigger_consistency import TriggerConsistency
 __all__ = [
     "ActivationClustering",
     "Beatrix",
+    "Certificate",
     "ClusterEvidence",
     "ConfidentLearning",
     "Detector",
@@ -32,6 +35,7 @@ __all__ = [
     "NearDuplicates",
     "NeighbourDisagreement",
     "Outliers",
+    "PartitionEnsemble",
     "Scan",
     "ScanEvidence",
     "ScreenReport",

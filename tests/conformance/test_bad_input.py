@@ -250,6 +250,7 @@ def sample_arguments():
 
 
 LOGIT_BLOCK = {**BLOCK, "logits": torch.zeros(ROWS, CLASSES)}
+ENSEMBLE = sanitize.PartitionEnsemble(partitions=3).fit(TensorDataset(X, Y))
 SCREENED = sanitize.ScreenReport(["a", "b"], torch.tensor([False, True]), {"structured_poison": torch.ones(2)})
 FITTED = sanitize.SpectralSignature().partial_fit(BLOCK)
 INDICATORS = collaborate.sample_indicators(X[:4], KEY)
@@ -493,6 +494,26 @@ CALLS = {
     "sanitize.NearDuplicates": (sanitize.NearDuplicates, lambda: {"by": "image", "threshold": 0.9, "seed": 0}),
     "sanitize.NearDuplicates.partial_fit": (sanitize.NearDuplicates().partial_fit, lambda: {"block": BLOCK}),
     "sanitize.Outliers": (sanitize.Outliers().partial_fit, lambda: {"block": BLOCK}),
+    "sanitize.PartitionEnsemble": (
+        sanitize.PartitionEnsemble,
+        lambda: {
+            "make_model": None,
+            "partitions": 3,
+            "method": "dpa",
+            "features": None,
+            "classes": CLASSES,
+            "spread": 2,
+            "ridge": 0.1,
+            "steps": 2,
+            "rate": 0.1,
+            "seed": 0,
+        },
+    ),
+    "sanitize.PartitionEnsemble.fit": (
+        sanitize.PartitionEnsemble(partitions=3).fit,
+        lambda: {"dataset": TensorDataset(X, Y)},
+    ),
+    "sanitize.PartitionEnsemble.certify": (ENSEMBLE.certify, lambda: {"x": X, "batch_size": 5}),
     "sanitize.Scan": (sanitize.Scan, lambda: {"dimensions": 3, "limit": 12, "seed": 0}),
     "sanitize.SourceEvidence": (sanitize.SourceEvidence, lambda: {"ridge": 0.1, "smallest": 3}),
     "sanitize.SourceEvidence.partial_fit": (
@@ -900,6 +921,7 @@ NO_ARGUMENTS_OR_RESULTS = {  # nothing to get wrong, or made by the library and 
     "attacks.AttackResult",
     "attacks.InversionResult",
     "attacks.Poisoned",
+    "sanitize.Certificate",
     "sanitize.ClusterEvidence",
     "sanitize.ScanEvidence",
     "sanitize.ScreenReport",
