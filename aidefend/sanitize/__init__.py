@@ -5,6 +5,7 @@ from aidefend.sanitize.batch import screen_batch
 from aidefend.sanitize.confident_learning import ConfidentLearning
 from aidefend.sanitize.features import Features, extract_features
 from aidefend.sanitize.neighbour_disagreement import NeighbourDisagreement
+from aidefend.sanitize.schema import DatasetSchema
 from aidefend.sanitize.screen import Detector, screen
 from aidefend.sanitize.spectral_signature import SpectralSignature
 
@@ -12,6 +13,7 @@ __all__ = [
     "ActivationClustering",
     "ClusterEvidence",
     "ConfidentLearning",
+    "DatasetSchema",
     "Detector",
     "Features",
     "NeighbourDisagreement",

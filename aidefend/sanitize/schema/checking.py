@@ -40,7 +40,9 @@ def check_data(
     findings += _about_missing(expectations, facts, new)
     findings += _about_tests(tests, alpha, {(one.id, one.setting.get("column")) for one in findings}, new)
     if not new.rows and not errors:
-        findings = [Finding("schema.rows", MEASURES["rows"].title, n=0, status="not tested", limits=MEASURES["rows"].limits)]
+        findings = [
+            Finding("schema.rows", MEASURES["rows"].title, n=0, status="not tested", limits=MEASURES["rows"].limits)
+        ]
     return Evidence(findings, _metadata(reference, new, tests, alpha, digest, seen=seen))
 
 
@@ -53,7 +55,7 @@ def _look_at(table: Table, new: Profile, rules: Rules, facts: Facts, reference: 
     known = new.add(columns, own, rows, len(table.unreadable))
     if before is not None:
         masks[("duplicates", "")] = (known.ordinals > 0) & (new.hashes.coverage == 1.0)
-        masks[("conflicting_labels", "")] = known.conflicts | before[1]
+        masks[("conflicting_labels", "")] = before[1] | (known.conflicts & (reference.hashes.conflicting == 0))
         masks[("leakage", "")] = before[0]
     facts.add(masks, table.places)
 
@@ -72,7 +74,7 @@ def _met_before(
 
 
 def _about_columns(reference: Profile, new: Profile) -> list[Finding]:
-    if not new.columns:
+    if not new.rows:
         return []
     missing = [name for name, column in reference.columns.items() if not column.of and name not in new.columns]
     extra = [name for name, column in new.columns.items() if not column.of and name not in reference.columns]
@@ -119,9 +121,7 @@ def _about_missing(expectations: Mapping[str, Expectation], facts: Facts, new: P
     return found
 
 
-def _about_tests(
-    tests: list[Test], alpha: float, told: set[tuple[str, Any]], new: Profile
-) -> list[Finding]:
+def _about_tests(tests: list[Test], alpha: float, told: set[tuple[str, Any]], new: Profile) -> list[Finding]:
     """Tests that hold after correction, but for what a fact has told already."""
     found = []
     adjusted = holm([test.p_value for test in tests]) if tests else []

@@ -120,7 +120,7 @@ def _of_vector(values: "np.ndarray[Any, Any]") -> Column:
 
 def _bits(numbers: Numbers) -> Hashes:
     """One word for each number: 0 and -0 alike, every NaN a missing entry."""
-    words = (numbers + 0.0).view(np.uint64).copy()
+    words: Hashes = (numbers + 0.0).view(np.uint64).copy()
     words[np.isnan(numbers)] = np.uint64(_MISSING_HASH)
     return words
 
@@ -222,7 +222,7 @@ def _number(value: Any) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def _hash_number(value: Any) -> int:
@@ -253,4 +253,5 @@ def row_hashes(columns: Mapping[str, Column], names: Sequence[str], rows: int, k
     parts = [columns[name].hashes if name in columns else absent for name in names]
     matrix = np.ascontiguousarray(np.stack(parts, axis=1) if parts else absent[:, None]).astype("<u8")
     words = [hashlib.blake2b(row.tobytes(), digest_size=8, key=key).digest() for row in matrix]
-    return np.frombuffer(b"".join(words), dtype="<u8").astype(np.uint64)
+    found: Hashes = np.frombuffer(b"".join(words), dtype="<u8").astype(np.uint64)
+    return found

@@ -1,5 +1,6 @@
 """New data against a schema's reference as a whole: every test there is, in one family under one Holm correction."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -27,16 +28,17 @@ def compare(reference: Profile, new: Profile, facts: Mapping[Measure, Fact]) -> 
     """All tests that the data allow."""
     found: list[Test] = []
     for name in sorted(set(reference.columns) & set(new.columns)):
-        found += _of_column(name, reference, new)
+        found += [] if reference.repeats(name) else _of_column(name, reference, new)
     for measure in sorted({*facts, *_excusable(reference, new)}):
         natural = natural_rate(measure, reference)
         if natural is not None and natural[0] > 0:
-            found += _of_rate(measure, facts[measure].count if measure in facts else 0, natural, new)
+            count = facts[measure].count if measure in facts else 0
+            found += _of_rate(measure, count, natural, reference, new)
     return found
 
 
 def _excusable(reference: Profile, new: Profile) -> list[Measure]:
-    """Rates that are compared whether or not the new rows show any: a family chosen by its outcomes would be too small."""
+    """Rates that are compared even where no new row counts: tests chosen by outcome would void the correction."""
     columns = [("category", name) for name in reference.columns if name in new.columns and name != reference.label]
     return [*columns, *(measure for measure in reference.occurrences if measure[1] in new.columns), ("duplicates", "")]
 
@@ -51,7 +53,7 @@ def natural_rate(measure: Measure, reference: Profile) -> tuple[int, int] | None
     """
     rule, name = measure
     if rule == "category":
-        counts = reference.columns[name].values.counts or {}
+        counts: Mapping[str, int] = reference.columns[name].values.counts or {}
         return sum(count == 1 for count in counts.values()), sum(counts.values())
     if rule in ("duplicates", "leakage"):
         return reference.hashes.rows - reference.hashes.singles, reference.hashes.rows
@@ -62,13 +64,20 @@ def natural_rate(measure: Measure, reference: Profile) -> tuple[int, int] | None
     return None
 
 
-def _of_rate(measure: Measure, count: int, natural: tuple[int, int], new: Profile) -> Iterator[Test]:
+def _of_rate(
+    measure: Measure, count: int, natural: tuple[int, int], reference: Profile, new: Profile
+) -> Iterator[Test]:
     rule, name = measure
     if rule == "duplicates" and new.hashes.rows > natural[1]:
         return  # equal rows become commoner with the number of rows: nothing to compare with
-    tracked = rule in ("duplicates", "leakage", "conflicting_labels")
-    rows = max(count, round(new.rows * new.hashes.coverage) if tracked else new.rows)
-    p_value = rates(*natural, count, rows, both_sides=rule == "missing_values")
+    rows, weight = new.rows, 1.0
+    if rule in ("duplicates", "leakage", "conflicting_labels"):
+        rows, weight = (
+            max(count, round(new.rows * new.hashes.coverage)),
+            max(new.hashes.clumping, reference.hashes.clumping),
+        )
+    parts = [math.floor(part / weight) for part in (*natural, count, rows)]
+    p_value = rates(*parts, both_sides=rule == "missing_values")
     yield Test(rule, name, p_value, count / rows, {"reference_share": natural[0] / max(1, natural[1]), "rows": rows})
 
 
@@ -87,13 +96,13 @@ def _is_nominal(known: ColumnProfile) -> bool:
     return bool(counts) and not known.holds("real") and (known.holds("text") or len(counts or ()) <= _NOMINAL)
 
 
-def _of_counts(
-    name: str, reference: Mapping[str, int], new: Mapping[str, int], *, is_label: bool
-) -> Iterator[Test]:
+def _of_counts(name: str, reference: Mapping[str, int], new: Mapping[str, int], *, is_label: bool) -> Iterator[Test]:
     result = chi_square(reference, new)
     if result is not None:
         shares = _changed_most(reference, new)
-        yield Test("class_balance" if is_label else "drift", name, result[1], result[0], {"test": "chi-square", **shares})
+        yield Test(
+            "class_balance" if is_label else "drift", name, result[1], result[0], {"test": "chi-square", **shares}
+        )
 
 
 def _changed_most(reference: Mapping[str, int], new: Mapping[str, int]) -> dict[str, Any]:

@@ -20,11 +20,11 @@ def _entries(profile: Profile) -> Iterator[Finding]:
     for (measure, column), count in sorted(profile.occurrences.items()):
         severity = Severity.INFO if measure == "missing_values" else None
         yield finding(measure, column, count, profile.rows, {"count": count}, severity=severity)
-    for name, column in sorted(profile.columns.items()):
-        kinds = {kind: count for kind, count in sorted(column.kinds.items()) if count and kind != "missing"}
+    for name, known in sorted(profile.columns.items()):
+        kinds = {kind: count for kind, count in sorted(known.kinds.items()) if count and kind != "missing"}
         if len(set(kinds) - {"whole", "real"}) + bool({"whole", "real"} & set(kinds)) > 1:
             fewest = sum(kinds.values()) - max(kinds.values())
-            yield finding("type", name, fewest, column.rows, {"types": kinds}, severity=Severity.MEDIUM)
+            yield finding("type", name, fewest, known.rows, {"types": kinds}, severity=Severity.MEDIUM)
     if profile.unreadable:
         yield finding("unreadable", "", profile.unreadable, profile.rows + profile.unreadable, {})
 

@@ -81,7 +81,7 @@ class Rules:
         found: dict[Measure, Mask] = {}
         for name, column in columns.items():
             known = self.profile.columns.get(name)
-            if known is not None:
+            if known is not None and not self.profile.repeats(name):
                 found |= {(rule, name): mask for rule, mask in self._of_column(name, known, column).items()}
         found = {measure: mask for measure, mask in found.items() if mask.any()}
         for measure, mask in found.items():

@@ -121,7 +121,9 @@ class Profile:
         """Count one batch; returns what is known of its rows."""
         self.unreadable += unreadable
         if self.inputs is None and columns:
-            self.inputs = tuple(sorted(name for name, column in columns.items() if not column.of and name != self.label))
+            self.inputs = tuple(
+                sorted(name for name, column in columns.items() if not column.of and name != self.label)
+            )
         for name, column in columns.items():
             self._of(name, column).add(column)
         self.occurrences.update({measure: count for measure, mask in masks.items() if (count := int(mask.sum()))})
@@ -164,6 +166,11 @@ class Profile:
         """The profile in the form that does not depend on how the rows came in."""
         self.hashes.finish()
         return self
+
+    def repeats(self, name: str) -> bool:
+        """Whether a column says nothing of its own: lengths of texts that are categories."""
+        parent = self.columns[name].of
+        return name.endswith(".length") and parent in self.columns and self.columns[parent].values.counts is not None
 
     def _of(self, name: str, column: Column) -> ColumnProfile:
         if name not in self.columns:

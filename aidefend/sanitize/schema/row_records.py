@@ -50,6 +50,12 @@ class RowHashes:
         return sum(count == 1 for count in self.counts.values())
 
     @property
+    def clumping(self) -> float:
+        """Mean count of a row's input: as many rows as that come and go together (the design effect of Kish 1965)."""
+        rows = self.rows
+        return sum(count * count for count in self.counts.values()) / rows if rows else 1.0
+
+    @property
     def conflicting(self) -> int:
         """Tracked rows whose input came with several labels."""
         return sum(self.counts[word] for word, label in self.labels.items() if label == _CONFLICT)
@@ -164,4 +170,5 @@ def _mixed(hashes: Hashes, ordinals: Hashes) -> Hashes:
         word = hashes + (ordinals + np.uint64(1)) * _STEP
         word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return word ^ (word >> np.uint64(31))
+        keys: Hashes = word ^ (word >> np.uint64(31))
+    return keys

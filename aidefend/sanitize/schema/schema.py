@@ -38,15 +38,16 @@ class DatasetSchema:
     Guarantee: on rows drawn independently from the source of the reference rows, all tests of one `check` together
         (drift, class balance, outliers, exceedances, rates of what the reference knows) report anything with
         probability at most alpha (Holm, under every dependence of the columns; the chi-square and rate tests hold
-        that asymptotically). Facts are not part of it: a value far outside the range (expected in under 1 of 1,000
-        checks a column), the first missing entry, the first text trap, an unseen label, an equal row. Not shown: that rows
-        which pass are right, or free of poison; changes in how columns depend on one another; similar rows.
+        that asymptotically). Facts are not part of it: a value far outside the range (measured: in at most 1 of 100
+        checks a column from 300 reference rows on, heavy tails among them), the first missing entry, the first text
+        trap, an unseen label, an equal row. Not shown: that rows which pass are right, or free of poison; changes in
+        how columns depend on one another; similar rows.
     Args:
         profile: The statistics; `infer` and `load` make them.
         alpha: Level of all tests of one check together.
         expectations: What a person knows beside them, see `expect`.
     Cost: one pass; some microseconds for each row and column, and one hash a row.
-    Source: sketches after Cohen, Kaplan 2007 (bottom-k); tests of Kolmogorov-Smirnov, Pearson, Fisher, Wilks; Holm 1979.
+    Source: bottom-k sketches, Cohen, Kaplan 2007; tests of Kolmogorov-Smirnov, Pearson, Fisher, Wilks; Holm 1979.
     Example:
         >>> import numpy as np
         >>> stream = np.random.default_rng(0)
@@ -58,7 +59,7 @@ class DatasetSchema:
         >>> broken = people(500)
         >>> broken["age"][7], broken["city"][8] = 999, "Atlantis"
         >>> [(finding.id, finding.setting["rows"]) for finding in schema.check(broken).findings]
-        [('schema.range', [7]), ('schema.category', [8])]
+        [('schema.category', [8]), ('schema.range', [7])]
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class DatasetSchema:
         """Learn from data that you trust to be as data of this source should be.
 
         Args:
-            batches: A table (dict of columns, pandas DataFrame, pyarrow Table or RecordBatch), tensors or arrays (N, ...),
+            batches: A table (dict of columns, pandas DataFrame, pyarrow Table or RecordBatch), tensors (N, ...),
                 (x, y), a Dataset, a DataLoader, or an iterable of batches in these forms, read once. Columns hold
                 numbers, flags, texts, bytes, times or arrays; None and NaN are missing. A column of vectors (N, d) with
                 d <= 64 counts as d columns "x[0]", ...; of larger arrays four numbers a row are followed.
@@ -112,8 +113,8 @@ class DatasetSchema:
     def merge(self, other: "DatasetSchema") -> "DatasetSchema":
         """The schema of both parts of the data, inferred with the same arguments; neither is changed.
 
-        Counts, ranges, values and row hashes are those of one pass over all rows; so is the sample, where no input row is in
-        both parts. Level and expectations are those of the left side.
+        Counts, ranges, values and row hashes are those of one pass over all rows; so is the sample, where no input row
+        is in both parts. Level and expectations are those of the left side.
         """
         check_kind(other, DatasetSchema, "other", "Pass another schema")
         return DatasetSchema(self._profile.merged(other._profile), self.alpha, self._expectations)
@@ -131,13 +132,16 @@ class DatasetSchema:
 
         Args:
             column: A column of the schema, such as "age" or "x[3]".
-            low, high: Smallest and largest allowed number; None leaves the inferred limit.
+            low: Smallest allowed number; None leaves the inferred limit.
+            high: Largest allowed number; None leaves the inferred limit.
             values: All values that are allowed, texts or whole numbers.
             max_missing: Largest allowed share of missing entries, in [0, 1].
         Raises: ConfigurationError: no such column, low above high.
         """
         if not isinstance(column, str) or column not in self._profile.columns:
-            raise refuse(f"a column among {sorted(self._profile.columns)[:MOST_FEATURES]}", "column", column, "Name one")
+            raise refuse(
+                f"a column among {sorted(self._profile.columns)[:MOST_FEATURES]}", "column", column, "Name one"
+            )
         ends = [None if end is None else check_number(end, name) for name, end in (("low", low), ("high", high))]
         if ends[0] is not None and ends[1] is not None and ends[0] > ends[1]:
             raise refuse("low <= high", "low", low, "Swap the two")
@@ -224,5 +228,5 @@ def _checked_key(key: Any) -> bytes:
     return key
 
 
-def _value_name(value: str | int) -> str:
+def _value_name(value: Any) -> str:
     return value if isinstance(value, str) else format(float(check_number(value, "values")), ".17g")

@@ -33,8 +33,8 @@ _SHORTEST_WORD = 3  # of two letters are formulas and units
 def find_traps(text: str) -> frozenset[str]:
     """Which of TRAPS a text holds.
 
-    Not found: words written in look-alikes of one foreign script throughout, and look-alikes inside one script ("rn" for
-    "m", "l" for "I"): no rule tells them from honest words.
+    Not found: words written in look-alikes of one foreign script throughout, and look-alikes inside one script ("rn"
+    for "m", "l" for "I"): no rule tells them from honest words.
 
     Example:
         >>> sorted(find_traps("p\u0430ypal\u200b")), sorted(find_traps("naïve café 北京 שלום 👩\u200d🔬"))
@@ -60,9 +60,13 @@ def _invisible(text: str) -> bool:
 
 
 def _joins_nothing(text: str, place: int) -> bool:
-    """Whether a joiner stands where no script uses one: Arabic, Indic and other scripts and emoji do, Latin does not."""
+    """Whether a joiner stands where no script uses one: Arabic and Indic scripts and emoji do, Latin does not."""
     before, after = text[max(0, place - 1) : place], text[place + 1 : place + 2]
-    return not before or not after or any(_script(letter) in ("", "LATIN", "CYRILLIC", "GREEK") for letter in (before, after))
+    return (
+        not before
+        or not after
+        or any(_script(letter) in ("", "LATIN", "CYRILLIC", "GREEK") for letter in (before, after))
+    )
 
 
 def _homoglyph(text: str) -> bool:
@@ -74,8 +78,14 @@ def _is_mixed(word: str) -> bool:
     if word.isascii():
         return False
     scripts = [(letter, _script(letter)) for letter in word]
-    others = [(letter, script) for letter, script in scripts if script != "LATIN" and unicodedata.category(letter)[0] == "L"]
-    return len(others) < len(word) and bool(others) and all(letter in _LOOK_LATIN.get(script, ()) for letter, script in others)
+    others = [
+        (letter, script) for letter, script in scripts if script != "LATIN" and unicodedata.category(letter)[0] == "L"
+    ]
+    return (
+        len(others) < len(word)
+        and bool(others)
+        and all(letter in _LOOK_LATIN.get(script, ()) for letter, script in others)
+    )
 
 
 @lru_cache(maxsize=4096)

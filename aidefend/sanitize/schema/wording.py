@@ -24,7 +24,9 @@ MEASURES: Mapping[str, Words] = {
     "class_balance": Words("The shares of the classes changed", Severity.MEDIUM, _MARGINAL),
     "conflicting_labels": Words("Equal inputs with different labels", Severity.MEDIUM),
     "drift": Words("The distribution of the column changed", Severity.MEDIUM, _MARGINAL),
-    "duplicates": Words("Rows whose input occurs again in the data", Severity.LOW, "Equal rows only, not similar ones."),
+    "duplicates": Words(
+        "Rows whose input occurs again in the data", Severity.LOW, "Equal rows only, not similar ones."
+    ),
     "extra_column": Words("A column that the schema does not have", Severity.MEDIUM, ""),
     "label_type": Words("Labels of another type", Severity.HIGH),
     "leakage": Words(
@@ -62,8 +64,16 @@ def finding(
 ) -> Finding:
     """One finding "schema.<measure>"; without a value it is the share of rows, with its interval."""
     words = MEASURES[measure]
-    share = wilson(count, rows) if value is None and 0 < rows and count <= rows else (value, None, None)
-    title = f"{words.title}: {column}" if column else words.title
-    where = {"column": column} if column else {}
-    level = words.severity if severity is None else severity
-    return Finding(f"schema.{measure}", title, level, *share, rows, {**where, **setting}, THREAT, words.limits)
+    share = wilson(count, rows) if value is None else None
+    return Finding(
+        id=f"schema.{measure}",
+        title=f"{words.title}: {column}" if column else words.title,
+        severity=words.severity if severity is None else severity,
+        value=value if share is None else share.value,
+        low=None if share is None else share.low,
+        high=None if share is None else share.high,
+        n=rows,
+        setting={**({"column": column} if column else {}), **setting},
+        threat=THREAT,
+        limits=words.limits,
+    )
