@@ -7,6 +7,7 @@ from aidefend.sanitize.features import Features, extract_features
 from aidefend.sanitize.neighbour_disagreement import NeighbourDisagreement
 from aidefend.sanitize.schema import DatasetSchema
 from aidefend.sanitize.screen import Detector, screen
+from aidefend.sanitize.sources import Source, TrustedSources, verify_sources
 from aidefend.sanitize.spectral_signature import SpectralSignature
 
 __all__ = [
@@ -17,8 +18,11 @@ __all__ = [
     "Detector",
     "Features",
     "NeighbourDisagreement",
+    "Source",
     "SpectralSignature",
+    "TrustedSources",
     "extract_features",
     "screen",
     "screen_batch",
+    "verify_sources",
 ]

@@ -21,6 +21,12 @@ def people(stream, n):
     }
 
 
+def low_cardinality(stream, n):
+    """Few different rows: every row has many equals, with both labels."""
+    values = {f"c{i}": stream.choice(["u", "v", "w"], n, p=[0.6, 0.3, 0.1]) for i in range(4)}
+    return values | {"y": stream.integers(0, 2, n)}
+
+
 def learned(make=people, n=2000, seed=0, **options):
     """A schema of n rows in batches of 500."""
     stream = np.random.default_rng(seed)

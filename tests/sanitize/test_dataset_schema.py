@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from aidefend import AidefendError, ConfigurationError
 from aidefend._core.batches import iterate
 from aidefend.sanitize import DatasetSchema
-from tests.sanitize.schema_worlds import ids, learned, people
+from tests.sanitize.schema_worlds import ids, learned, low_cardinality, people
 
 pandas = pytest.importorskip("pandas")
 SCHEMA = learned()
@@ -108,11 +108,6 @@ def test_planted_drift_is_found_by_the_test_for_it(change):
     assert column in ids(evidence)[measure]
     assert {name for names in ids(evidence).values() for name in names} == {column}
     assert evidence[f"schema.{measure}"].setting["adjusted_p_value"] <= SCHEMA.alpha
-
-
-def low_cardinality(stream, n):
-    values = {f"c{i}": stream.choice(["u", "v", "w"], n, p=[0.6, 0.3, 0.1]) for i in range(4)}
-    return values | {"y": stream.integers(0, 2, n)}
 
 
 def features(stream, n):

@@ -115,8 +115,9 @@ class RowSample:
     """Numbers of at most `limit` rows, those with the smallest keys: a uniform sample, whatever the order of the rows.
 
     A row's key follows from its hash and its ordinal among equal rows, so that repeated rows are drawn as often as they
-    occur. Merging shards gives the sample of the whole where no row occurs in both; where one does, its copies of equal
-    ordinal are drawn together.
+    occur. Rows beyond the bound of the hashes have their row number as ordinal: uniform, too, for one order. Merging
+    shards gives the sample of the whole where no row occurs in both; where one does, its copies of equal ordinal are
+    drawn together.
     """
 
     def __init__(self, limit: int) -> None:

@@ -114,7 +114,7 @@ class DatasetSchema:
         """The schema of both parts of the data, inferred with the same arguments; neither is changed.
 
         Counts, ranges, values and row hashes are those of one pass over all rows; so is the sample, where no input row
-        is in both parts. Level and expectations are those of the left side.
+        is in both parts and `row_coverage` is 1. Level and expectations are those of the left side.
         """
         check_kind(other, DatasetSchema, "other", "Pass another schema")
         return DatasetSchema(self._profile.merged(other._profile), self.alpha, self._expectations)
