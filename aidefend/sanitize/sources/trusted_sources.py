@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
 
-from aidefend._core.checks import check_callable, check_items, check_path, refuse
+from aidefend._core.checks import check_callable, check_items, check_kind, check_path, refuse
 from aidefend._core.errors import AidefendError, ConfigurationError
 from aidefend._core.storage import canonical_json, pretty_json, write_atomic
 from aidefend.sanitize.sources.croissant import read_croissant, write_croissant
@@ -124,7 +124,7 @@ class TrustedSources:
         Raises: UnsafeArtifact: a bad signature, an unknown source, other content. Nothing is returned then.
         """
         self.check_signature(verifier)
-        source = self.get(name)
+        source = self.get(check_kind(name, str, "name", "Pass the name of a source"))
         if source is None:
             raise unsafe("a source of the manifest", "name", name, "Add it to the manifest if you trust it")
         data = read_file(check_path(path))
