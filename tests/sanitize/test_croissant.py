@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from aidefend import UnsafeArtifact
+from aidefend import ConfigurationError, UnsafeArtifact
 from aidefend.sanitize import Source, TrustedSources, verify_sources
 
 DIGEST = "48a7c257f3c90b2a3e529ddd2cca8f4f1bd8e49ed244ef53927649504ac55354"
@@ -108,6 +108,17 @@ def test_ours_come_back_as_they_were_with_records_and_signature(tmp_path):
     kinds = {node["@id"]: node["@type"] for node in body["distribution"]}
     assert kinds == {"captions": "cr:FileSet", "train.csv": "cr:FileObject", "plain": "cr:FileObject"}
     assert "sha256" not in body["distribution"][0]  # a list of digests is no file that others could check
+
+
+def test_every_file_has_an_address_as_the_format_asks(tmp_path):
+    path = tmp_path / "croissant.json"
+    TrustedSources([Source.of("../a b", b"")]).to_croissant(path, name="x")
+    assert json.loads(path.read_text())["distribution"][0]["contentUrl"] == "..%2Fa%20b"
+    assert TrustedSources.from_croissant(path)["../a b"].url == ""
+    for wrong in ("file:///etc/passwd", "/etc/passwd", "../x"):
+        with pytest.raises(ConfigurationError, match="address"):
+            TrustedSources([Source.of("a", b"", url=wrong)]).to_croissant(tmp_path / "no.json", name="x")
+    assert [place.name for place in tmp_path.iterdir()] == ["croissant.json"]
 
 
 def test_files_without_a_digest_are_refused_or_left_out(tmp_path):

@@ -136,7 +136,9 @@ def _metadata(
     reference: Profile, new: Profile, tests: list[Test], alpha: float, digest: str, *, seen: bool
 ) -> dict[str, Any]:
     tested = {test.column for test in tests if test.measure in ("drift", "class_balance")}
-    silent = sorted(name for name in reference.columns if name in new.columns and name not in tested)
+    silent = sorted(
+        name for name in reference.columns if name in new.columns and name not in tested and not reference.repeats(name)
+    )
     not_tested = {"drift": silent} if silent else {}
     if seen or _lacks_inputs(dict.fromkeys(new.columns), reference):  # type: ignore[arg-type]  # names suffice
         not_tested["leakage"] = ["the rows are said to be seen" if seen else "columns are missing"]

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from aidefend._core.checks import check_choice
-from aidefend._core.errors import ConfigurationError
+from aidefend._core.checks import check_choice, refuse
+from aidefend._core.errors import ConfigurationError, UnsafeArtifact
 from aidefend._core.storage import pretty_json, write_atomic
 from aidefend.sanitize.sources.digests import is_digest, unsafe
 from aidefend.sanitize.sources.source import Source, check_line
@@ -35,9 +36,10 @@ _TERMS = {  # what is read here, and where each term may come from
     "conformsTo": ("dct",),
     "records": ("aidefend",),
     "digest": ("aidefend",),
+    "origin": ("aidefend",),
     "signature": ("aidefend",),
 }
-_OWN = ("records", "digest", "signature")
+_OWN = ("records", "digest", "origin", "signature")
 _FORBIDDEN = ("@graph", "@included", "@reverse", "@nest", "@import", "@set", "@list")
 _SCHEMES = ("http", "https", "hf", "s3", "gs", "az", "abfs", "abfss", "ftp", "ftps", "sftp", "git+https")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
@@ -57,7 +59,17 @@ _CONTEXT_TERMS = (
         "recordSet",
         "references",
     ),
-    *("regex", "repeated", "replace", "separator", "source", "subField", "transform"),
+    *(
+        "equivalentProperty",
+        "samplingRate",
+        "regex",
+        "repeated",
+        "replace",
+        "separator",
+        "source",
+        "subField",
+        "transform",
+    ),
 )
 
 
@@ -98,7 +110,7 @@ def _sources(nodes: Sequence[dict[str, Any]], licence: str, *, skip: bool) -> It
 
 
 def _source(name: str, node: dict[str, Any], licence: str, digest: Any) -> Source:
-    url = _url(node.get("contentUrl", ""))
+    url = _url(node.get("origin", node.get("contentUrl", "")))
     try:
         return Source(name, _licence(node) if "license" in node else licence, digest, node.get("records"), url)
     except ConfigurationError as error:
@@ -245,6 +257,7 @@ def _context() -> dict[str, Any]:
     terms |= {term: {"@id": f"cr:{term}", "@type": "@json"} for term in ("data", "examples")}
     terms["dataType"] = {"@id": "cr:dataType", "@type": "@vocab"}
     prefixes = {prefix: _PREFIXES[prefix][0] for prefix in ("cr", "sc", "dct", "aidefend")}
+    prefixes["rai"] = f"{_CROISSANT}RAI/"
     return {"@language": "en", "@vocab": _SCHEMA_ORG[0], **terms, **prefixes, "conformsTo": "dct:conformsTo"}
 
 
@@ -255,4 +268,10 @@ def _node(source: Source) -> dict[str, Any]:
     else:
         node |= {"@type": "cr:FileSet", "encodingFormat": "application/octet-stream", "includes": "*"}
         node |= {"aidefend:records": dict(source.records), "aidefend:digest": source.sha256}
-    return node | {"contentUrl": source.url}
+    if not source.url:  # every file needs an address there
+        return node | {"contentUrl": quote(source.name, safe=""), "aidefend:origin": ""}
+    try:
+        return node | {"contentUrl": _url(source.url)}
+    except UnsafeArtifact as error:
+        rule = "sources with addresses that may go into a Croissant file"
+        raise refuse(rule, "url", source.url, "Give the source an address such as https://..., or none") from error
