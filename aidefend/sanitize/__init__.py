@@ -14,9 +14,11 @@ from aidefend.sanitize.neighbour_disagreement import NeighbourDisagreement
 from aidefend.sanitize.outliers import Outliers
 from aidefend.sanitize.partition_ensemble import PartitionEnsemble
 from aidefend.sanitize.scan import Scan, ScanEvidence
+from aidefend.sanitize.schema import DatasetSchema
 from aidefend.sanitize.screen import screen
 from aidefend.sanitize.screen_report import ScreenReport
 from aidefend.sanitize.source_evidence import SourceEvidence, SourceScore
+from aidefend.sanitize.sources import Source, TrustedSources, verify_sources
 from aidefend.sanitize.spectral_signature import SpectralSignature
 from aidefend.sanitize.spectre import Spectre
 from aidefend.sanitize.training_dynamics import TrainingDynamics, Trajectory
@@ -28,6 +30,7 @@ __all__ = [
     "Certificate",
     "ClusterEvidence",
     "ConfidentLearning",
+    "DatasetSchema",
     "Detector",
     "Features",
     "Influence",
@@ -39,6 +42,7 @@ __all__ = [
     "Scan",
     "ScanEvidence",
     "ScreenReport",
+    "Source",
     "SourceEvidence",
     "SourceScore",
     "SpectralSignature",
@@ -46,7 +50,9 @@ __all__ = [
     "TrainingDynamics",
     "Trajectory",
     "TriggerConsistency",
+    "TrustedSources",
     "extract_features",
     "screen",
     "screen_batch",
+    "verify_sources",
 ]

@@ -169,6 +169,12 @@ def new_path():
     return Path(tempfile.mkdtemp()) / "new"
 
 
+def croissant():
+    path = new_path()
+    TRUSTED.to_croissant(path, name="data")
+    return path
+
+
 def weights():
     return saved_tensors({"w": torch.ones(3, 3)})
 
@@ -255,6 +261,8 @@ SCREENED = sanitize.ScreenReport(["a", "b"], torch.tensor([False, True]), {"stru
 FITTED = sanitize.SpectralSignature().partial_fit(BLOCK)
 INDICATORS = collaborate.sample_indicators(X[:4], KEY)
 DETECTOR = collaborate.apply_indicators(INDICATORS, KEY)
+SCHEMA = sanitize.DatasetSchema.infer((X, Y))
+TRUSTED = sanitize.TrustedSources([sanitize.Source.of("web", {"r": b"x"}), sanitize.Source.of("file", b"x")])
 STATE = sanitize.screen(TensorDataset(X, Y)).state()
 MARKED = X.clone()
 MARKED[..., -2:, -2:] = 1.0
@@ -534,6 +542,71 @@ CALLS = {
         lambda: {"block": {**BLOCK, "x": X}},
     ),
     "sanitize.ConfidentLearning": (sanitize.ConfidentLearning, lambda: {"limit": 9, "seed": 0}),
+    "sanitize.DatasetSchema": (sanitize.DatasetSchema, lambda: {"profile": SCHEMA._profile, "alpha": 0.05}),
+    "sanitize.DatasetSchema.infer": (
+        sanitize.DatasetSchema.infer,
+        lambda: {
+            "batches": (X, Y),
+            "label": "y",
+            "ignore": (),
+            "alpha": 0.05,
+            "key": KEY,
+            "sample": 200,
+            "rows": 200,
+        },
+    ),
+    "sanitize.DatasetSchema.check": (SCHEMA.check, lambda: {"batch": (X2, Y), "seen": False}),
+    "sanitize.DatasetSchema.merge": (SCHEMA.merge, lambda: {"other": SCHEMA}),
+    "sanitize.DatasetSchema.expect": (
+        SCHEMA.expect,
+        lambda: {"column": "y", "low": 0.0, "high": 9.0, "values": [0, 1, 2], "max_missing": 0.5},
+    ),
+    "sanitize.DatasetSchema.load": (sanitize.DatasetSchema.load, lambda: {"path": saved(SCHEMA), "key": b""}),
+    "sanitize.DatasetSchema.save": (SCHEMA.save, lambda: {"path": new_path()}),
+    "sanitize.Source": (
+        sanitize.Source,
+        lambda: {"name": "a", "licence": "MIT", "sha256": "0" * 64, "records": {"r": "1" * 64}, "url": ""},
+    ),
+    "sanitize.Source.of": (
+        sanitize.Source.of,
+        lambda: {"name": "a", "content": {"r": b"x"}, "licence": "MIT", "url": ""},
+    ),
+    "sanitize.TrustedSources": (
+        sanitize.TrustedSources,
+        lambda: {"sources": [sanitize.Source.of("a", b"x")], "signature": b"s"},
+    ),
+    "sanitize.TrustedSources.signed": (TRUSTED.signed, lambda: {"signer": lambda message: b"s"}),
+    "sanitize.TrustedSources.check_signature": (
+        sanitize.TrustedSources(TRUSTED.sources, b"s").check_signature,
+        lambda: {"verifier": lambda message, signature: True},
+    ),
+    "sanitize.TrustedSources.read": (
+        TRUSTED.read,
+        lambda: {"name": "file", "path": file("data", b"x"), "verifier": None},
+    ),
+    "sanitize.TrustedSources.load": (sanitize.TrustedSources.load, lambda: {"path": saved(TRUSTED)}),
+    "sanitize.TrustedSources.from_croissant": (
+        sanitize.TrustedSources.from_croissant,
+        lambda: {"path": croissant(), "unverifiable": "skip"},
+    ),
+    "sanitize.TrustedSources.to_croissant": (
+        TRUSTED.to_croissant,
+        lambda: {"path": new_path(), "name": "data", "description": ""},
+    ),
+    "sanitize.verify_sources": (
+        sanitize.verify_sources,
+        lambda: {
+            "trusted": TRUSTED,
+            "contents": {"web": {"r": b"x"}},
+            "verifier": None,
+            "licences": ["MIT", ""],
+            "complete": False,
+        },
+    ),
+    "sanitize.verify_sources.records": (
+        lambda records: sanitize.verify_sources(TRUSTED, {"web": records}),
+        lambda: {"records": [("r", b"x")]},
+    ),
     "sanitize.NeighbourDisagreement": (sanitize.NeighbourDisagreement, lambda: {"k": 3, "limit": 9, "seed": 0}),
     "privacy.PrivacyConfig": (
         privacy.PrivacyConfig,

@@ -1,0 +1,124 @@
+"""Characters in text that a reader does not see or takes for others, and marks of broken encodings."""
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+TRAPS = ("bidi", "control", "homoglyph", "invisible", "mojibake", "replacement", "surrogate")
+
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")  # the plain marks (LRM, RLM, ALM) belong to right-to-left prose
+_REPLACEMENT = re.compile("[\ufffd\ufffe\uffff\ufdd0-\ufdef]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ALWAYS_INVISIBLE = re.compile("[\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180e\u200b\u2060-\u2064\u3164\ufeff\uffa0]")
+_JOINER = re.compile("[\u200c\u200d]")
+_TAG = re.compile("[\U000e0000-\U000e007f]")
+_FLAG_OF_TAGS = re.compile("\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f")  # the flags of England, Scotland, Wales
+_SELECTORS = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]{2,}")  # runs of them carry hidden bytes
+_HIDDEN_SELECTOR = re.compile("[\x00-\u2000][\U000e0100-\U000e01ef]")  # ideographs alone have variants of that kind
+_WORD = re.compile(r"[^\W\d_]+")
+_PLAIN = re.compile(r"[\t\n\r\x20-\x7e]*")
+
+# Letters that look like a Latin one in common typefaces (a selection of Unicode TR39 confusables, by script).
+_LOOK_LATIN = {
+    "CYRILLIC": frozenset("аеорсухіјѕԁԛԝһӏьгпАВЕКМНОРСТУХІЈЅԚԜҺӀЗ"),
+    "GREEK": frozenset("ανορυικχΑΒΕΖΗΙΚΜΝΟΡΤΥΧ"),
+    "ARMENIAN": frozenset("ոսօհցքԼՕՍ"),
+    "CHEROKEE": frozenset("ᎠᎡᎢᎪᎬᎳᎷᎻᎾᏀᏃᏚᏞᏟᏢᏦᏴ"),
+}
+_SHORTEST_WORD = 3  # of two letters are formulas and units
+
+
+def find_traps(text: str) -> frozenset[str]:
+    """Which of TRAPS a text holds.
+
+    Not found: words written in look-alikes of one foreign script throughout, and look-alikes inside one script ("rn"
+    for "m", "l" for "I"): no rule tells them from honest words.
+
+    Example:
+        >>> sorted(find_traps("p\u0430ypal\u200b")), sorted(find_traps("naïve café 北京 שלום 👩\u200d🔬"))
+        (['homoglyph', 'invisible'], [])
+    """
+    if _PLAIN.fullmatch(text):
+        return frozenset()
+    return frozenset(name for name, test in _TESTS.items() if test(text))
+
+
+def trap_masks(texts: Sequence[str | None]) -> dict[str, list[bool]]:
+    """For each trap that occurs, which of the texts hold it."""
+    found = [frozenset() if text is None else find_traps(text) for text in texts]
+    occurring: frozenset[str] = frozenset().union(*found)
+    return {name: [name in row for row in found] for name in sorted(occurring)}
+
+
+def _invisible(text: str) -> bool:
+    text = _FLAG_OF_TAGS.sub("", text.removeprefix("\ufeff"))  # a byte order mark at the start is an encoding's own
+    if any(pattern.search(text) for pattern in (_ALWAYS_INVISIBLE, _TAG, _SELECTORS, _HIDDEN_SELECTOR)):
+        return True
+    return any(_joins_nothing(text, match.start()) for match in _JOINER.finditer(text))
+
+
+def _joins_nothing(text: str, place: int) -> bool:
+    """Whether a joiner stands where no script uses one: Arabic and Indic scripts and emoji do, Latin does not."""
+    before, after = text[max(0, place - 1) : place], text[place + 1 : place + 2]
+    return (
+        not before
+        or not after
+        or any(_script(letter) in ("", "LATIN", "CYRILLIC", "GREEK") for letter in (before, after))
+    )
+
+
+def _homoglyph(text: str) -> bool:
+    return any(_is_mixed(word) for word in _WORD.findall(text) if len(word) >= _SHORTEST_WORD)
+
+
+def _is_mixed(word: str) -> bool:
+    """Latin letters and, in the same word, only such others as look Latin."""
+    if word.isascii():
+        return False
+    scripts = [(letter, _script(letter)) for letter in word]
+    others = [
+        (letter, script) for letter, script in scripts if script != "LATIN" and unicodedata.category(letter)[0] == "L"
+    ]
+    return (
+        len(others) < len(word)
+        and bool(others)
+        and all(letter in _LOOK_LATIN.get(script, ()) for letter, script in others)
+    )
+
+
+@lru_cache(maxsize=4096)
+def _script(letter: str) -> str:
+    """The first word of a letter's Unicode name, which is its script; "" for what is ASCII and no letter."""
+    if letter.isascii() and not letter.isalpha():
+        return ""
+    return unicodedata.name(letter, "UNKNOWN").split(" ")[0]
+
+
+def _mojibake(text: str) -> bool:
+    """Whether the text, or a word of it, is UTF-8 that was read in a Western code page: written back, it decodes."""
+    return any(_decodes_again(word) for word in text.split() if not word.isascii())
+
+
+def _decodes_again(word: str) -> bool:
+    if all(letter < "\u0100" for letter in word) and not any("\u0080" <= letter < "\u00c0" for letter in word):
+        return False  # continuation bytes lie there; accents alone are honest Latin-1
+    for code_page in ("cp1252", "latin-1"):
+        try:
+            word.encode(code_page).decode("utf-8")
+        except UnicodeError:
+            continue
+        return True
+    return False
+
+
+_TESTS: dict[str, Callable[[str], object]] = {
+    "bidi": _BIDI.search,
+    "control": _CONTROL.search,
+    "homoglyph": _homoglyph,
+    "invisible": _invisible,
+    "mojibake": _mojibake,
+    "replacement": _REPLACEMENT.search,
+    "surrogate": _SURROGATE.search,
+}
