@@ -5,7 +5,7 @@ Base models are ridge regressions on scattering coefficients, which are fixed be
 is chosen on 1,000 training images that are taken out for it. Clean accuracy and the share of test images that are right
 and certified at some numbers of inserted rows, for majority, spread parts and run-off. Published beside it: DPA
 certifies half of the test images against more than 500 insertions, with 3,000 parts (Levine,
-Feizi 2021). Writes benchmarks/results/sanitize_certified.json.
+Feizi 2021). Writes benchmarks/results/sanitize_certified_PARTS.json.
 """
 
 import argparse
@@ -75,8 +75,8 @@ def main() -> None:
     order = torch.randperm(len(data["train_y"]), generator=torch.Generator().manual_seed(SEED))
     x, y = coefficients(data["train_x"])[order], data["train_y"][order]
     test_x, test_y = coefficients(data["test_x"][: arguments.test]), data["test_y"][: arguments.test]
-    table = []
     for partitions in arguments.partitions:
+        table = []
         ridge = chosen(x, y, partitions)
         for method, spread in (("dpa", 1), ("run-off", 1), ("finite-aggregation", 4)):
             if method == "finite-aggregation" and partitions > 1500:
@@ -87,7 +87,8 @@ def main() -> None:
             row = settings | {"fit_seconds": time.perf_counter() - start} | certified(ensemble, test_x, test_y)
             table.append(row)
             print(row, flush=True)
-            write_result("sanitize_certified", {"rows": table, "test_images": arguments.test}, seeds=[SEED])
+            name = f"sanitize_certified_{partitions}"
+            write_result(name, {"rows": table, "test_images": arguments.test}, seeds=[SEED])
 
 
 if __name__ == "__main__":
