@@ -13,7 +13,7 @@ import numpy as np
 
 from aidefend._core.checks import check_path, expected
 from aidefend._core.errors import ConfigurationError
-from aidefend._core.storage import canonical_json, write_atomic
+from aidefend._core.storage import canonical_json, unique_fields, write_atomic
 from aidefend.sanitize.schema.columns import KINDS
 from aidefend.sanitize.schema.facts import Expectation
 from aidefend.sanitize.schema.profile import ColumnProfile, Profile, Sizes, Values
@@ -44,7 +44,9 @@ def load_schema(path: str | os.PathLike[str], key: bytes) -> Parts:
     try:
         if place.stat().st_size > _LARGEST:
             raise ValueError(f"larger than {_LARGEST} bytes")
-        body = json.loads(place.read_bytes().decode("ascii"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        body = json.loads(
+            place.read_bytes().decode("ascii"), object_pairs_hook=unique_fields, parse_constant=_no_constant
+        )
         if not isinstance(body, dict) or body.get("schema") != _SCHEMA:
             raise ValueError("not a schema of this version")
         if body.pop("digest", None) != _digest(body):
@@ -64,13 +66,6 @@ def _digest(body: Mapping[str, Any]) -> str:
 def _key_check(key: bytes) -> str:
     """Tells keys apart without telling the key."""
     return hashlib.blake2b(b"aidefend dataset schema", key=key, digest_size=16).hexdigest()
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a field occurs twice")
-    return found
 
 
 def _no_constant(name: str) -> Any:

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from aidefend._core.storage import unique_fields
 from aidefend.sanitize.sources.digests import read_file, unsafe
 
 LARGEST = 2**28
@@ -18,17 +19,12 @@ def read_json(path: Path, what: str) -> Any:
     if len(raw) > LARGEST:
         raise unsafe(f"{what} of at most {LARGEST} bytes", "size", len(raw), cure)
     try:
-        found = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+        found = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=unique_fields, parse_constant=_refuse, parse_float=_finite
+        )
         _check_depth(found, 0)
     except (ValueError, RecursionError) as error:
         raise unsafe(f"{what} in JSON", "path", f"{path.name}: {str(error)[:120]}", cure) from error
-    return found
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a field occurs twice")
     return found
 
 
