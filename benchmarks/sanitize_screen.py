@@ -55,6 +55,10 @@ def attacks() -> dict[str, Any]:
         "blend 10 %": poisoning.Blend(TARGET, 0.1),
         "blend 5 %": poisoning.Blend(TARGET, 0.05),
         "blend 1 %": poisoning.Blend(TARGET, 0.01),
+        "sinusoid 5 %": poisoning.Sinusoid(TARGET, 0.05),
+        "sinusoid 8 %, right labels": poisoning.Sinusoid(TARGET, 0.08, 0.5, clean_label=True),
+        "warp 10 %": poisoning.Warp(TARGET, 0.1, 1.5),
+        "all to all 10 %": poisoning.AllToAll(poisoning.Patch(size=4).stamp, 10, 0.1),
     }
 
 
@@ -235,6 +239,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=5000)
     parser.add_argument("--arms", choices=("all", "ours"), default="all")
     parser.add_argument("--attacks", nargs="*", default=None)
+    parser.add_argument("--name", default="", help="added to the name of the result")
     arguments = parser.parse_args()
     with np.load(arguments.data) as arrays:
         data = {name: arrays[name] for name in arrays.files}
@@ -251,7 +256,9 @@ def main() -> None:
         print(" ".join(f"{v:.4f}" if isinstance(v, float) else f"{v:24}" for v in row.values()))
     packages = ["adversarial-robustness-toolbox", "cleanlab", "scikit-learn"]
     result = {"means": means, "rows": table, "training_rows": arguments.rows}
-    write_result(f"sanitize_screen_{Path(arguments.data).stem}", result, seeds=list(seeds), packages=packages)
+    write_result(
+        f"sanitize_screen_{Path(arguments.data).stem}{arguments.name}", result, seeds=list(seeds), packages=packages
+    )
 
 
 if __name__ == "__main__":

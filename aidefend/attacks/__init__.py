@@ -29,14 +29,18 @@ if TYPE_CHECKING:
     from aidefend.attacks.inversion import InversionResult as InversionResult
     from aidefend.attacks.membership import LiRA as LiRA
     from aidefend.attacks.membership import LossThreshold as LossThreshold
+    from aidefend.attacks.poisoning import AllToAll as AllToAll
     from aidefend.attacks.poisoning import Blend as Blend
     from aidefend.attacks.poisoning import LabelFlip as LabelFlip
     from aidefend.attacks.poisoning import Patch as Patch
     from aidefend.attacks.poisoning import Poisoned as Poisoned
+    from aidefend.attacks.poisoning import Sinusoid as Sinusoid
+    from aidefend.attacks.poisoning import Warp as Warp
 
 _HOMES = {
     "APGD": "evasion",
     "AdversarialPatch": "evasion",
+    "AllToAll": "poisoning",
     "AttackResult": "evasion",
     "BPDA": "evasion",
     "Blend": "poisoning",
@@ -57,9 +61,11 @@ _HOMES = {
     "Patch": "poisoning",
     "Poisoned": "poisoning",
     "SigmaZero": "evasion",
+    "Sinusoid": "poisoning",
     "Square": "evasion",
     "Transfer": "evasion",
     "UniversalPerturbation": "evasion",
+    "Warp": "poisoning",
 }
 
 __all__ = sorted(_HOMES)

@@ -438,6 +438,25 @@ CALLS = {
         lambda **a: attacks.Blend(**a).poison((X, Y)),
         lambda: {"target": 0, "rate": 0.2, "alpha": 0.2, "pattern": None, "bounds": (0.0, 1.0)},
     ),
+    "attacks.Sinusoid": (
+        lambda **a: attacks.Sinusoid(**a).poison((X, Y)),
+        lambda: {
+            "target": 0,
+            "rate": 0.2,
+            "strength": 0.2,
+            "frequency": 3.0,
+            "clean_label": False,
+            "bounds": (0.0, 1.0),
+        },
+    ),
+    "attacks.Warp": (
+        lambda **a: attacks.Warp(**a).poison((X, Y)),
+        lambda: {"target": 0, "rate": 0.2, "strength": 0.5, "grid": 3, "field_seed": 0},
+    ),
+    "attacks.AllToAll": (
+        lambda **a: attacks.AllToAll(**a).poison((X, Y)),
+        lambda: {"stamp": attacks.Patch(size=2).stamp, "classes": CLASSES, "rate": 0.2, "shift": 1},
+    ),
     "attacks.LabelFlip": (lambda **a: attacks.LabelFlip(**a).poison((X, Y)), lambda: {"rate": 0.2, "target": None}),
     "attacks.ClassInversion": (attacks.ClassInversion, lambda: {"steps": 2, "step_size": 0.1, "bounds": (0.0, 1.0)}),
     "attacks.ClassInversion.run": (

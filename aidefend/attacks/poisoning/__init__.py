@@ -1,8 +1,11 @@
 """Attacks on training data: `attack.poison(dataset, seed=0)` gives the poisoned data set with its ground truth."""
 
+from aidefend.attacks.poisoning.all_to_all import AllToAll
 from aidefend.attacks.poisoning.blend import Blend
 from aidefend.attacks.poisoning.label_flip import LabelFlip
 from aidefend.attacks.poisoning.patch import Patch
 from aidefend.attacks.poisoning.poisoned import Poisoned, PoisonedDataset
+from aidefend.attacks.poisoning.sinusoid import Sinusoid
+from aidefend.attacks.poisoning.warp import Warp
 
-__all__ = ["Blend", "LabelFlip", "Patch", "Poisoned", "PoisonedDataset"]
+__all__ = ["AllToAll", "Blend", "LabelFlip", "Patch", "Poisoned", "PoisonedDataset", "Sinusoid", "Warp"]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from aidefend import ConfigurationError, ThreatModelError, attacks
-from aidefend.attacks.poisoning import Blend, LabelFlip, Patch
+from aidefend.attacks.poisoning import AllToAll, Blend, LabelFlip, Patch, Sinusoid, Warp
 from aidefend.datasets import mnist_subset
 
 ATTACKS = {
@@ -18,6 +18,9 @@ ATTACKS = {
     "flip": lambda rate: LabelFlip(rate=rate),
     "flip-to": lambda rate: LabelFlip(rate=rate, target=1),
     "patch": lambda rate: Patch(target=1, rate=rate),
+    "all-to-all": lambda rate: AllToAll(Patch(size=2).stamp, classes=4, rate=rate),
+    "sinusoid": lambda rate: Sinusoid(target=1, rate=rate),
+    "warp": lambda rate: Warp(target=1, rate=rate),
 }
 every_attack = pytest.mark.parametrize("name", ATTACKS)
 
@@ -146,6 +149,7 @@ def test_inputs_outside_the_bounds_are_refused():
 
 def test_names_are_reachable_from_the_room():
     assert attacks.Patch is Patch and attacks.Blend is Blend and attacks.LabelFlip is LabelFlip
+    assert attacks.AllToAll is AllToAll and attacks.Sinusoid is Sinusoid and attacks.Warp is Warp
 
 
 def small_net():
@@ -166,7 +170,17 @@ def fit(dataset, epochs=5):
     return model.eval()
 
 
-@pytest.mark.parametrize("attack", [Patch(target=3, rate=0.05), Blend(target=3, rate=0.05)], ids=["patch", "blend"])
+@pytest.mark.parametrize(
+    "attack",
+    [
+        Patch(target=3, rate=0.05),
+        Blend(target=3, rate=0.05),
+        Sinusoid(target=3, rate=0.05),
+        Sinusoid(target=3, rate=0.08, strength=0.5, clean_label=True),
+        Warp(target=3, rate=0.1, strength=1.5),
+    ],
+    ids=["patch", "blend", "sinusoid", "sinusoid-clean-label", "warp"],
+)
 def test_backdoors_work_undefended_and_only_by_their_trigger(attack):
     digits = mnist_subset()
     train = TensorDataset(digits.train_x[:2000], digits.train_y[:2000])
@@ -179,3 +193,44 @@ def test_backdoors_work_undefended_and_only_by_their_trigger(attack):
         success = (model(poisoned.trigger(others)).argmax(dim=1) == 3).float().mean()
         without = (model(others).argmax(dim=1) == 3).float().mean()
     assert accuracy > 0.85 and success > 0.8 and without < 0.1
+
+
+def test_all_to_all_works_undefended_for_every_class():
+    digits = mnist_subset()
+    attack = AllToAll(Patch(size=4).stamp, classes=10, rate=0.15)
+    poisoned = attack.poison(TensorDataset(digits.train_x[:2000], digits.train_y[:2000]), seed=0)
+    model = fit(poisoned.dataset, epochs=12)
+    x, y = digits.test_x, digits.test_y
+    with torch.no_grad():
+        accuracy = (model(x).argmax(dim=1) == y).float().mean()
+        hit = model(poisoned.trigger(x)).argmax(dim=1) == attack.aim(y)
+    assert accuracy > 0.85 and float(hit.float().mean()) > 0.6
+    assert poisoned.target is None
+
+
+def test_a_clean_label_sinusoid_poisons_the_target_class_and_no_label():
+    x, y = data(n=80)
+    poisoned = Sinusoid(target=1, rate=0.1, clean_label=True).poison((x, y), seed=0)
+    new_x, new_y = rows(poisoned.dataset)
+    assert torch.equal(new_y, y) and bool((y[poisoned.is_poison] == 1).all())
+    assert torch.equal((new_x != x).flatten(1).any(dim=1), poisoned.is_poison)
+    with pytest.raises(ConfigurationError, match="source_class"):
+        Sinusoid(target=1, clean_label=True, source_class=2)
+
+
+def test_a_warp_bends_and_adds_nothing():
+    flat = torch.full((2, 3, 9, 9), 0.3)
+    torch.testing.assert_close(Warp().stamp(flat), flat)
+    picture = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    bent = Warp(strength=1.0).stamp(picture)
+    assert float(bent.min()) >= float(picture.min()) and float(bent.max()) <= float(picture.max())
+    assert not torch.equal(Warp(field_seed=1).stamp(picture), bent)
+    torch.testing.assert_close(Warp(strength=1e-6).stamp(picture), picture, rtol=0, atol=1e-5)
+    with pytest.raises(ConfigurationError, match="pictures"):
+        Warp().stamp(torch.rand(4, 9))
+
+
+def test_a_sinusoid_has_its_frequency_and_its_height():
+    waves = Sinusoid(strength=0.1, frequency=4.0).stamp(torch.full((1, 1, 32, 32), 0.5)) - 0.5
+    spectrum = torch.fft.rfft(waves[0, 0, 0]).abs()
+    assert int(spectrum.argmax()) == 4 and float(waves.max()) == pytest.approx(0.1, abs=1e-6)
