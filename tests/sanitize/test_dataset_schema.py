@@ -170,6 +170,28 @@ def test_in_data_of_few_different_rows_equal_rows_are_no_news():
     assert evidence.findings == ()
 
 
+def clumps(stream, n):
+    """Rows alone or twenty times over, half of all rows each: their counts vary far more than those of independent rows."""
+    values = []
+    while len(values) < n:
+        values += [stream.random()] * int(stream.choice([1, 20], p=[0.95, 0.05]))
+    return {"a": values[:n]}
+
+
+def test_rows_that_come_in_clumps_do_not_raise_alarms():
+    """At alpha = 0.01, without a weight for the clumps a quarter of these checks would report duplicates."""
+    alarms = 0
+    for seed in range(40):
+        stream = np.random.default_rng(seed)
+        alarms += "duplicates" in ids(DatasetSchema.infer(clumps(stream, 1000)).check(clumps(stream, 600)))
+    assert alarms <= 2
+
+
+def test_zero_and_minus_zero_are_one_row():
+    schema = DatasetSchema.infer({"a": np.array([0.0, 1.5, 2.5]), "b": [1, 2, 3]})
+    assert schema.check({"a": np.array([-0.0, 7.5]), "b": [1.0, 2.0]})["schema.leakage"].setting["rows"] == [0]
+
+
 def test_a_bounded_set_of_row_hashes_says_for_which_share_it_speaks():
     stream = np.random.default_rng(0)
     reference = {"a": stream.normal(size=4000), "b": stream.normal(size=4000)}
