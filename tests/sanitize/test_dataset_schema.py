@@ -171,7 +171,7 @@ def test_in_data_of_few_different_rows_equal_rows_are_no_news():
 
 
 def clumps(stream, n):
-    """Rows alone or twenty times over, half of all rows each: their counts vary far more than those of independent rows."""
+    """Rows alone or twenty times over, half of all rows each: counts vary more than those of independent rows."""
     values = []
     while len(values) < n:
         values += [stream.random()] * int(stream.choice([1, 20], p=[0.95, 0.05]))
@@ -179,7 +179,7 @@ def clumps(stream, n):
 
 
 def test_rows_that_come_in_clumps_do_not_raise_alarms():
-    """At alpha = 0.01, without a weight for the clumps a quarter of these checks would report duplicates."""
+    """At alpha = 0.01; without a weight for the clumps a quarter of these checks would report duplicates."""
     alarms = 0
     for seed in range(40):
         stream = np.random.default_rng(seed)
@@ -295,6 +295,26 @@ def test_times_are_the_same_row_in_every_library():
     found = schema.check(frame)
     assert found["schema.missing_values"].setting["rows"] == [3]
     assert found["schema.leakage"].setting["count"] == 38
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([{"x": [1.0, 2.0], "y": 0}, {"x": [3.0, 4.0], "y": 1}])
+
+
+def test_streams_records_and_single_tensors_are_tables_too():
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    whole = DatasetSchema.infer((x, torch.tensor([0, 1]))).digest
+    record = np.array([(1.0, 2.0, 0), (3.0, 4.0, 1)], dtype=[("x[0]", "f8"), ("x[1]", "f8"), ("y", "i8")])
+    for form in (Stream(), record, [{"x": row, "y": y} for y, row in enumerate(x)], (x, torch.tensor([[0], [1]]))):
+        assert DatasetSchema.infer(form).digest == whole
+    x = torch.cat([x, x + 4])  # two arrays in a list would be a pair (x, y)
+    alone = DatasetSchema.infer(x).digest
+    for form in (iter([x]), [(x,)], list(x), x.bfloat16(), (x, None)):
+        assert DatasetSchema.infer(form).digest == alone
+    for wrong in (pandas.DataFrame([[1, 2]], columns=["a", "a"]), {1: [1], "1": [2]}, iter([(x, x, x)]), x.to_sparse()):
+        with pytest.raises(ConfigurationError):
+            DatasetSchema.infer(wrong)
 
 
 def test_images_are_followed_by_shape_dtype_range_and_drift():
