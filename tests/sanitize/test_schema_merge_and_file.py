@@ -91,6 +91,12 @@ def test_the_hash_set_is_bounded_and_keeps_the_smallest():
     assert all(count == (2 if word in twice else 1) for word, count in hashes.counts.items())
 
 
+def test_copies_of_rows_beyond_the_bound_have_ordinals_of_their_own():
+    hashes = RowHashes(100)
+    hashes.add(np.arange(1000, dtype=np.uint64), None, 0)
+    assert hashes.add(np.array([999, 999, 5, 5], dtype=np.uint64), None, 1000).ordinals.tolist() == [1000, 1001, 1, 2]
+
+
 def test_the_sample_is_uniform_over_rows_repeated_ones_too():
     """Half of the rows are one row: its share in the sample is a half, in single pass and merged (5 sigma)."""
     single, parts = RowSample(1000), [RowSample(1000), RowSample(1000)]

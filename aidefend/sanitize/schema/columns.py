@@ -1,5 +1,6 @@
 """Raw columns read without trusting a single value: what kind each entry is, its number or text, and its hash."""
 
+import datetime
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -172,6 +173,8 @@ def _of_objects(values: Sequence[Any]) -> Column:
             hashes[row] = _hash(b"binary", bytes(entry))
         elif kind == "array":
             shapes[row], hashes[row] = f"{entry.dtype} {tuple(entry.shape)}", _hash_array(entry)
+        elif kind == "time":
+            hashes[row] = _hash_time(entry)
         elif kind != "missing":
             hashes[row] = _hash(kind.encode(), _words(entry).encode("utf-8", "surrogatepass"))
     has_text, has_shape = bool((kinds == _CODE["text"]).any()), bool((kinds == _CODE["array"]).any())
@@ -230,6 +233,17 @@ def _hash_number(value: Any) -> int:
     if isinstance(value, int) and not -_EXACT <= value <= _EXACT:
         return value % 2**64 if -(2**63) <= value < 2**64 else _hash(b"whole", str(value).encode())
     return int(_bits(np.array([number]))[0])
+
+
+def _hash_time(value: Any) -> int:
+    """Nanoseconds since 1970 in UTC, as for whole columns of times; the words of what is no date."""
+    try:
+        if getattr(value, "tzinfo", None) is not None:
+            value = value.astimezone(datetime.timezone.utc).replace(tzinfo=None)
+        moment = np.datetime64(value).astype("datetime64[ns]").astype(np.int64)
+        return int(moment) % 2**64
+    except Exception:  # times of day, dates of other calendars, objects that merely have isoformat
+        return _hash(b"time", _words(value).encode("utf-8", "surrogatepass"))
 
 
 def _hash_array(value: "np.ndarray[Any, Any]") -> int:

@@ -54,7 +54,8 @@ def natural_rate(measure: Measure, reference: Profile) -> tuple[int, int] | None
     rule, name = measure
     if rule == "category":
         counts: Mapping[str, int] = reference.columns[name].values.counts or {}
-        return sum(count == 1 for count in counts.values()), sum(counts.values())
+        single, double = (sum(count == times for count in counts.values()) for times in (1, 2))
+        return max(single, min(double, 1)), sum(counts.values())  # a value seen twice: there may be more that rare
     if rule in ("duplicates", "leakage"):
         return reference.hashes.rows - reference.hashes.singles, reference.hashes.rows
     if rule == "conflicting_labels":

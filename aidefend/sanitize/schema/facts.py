@@ -13,6 +13,7 @@ from aidefend.sanitize.schema.ranges import Limits, far_limits
 _SHOWN_ROWS = 20
 _SHOWN_VALUES = 3
 _SHOWN_LETTERS = 40
+_SINGLES = 0.05  # share of labels that occur once, above which whole numbers are measurements
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +117,8 @@ class Rules:
         known, expected = self.profile.columns[name], self.expectations.get(name)
         classes = name == self.profile.label and is_class_like(known)
         sample = self.profile.sample.of(name)
-        limits = None
-        if len(sample) and not classes:
+        limits = self._of_siblings(name, known)
+        if limits is None and len(sample) and not classes:
             count = sum(known.kinds[kind] for kind in ("flag", "whole", "real"))
             limits = far_limits(sample, known.low, known.high, count, whole=not known.holds("real"))
         if expected is None or (expected.low is None and expected.high is None):
@@ -125,12 +126,26 @@ class Rules:
         low, high = limits or (-np.inf, np.inf)
         return Limits(low if expected.low is None else expected.low, high if expected.high is None else expected.high)
 
+    def _of_siblings(self, name: str, known: ColumnProfile) -> Limits | None:
+        """For a feature "x[3]" that never varied: the range of all features, which share a unit as pixels do."""
+        parent = name.partition("[")[0]
+        if not name.endswith("]") or known.low != known.high:
+            return None
+        family = [column for other, column in self.profile.columns.items() if other.startswith(f"{parent}[")]
+        low, high = min(column.low for column in family), max(column.high for column in family)
+        return Limits(low, high) if low < high else None
+
 
 def _allowed(known: ColumnProfile) -> list[str]:
     kinds = [kind for kind, count in known.kinds.items() if count and kind != "missing"]
-    return [*kinds, "whole"] if "real" in kinds else kinds
+    never_varied = "whole" in kinds and known.low == known.high  # such as zeros: says nothing of what else may come
+    return [*kinds, "whole", "real"] if "real" in kinds or never_varied else kinds
 
 
 def is_class_like(known: ColumnProfile) -> bool:
-    """Whether a label column holds classes, not measured numbers."""
-    return bool(known.values.counts) and not known.holds("real", "array", "binary", "time", "other")
+    """Whether a label column holds classes, not measured numbers: of whole numbers, few are seen once only."""
+    counts = known.values.counts
+    if not counts or known.holds("real", "array", "binary", "time", "other"):
+        return False
+    singles = sum(count == 1 for count in counts.values())
+    return known.holds("text") or singles <= _SINGLES * sum(counts.values())

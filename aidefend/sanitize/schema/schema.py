@@ -39,7 +39,7 @@ class DatasetSchema:
         (drift, class balance, outliers, exceedances, rates of what the reference knows) report anything with
         probability at most alpha (Holm, under every dependence of the columns; the chi-square and rate tests hold
         that asymptotically). Facts are not part of it: a value far outside the range (measured: in at most 1 of 100
-        checks a column from 300 reference rows on, heavy tails among them), the first missing entry, the first text
+        checks a column, for 300 reference rows or more and no more new ones), the first missing entry, the first text
         trap, an unseen label, an equal row. Not shown: that rows which pass are right, or free of poison; changes in
         how columns depend on one another; similar rows.
     Args:
