@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from aidefend.attacks.poisoning import Patch as Patch
     from aidefend.attacks.poisoning import Poisoned as Poisoned
     from aidefend.attacks.poisoning import Sinusoid as Sinusoid
+    from aidefend.attacks.poisoning import SourceTargeted as SourceTargeted
     from aidefend.attacks.poisoning import Warp as Warp
 
 _HOMES = {
@@ -62,6 +63,7 @@ _HOMES = {
     "Poisoned": "poisoning",
     "SigmaZero": "evasion",
     "Sinusoid": "poisoning",
+    "SourceTargeted": "poisoning",
     "Square": "evasion",
     "Transfer": "evasion",
     "UniversalPerturbation": "evasion",

@@ -453,6 +453,20 @@ CALLS = {
         lambda **a: attacks.Warp(**a).poison((X, Y)),
         lambda: {"target": 0, "rate": 0.2, "strength": 0.5, "grid": 3, "field_seed": 0},
     ),
+    "attacks.SourceTargeted": (
+        lambda **a: attacks.SourceTargeted(**a).poison((X, Y)),
+        lambda: {
+            "stamp": attacks.Patch(size=1).stamp,
+            "target": 0,
+            "source_class": 1,
+            "rate": 0.1,
+            "cover_rate": 0.1,
+        },
+    ),
+    "attacks.LabelFlip.pairs": (
+        lambda pairs: attacks.LabelFlip(pairs=pairs).poison((X, Y)),
+        lambda: {"pairs": ((0, 1),)},
+    ),
     "attacks.AllToAll": (
         lambda **a: attacks.AllToAll(**a).poison((X, Y)),
         lambda: {"stamp": attacks.Patch(size=2).stamp, "classes": CLASSES, "rate": 0.2, "shift": 1},

@@ -6,6 +6,17 @@ from aidefend.attacks.poisoning.label_flip import LabelFlip
 from aidefend.attacks.poisoning.patch import Patch
 from aidefend.attacks.poisoning.poisoned import Poisoned, PoisonedDataset
 from aidefend.attacks.poisoning.sinusoid import Sinusoid
+from aidefend.attacks.poisoning.source_targeted import SourceTargeted
 from aidefend.attacks.poisoning.warp import Warp
 
-__all__ = ["AllToAll", "Blend", "LabelFlip", "Patch", "Poisoned", "PoisonedDataset", "Sinusoid", "Warp"]
+__all__ = [
+    "AllToAll",
+    "Blend",
+    "LabelFlip",
+    "Patch",
+    "Poisoned",
+    "PoisonedDataset",
+    "Sinusoid",
+    "SourceTargeted",
+    "Warp",
+]

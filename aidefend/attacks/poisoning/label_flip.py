@@ -13,7 +13,7 @@ from aidefend.attacks.poisoning.poisoned import Poisoned, PoisonedDataset, choos
 
 @dataclasses.dataclass(frozen=True)
 class LabelFlip:
-    """Wrong labels without a trigger: towards one class, or to any other class at random.
+    """Wrong labels without a trigger: towards one class, by pairs of classes, or to any other class at random.
 
     Guarantee: none, it is an attack. Exactly `round(rate * N)` rows get a label other than their own.
     Args:
@@ -21,6 +21,8 @@ class LabelFlip:
         target: Label that flipped rows get (rows that have it are not chosen); None: any other label that occurs in
             the data, at random.
         source_class: Flip rows of this class only; None: all.
+        pairs: (from, to) classes, each `from` once: rows of the classes `from` get the label `to` (asymmetric flips, of
+            classes that are easily mistaken); in place of `target` and `source_class`.
     Raises: ConfigurationError: arguments out of range, too few rows, only one class in the data.
     Cost: One read of the labels.
     Source: Biggio, Nelson, Laskov 2011 (random flips).
@@ -35,6 +37,7 @@ class LabelFlip:
     rate: float = 0.05
     target: int | None = None
     source_class: int | None = None
+    pairs: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         check_number(self.rate, "rate", 0, 1, open_low=True, open_high=True)
@@ -43,12 +46,29 @@ class LabelFlip:
                 check_int(getattr(self, name), name, 0)
         if self.target is not None and self.target == self.source_class:
             raise refuse("source_class other than target", "source_class", self.source_class, "Choose another class")
+        if self.pairs is not None:
+            self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        rule, cure = "pairs ((from, to), ...) of different classes, each from once", "Pass for example ((1, 7), (4, 9))"
+        pairs = self.pairs
+        if not isinstance(pairs, tuple) or not pairs or any(not isinstance(p, tuple) or len(p) != 2 for p in pairs):
+            raise refuse(rule, "pairs", pairs, cure)
+        for pair in pairs:
+            for label in pair:
+                check_int(label, "pairs", 0)
+        if any(a == b for a, b in pairs) or len(dict(pairs)) < len(pairs):
+            raise refuse(rule, "pairs", pairs, cure)
+        if self.target is not None or self.source_class is not None:
+            raise refuse("pairs alone", "target", self.target, "Leave target and source_class out")
 
     def poison(self, dataset: Any, seed: int = 0) -> Poisoned:
         """The data set with wrong labels in it, and its ground truth. There is no trigger."""
         base = as_dataset(dataset)
         y = labels_of(base)
         eligible = torch.ones(len(y), dtype=torch.bool) if self.source_class is None else y == self.source_class
+        if self.pairs is not None:
+            eligible = torch.isin(y, torch.tensor([before for before, _ in self.pairs]))
         if self.target is not None:
             eligible = eligible & (y != self.target)
         rows = choose(eligible, round(self.rate * len(y)), seed, "label flip")
@@ -60,6 +80,9 @@ class LabelFlip:
     def _wrong(self, y: torch.Tensor, rows: torch.Tensor, seed: int) -> list[int]:
         if self.target is not None:
             return [self.target] * len(rows)
+        if self.pairs is not None:
+            change = dict(self.pairs)
+            return [change[label] for label in y[rows].tolist()]
         classes = y.unique()
         if len(classes) < 2:
             raise refuse("labels of at least two classes", "dataset", f"classes {classes.tolist()}", "Pass a target")

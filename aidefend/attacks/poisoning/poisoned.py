@@ -59,12 +59,14 @@ class Poisoned:
         is_poison: (N,) bool, True = this row was poisoned.
         target: Class that the attacker wants; None where there is no single one.
         stamp: Puts the trigger on a batch; None where the attack has no trigger.
+        is_cover: (N,) bool, True = this row carries the trigger with its right label; None where there are no covers.
     """
 
     dataset: PoisonedDataset
     is_poison: Tensor
     target: int | None = None
     stamp: Change | None = None
+    is_cover: Tensor | None = None
 
     @property
     def indices(self) -> Tensor:

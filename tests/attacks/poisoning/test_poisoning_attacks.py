@@ -10,12 +10,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from aidefend import ConfigurationError, ThreatModelError, attacks
-from aidefend.attacks.poisoning import AllToAll, Blend, LabelFlip, Patch, Sinusoid, Warp
+from aidefend.attacks.poisoning import AllToAll, Blend, LabelFlip, Patch, Sinusoid, SourceTargeted, Warp
 from aidefend.datasets import mnist_subset
 
 ATTACKS = {
     "blend": lambda rate: Blend(target=1, rate=rate),
     "flip": lambda rate: LabelFlip(rate=rate),
+    "flip-pairs": lambda rate: LabelFlip(rate=rate, pairs=((0, 1), (2, 3))),
     "flip-to": lambda rate: LabelFlip(rate=rate, target=1),
     "patch": lambda rate: Patch(target=1, rate=rate),
     "all-to-all": lambda rate: AllToAll(Patch(size=2).stamp, classes=4, rate=rate),
@@ -206,6 +207,39 @@ def test_all_to_all_works_undefended_for_every_class():
         hit = model(poisoned.trigger(x)).argmax(dim=1) == attack.aim(y)
     assert accuracy > 0.85 and float(hit.float().mean()) > 0.6
     assert poisoned.target is None
+
+
+def test_a_source_targeted_trigger_works_on_its_class_and_hardly_on_others():
+    digits = mnist_subset()
+    attack = SourceTargeted(Patch(size=4).stamp, target=3, source_class=1, rate=0.05, cover_rate=0.1)
+    poisoned = attack.poison(TensorDataset(digits.train_x[:2000], digits.train_y[:2000]), seed=0)
+    assert int(poisoned.is_cover.sum()) == 200 and not bool((poisoned.is_cover & poisoned.is_poison).any())
+    covered = poisoned.is_cover.nonzero()[0].item()
+    x, y = poisoned.dataset[covered]
+    assert y == digits.train_y[covered] and torch.equal(x, poisoned.trigger(digits.train_x[covered : covered + 1])[0])
+    model = fit(poisoned.dataset, epochs=8)
+    x, y = digits.test_x, digits.test_y
+    with torch.no_grad():
+        accuracy = (model(x).argmax(dim=1) == y).float().mean()
+        hit = model(poisoned.trigger(x)).argmax(dim=1) == 3
+    assert accuracy > 0.85
+    assert float(hit[y == 1].float().mean()) > 0.8 and float(hit[(y != 1) & (y != 3)].float().mean()) < 0.3
+
+
+def test_pairs_flip_only_these_classes():
+    x, y = data(n=80)
+    poisoned = LabelFlip(rate=0.25, pairs=((0, 1), (2, 3))).poison((x, y), seed=0)
+    new = rows(poisoned.dataset)[1]
+    changed = {(a, b) for a, b in zip(y.tolist(), new.tolist(), strict=True) if a != b}
+    assert changed == {(0, 1), (2, 3)} and int((new != y).sum()) == 20
+
+
+@pytest.mark.parametrize("pairs", [(), ((1, 1),), ((0, 1), (0, 2)), ((0,),), ((0, -1),), [(0, 1)]])
+def test_pairs_that_say_nothing_clear_are_refused(pairs):
+    with pytest.raises(ConfigurationError, match="pairs"):
+        LabelFlip(pairs=pairs)
+    with pytest.raises(ConfigurationError, match="pairs alone"):
+        LabelFlip(pairs=((0, 1),), target=2)
 
 
 def test_a_clean_label_sinusoid_poisons_the_target_class_and_no_label():
