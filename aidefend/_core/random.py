@@ -1,9 +1,11 @@
 """Randomness: seeded streams of our own, never the user's global ones, and secure bits of the operating system."""
 
+import contextlib
 import hashlib
 import math
 import secrets
 import ssl
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -32,6 +34,14 @@ def derive_seed(seed: int, *names: object) -> int:
     """
     text = "\x1f".join([str(check_int(seed, "seed", 0)), *(str(name) for name in names)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+@contextlib.contextmanager
+def own_stream(seed: int) -> Iterator[None]:
+    """What draws from the global stream (first weights, dropout) draws from this seed; the stream itself is kept."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed % 2**63)
+        yield
 
 
 def row_generator(seed: int, row_id: str) -> np.random.Generator:

@@ -13,6 +13,8 @@ from aidefend.sanitize.near_duplicates import NearDuplicates
 from aidefend.sanitize.neighbour_disagreement import NeighbourDisagreement
 from aidefend.sanitize.outliers import Outliers
 from aidefend.sanitize.partition_ensemble import PartitionEnsemble
+from aidefend.sanitize.repair import RepairTest, ReversedTriggers, repair, retest, reverse_trigger
+from aidefend.sanitize.robust_loss import robust_loss
 from aidefend.sanitize.scan import Scan, ScanEvidence
 from aidefend.sanitize.schema import DatasetSchema
 from aidefend.sanitize.screen import screen
@@ -39,6 +41,8 @@ __all__ = [
     "NeighbourDisagreement",
     "Outliers",
     "PartitionEnsemble",
+    "RepairTest",
+    "ReversedTriggers",
     "Scan",
     "ScanEvidence",
     "ScreenReport",
@@ -52,6 +56,10 @@ __all__ = [
     "TriggerConsistency",
     "TrustedSources",
     "extract_features",
+    "repair",
+    "retest",
+    "reverse_trigger",
+    "robust_loss",
     "screen",
     "screen_batch",
     "verify_sources",

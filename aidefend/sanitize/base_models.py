@@ -1,6 +1,5 @@
 """Base models of a partition ensemble: each is a function of its own rows and its own number, bit for bit."""
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -10,7 +9,7 @@ from torch.func import functional_call, stack_module_state
 from torch.nn.functional import cross_entropy
 
 from aidefend._core.checks import check_kind, check_tensor, refuse
-from aidefend._core.random import derive_seed
+from aidefend._core.random import derive_seed, own_stream
 
 MakeModel = Callable[[], nn.Module]
 
@@ -84,7 +83,7 @@ class NetworkBases:
         mean = rows.mean() if len(rows) else torch.zeros(())
         spread = rows.std(correction=0).clamp(min=1e-6) if len(rows) else torch.ones(())
         optimizer = torch.optim.Adam(model.parameters(), lr=self.rate)
-        with torch.enable_grad(), _own_stream(derive_seed(self.seed, "training", number)):
+        with torch.enable_grad(), own_stream(derive_seed(self.seed, "training", number)):
             for _ in range(self.steps if len(rows) else 0):
                 batch = torch.randperm(len(rows), generator=stream)[:64]
                 optimizer.zero_grad()
@@ -94,7 +93,7 @@ class NetworkBases:
         self._scales.append((mean, spread))
 
     def _made(self, number: int) -> nn.Module:
-        with _own_stream(derive_seed(self.seed, "weights", number)):
+        with own_stream(derive_seed(self.seed, "weights", number)):
             return check_kind(self.make_model(), nn.Module, "make_model", "Return a module").train()
 
     def logits(self, x: Tensor, together: int = 64) -> Iterator[Tensor]:
@@ -123,11 +122,3 @@ class NetworkBases:
                 cure = "Give the networks one output for each class, or name the number in classes="
                 raise refuse(f"{self.classes} outputs", "make_model()(x)", logits, cure)
             yield logits.nan_to_num()  # a part whose training went astray has a vote like any other
-
-
-@contextlib.contextmanager
-def _own_stream(seed: int) -> Iterator[None]:
-    """What draws from the global stream (first weights, dropout) draws from this seed; the stream itself is kept."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed % 2**63)
-        yield

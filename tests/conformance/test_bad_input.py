@@ -261,6 +261,7 @@ SCREENED = sanitize.ScreenReport(["a", "b"], torch.tensor([False, True]), {"stru
 FITTED = sanitize.SpectralSignature().partial_fit(BLOCK)
 INDICATORS = collaborate.sample_indicators(X[:4], KEY)
 DETECTOR = collaborate.apply_indicators(INDICATORS, KEY)
+FOUR = nn.Sequential(nn.Flatten(), nn.Linear(X[0].numel(), 4)).requires_grad_(False)
 SCHEMA = sanitize.DatasetSchema.infer((X, Y))
 TRUSTED = sanitize.TrustedSources([sanitize.Source.of("web", {"r": b"x"}), sanitize.Source.of("file", b"x")])
 STATE = sanitize.screen(TensorDataset(X, Y)).state()
@@ -555,6 +556,54 @@ CALLS = {
         lambda: {"dataset": TensorDataset(X, Y)},
     ),
     "sanitize.PartitionEnsemble.certify": (ENSEMBLE.certify, lambda: {"x": X, "batch_size": 5}),
+    "sanitize.repair": (
+        sanitize.repair,
+        lambda: {
+            "model": Net(),
+            "trusted": TensorDataset(X, Y),
+            "method": "fine-tuning",
+            "max_accuracy_loss": 0.1,
+            "epochs": 1,
+            "seed": 0,
+        },
+    ),
+    "sanitize.repair.fine-pruning": (
+        sanitize.repair,
+        lambda: {"model": Net(), "trusted": TensorDataset(X, Y), "layer": "head", "epochs": 1},
+    ),
+    "sanitize.repair.abl": (
+        lambda model, trusted, suspects: sanitize.repair(model, trusted, "abl", suspects=suspects, epochs=1),
+        lambda: {"model": Net(), "trusted": TensorDataset(X, Y), "suspects": TensorDataset(X[:4], Y[:4])},
+    ),
+    "sanitize.retest": (
+        sanitize.retest,
+        lambda: {
+            "model": Net(),
+            "repaired": Net(),
+            "trusted": TensorDataset(X, Y),
+            "trigger": torch.ones_like,
+            "target": 0,
+            "limit": 0.1,
+            "epochs": 1,
+            "rate": 0.01,
+            "seed": 0,
+        },
+    ),
+    "sanitize.reverse_trigger": (
+        lambda **a: sanitize.reverse_trigger(FOUR, TensorDataset(X, Y), **a),
+        lambda: {"forms": ("written",), "threshold": 2.0, "steps": 2, "seed": 0},
+    ),
+    "sanitize.robust_loss": (
+        lambda **a: sanitize.robust_loss(Net(), **a),
+        lambda: {
+            "x": X,
+            "y": Y,
+            "method": "trimmed",
+            "share": 0.1,
+            "max_grad_norm": 1.0,
+            "per_example_loss": None,
+        },
+    ),
     "sanitize.Scan": (sanitize.Scan, lambda: {"dimensions": 3, "limit": 12, "seed": 0}),
     "sanitize.SourceEvidence": (sanitize.SourceEvidence, lambda: {"ridge": 0.1, "smallest": 3}),
     "sanitize.SourceEvidence.partial_fit": (
@@ -1053,6 +1102,8 @@ NO_ARGUMENTS_OR_RESULTS = {  # nothing to get wrong, or made by the library and 
     "explain.Attribution",
     "explain.Influence",
     "explain.SanityCheck",
+    "sanitize.RepairTest",
+    "sanitize.ReversedTriggers",
     "collaborate.Aggregation",
     "collaborate.Shared",
     "audit.Change",
