@@ -79,7 +79,7 @@ def world():
     return Backdoored(
         trained(bad_x, bad_y),
         trained(x, y),
-        made_images(100, seed=2),
+        made_images(200, seed=2),
         made_images(500, seed=3),
         (bad_x[rows], bad_y[rows]),
         attack.stamp,
@@ -279,7 +279,7 @@ def test_tuning_keeps_the_statistics_of_batch_normalisation():
 
 def test_held_back_rows_are_of_every_class_and_no_row_is_in_both(world):
     rows = trusted_rows(world.model, world.trusted, 0)
-    assert len(rows.x) + len(rows.held_x) == 100 and set(rows.held_y.tolist()) == set(range(CLASSES))
+    assert len(rows.x) + len(rows.held_x) == 200 and set(rows.held_y.tolist()) == set(range(CLASSES))
     assert not set(map(tuple, rows.x.flatten(1).tolist())) & set(map(tuple, rows.held_x.flatten(1).tolist()))
 
 
