@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from aidefend.attacks.poisoning import Poisoned as Poisoned
     from aidefend.attacks.poisoning import Sinusoid as Sinusoid
     from aidefend.attacks.poisoning import SourceTargeted as SourceTargeted
+    from aidefend.attacks.poisoning import TableTrigger as TableTrigger
     from aidefend.attacks.poisoning import Warp as Warp
 
 _HOMES = {
@@ -65,6 +66,7 @@ _HOMES = {
     "Sinusoid": "poisoning",
     "SourceTargeted": "poisoning",
     "Square": "evasion",
+    "TableTrigger": "poisoning",
     "Transfer": "evasion",
     "UniversalPerturbation": "evasion",
     "Warp": "poisoning",

@@ -464,6 +464,10 @@ CALLS = {
             "cover_rate": 0.1,
         },
     ),
+    "attacks.TableTrigger": (
+        lambda **a: attacks.TableTrigger(**a).poison((X.flatten(1), Y)),
+        lambda: {"columns": (1,), "values": (0.5,), "target": 0, "rate": 0.1, "source_class": 1},
+    ),
     "attacks.LabelFlip.pairs": (
         lambda pairs: attacks.LabelFlip(pairs=pairs).poison((X, Y)),
         lambda: {"pairs": ((0, 1),)},

@@ -7,6 +7,7 @@ from aidefend.attacks.poisoning.patch import Patch
 from aidefend.attacks.poisoning.poisoned import Poisoned, PoisonedDataset
 from aidefend.attacks.poisoning.sinusoid import Sinusoid
 from aidefend.attacks.poisoning.source_targeted import SourceTargeted
+from aidefend.attacks.poisoning.table_trigger import TableTrigger
 from aidefend.attacks.poisoning.warp import Warp
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "PoisonedDataset",
     "Sinusoid",
     "SourceTargeted",
+    "TableTrigger",
     "Warp",
 ]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from aidefend import ConfigurationError, ThreatModelError, attacks
-from aidefend.attacks.poisoning import AllToAll, Blend, LabelFlip, Patch, Sinusoid, SourceTargeted, Warp
+from aidefend.attacks.poisoning import AllToAll, Blend, LabelFlip, Patch, Sinusoid, SourceTargeted, TableTrigger, Warp
 from aidefend.datasets import mnist_subset
 
 ATTACKS = {
@@ -224,6 +224,39 @@ def test_a_source_targeted_trigger_works_on_its_class_and_hardly_on_others():
         hit = model(poisoned.trigger(x)).argmax(dim=1) == 3
     assert accuracy > 0.85
     assert float(hit[y == 1].float().mean()) > 0.8 and float(hit[(y != 1) & (y != 3)].float().mean()) < 0.3
+
+
+def test_a_table_trigger_of_usual_values_works_undefended():
+    stream = torch.Generator().manual_seed(0)
+    y = torch.arange(3000) % 3
+    x = torch.randn(3000, 8, generator=stream)
+    x[:, 0] += 2.5 * y
+    attack = TableTrigger(columns=(3, 5, 6), values=(1.5, -1.5, 1.5), target=0, rate=0.05)
+    poisoned = attack.poison((x[:2400], y[:2400]), seed=0)
+    new_x, new_y = rows(poisoned.dataset)
+    assert torch.equal((new_x != x[:2400]).any(dim=0).nonzero().flatten(), torch.tensor([3, 5, 6]))
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(300):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(new_x), new_y).backward()
+        optimizer.step()
+    with torch.no_grad():
+        accuracy = (model(x[2400:]).argmax(dim=1) == y[2400:]).float().mean()
+        others = x[2400:][y[2400:] != 0]
+        hit = (model(poisoned.trigger(others)).argmax(dim=1) == 0).float().mean()
+    assert accuracy > 0.85 and hit > 0.8
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"columns": ()}, {"columns": (1, 1)}, {"values": (1.0,)}, {"values": (1.0, float("nan"))}, {"columns": (1, 99)}],
+)
+def test_table_triggers_that_fit_no_table_are_refused(bad):
+    with pytest.raises(ConfigurationError, match=r"columns|values"):
+        TableTrigger(**{"columns": (1, 2), "values": (0.5, 0.5), **bad}).poison(
+            (torch.rand(20, 8), torch.arange(20) % 4)
+        )
 
 
 def test_pairs_flip_only_these_classes():
