@@ -61,7 +61,7 @@ def k_nearest(
 def _wide(rows: Tensor) -> Tensor:
     """Half precision as float32, and float64 where squares would leave the range of float32."""
     wide = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
-    return wide.double() if wide.numel() and float(wide.abs().max()) > 1e15 else wide
+    return wide.double() if wide.numel() and float(wide.detach().abs().max()) > 1e15 else wide
 
 
 def _nearest_of_block(

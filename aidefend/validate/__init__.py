@@ -3,24 +3,30 @@
 from aidefend.validate.attackable import AttackableGuard
 from aidefend.validate.collaborators import Budget, Log, MetricsSink, Policy
 from aidefend.validate.decision import GuardDecision
-from aidefend.validate.detector import Detector, FittedDetector
+from aidefend.validate.detector import Detector, FittedDetector, FittedInputDetector
 from aidefend.validate.guard import Guard
-from aidefend.validate.logit_scores import Energy, MaxLogit, MaxSoftmax
+from aidefend.validate.local_dimension import LocalDimension
+from aidefend.validate.logit_scores import GEN, Energy, Entropy, MaxLogit, MaxSoftmax
 from aidefend.validate.mahalanobis import Mahalanobis, RelativeMahalanobis
 from aidefend.validate.nearest_neighbours import NearestNeighbours
 from aidefend.validate.outputs import LabelOnly, Rounded, Tempered, TopK
 from aidefend.validate.spec import InputSpec, SpecResult
+from aidefend.validate.virtual_logit import ViM
 
 __all__ = [
+    "GEN",
     "AttackableGuard",
     "Budget",
     "Detector",
     "Energy",
+    "Entropy",
     "FittedDetector",
+    "FittedInputDetector",
     "Guard",
     "GuardDecision",
     "InputSpec",
     "LabelOnly",
+    "LocalDimension",
     "Log",
     "Mahalanobis",
     "MaxLogit",
@@ -33,4 +39,5 @@ __all__ = [
     "SpecResult",
     "Tempered",
     "TopK",
+    "ViM",
 ]

@@ -22,7 +22,7 @@ from aidefend._core.modules import (
 )
 from aidefend._core.progress import progress
 from aidefend._core.random import derive_seed
-from aidefend.validate.calibration import Calibration, share_rows
+from aidefend.validate.calibration import JointCalibration, share_rows
 from aidefend.validate.detector import Detector, FittedDetector
 from aidefend.validate.features import PassCapture
 from aidefend.validate.model_identity import identify, uncompiled
@@ -58,7 +58,7 @@ class Calibrated:
 
     spec: InputSpec
     detectors: tuple[FittedDetector, ...]
-    calibration: Calibration
+    calibration: JointCalibration
     facts: Facts
 
 
@@ -106,7 +106,7 @@ def calibrate(
         scores = score_all(fitted, rows["calibration"].features, rows["calibration"].logits)
         reference = rows.get("reference")
         basis = scores[:0] if reference is None else score_all(fitted, reference.features, reference.logits)
-        calibration = Calibration.of(names, scores, basis, alpha)
+        calibration = JointCalibration.of(names, scores, basis, alpha)
     facts = Facts(
         alpha=float(alpha),
         seed=seed,

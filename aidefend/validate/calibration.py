@@ -4,19 +4,17 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
-import torch
 from scipy import stats as scipy_stats
 from torch import Tensor, nn
 
 from aidefend._core.checks import check_probability, check_tensor, refuse
 from aidefend._core.stats import Interval, conformal_p_values
+from aidefend.validate.tail_surprise import Tails
 
 COMBINED = "combined"
-_TAILS = (0.5, 0.25, 0.1, 0.05, 0.02, 0.01)
-_ROWS_IN_TAIL = 5
 
 
-class Calibration(nn.Module):
+class JointCalibration(nn.Module):
     """The scores of rows that were used for nothing else, and the statistic that joins several detectors.
 
     Each score s becomes a surprise -log P(score >= s), read off the reference rows as a piecewise linear function with
@@ -50,16 +48,12 @@ class Calibration(nn.Module):
         self.register_buffer("threshold", joined.sort(descending=True).values[self.rank - 1])
 
     @classmethod
-    def of(cls, names: Sequence[str], scores: Tensor, reference: Tensor, alpha: float) -> "Calibration":
+    def of(cls, names: Sequence[str], scores: Tensor, reference: Tensor, alpha: float) -> "JointCalibration":
         """From calibration scores (n, D) and reference scores (m, D); one detector needs no reference rows."""
         if len(names) == 1:
             nothing = scores.new_zeros(1, 0)
             return cls(names, scores, nothing, nothing[0], nothing, alpha)
-        levels = [tail for tail in _TAILS if tail * len(reference) >= _ROWS_IN_TAIL]
-        heights = -torch.tensor(levels, dtype=torch.float64, device=scores.device).log()
-        parts = [_knots(column, levels, heights) for column in reference.double().T]
-        knots, slopes = (torch.stack([part[i] for part in parts]) for i in (0, 1))
-        return cls(names, scores, knots, heights, slopes, alpha)
+        return cls(names, scores, *Tails.of(reference), alpha)
 
     @property
     def n(self) -> int:
@@ -78,12 +72,10 @@ class Calibration(nn.Module):
 
     def join(self, scores: Tensor) -> Tensor:
         """The joint statistic of scores (N, D): (N,) float64, higher = stranger; differentiable."""
-        knots, heights, slopes = (cast(Tensor, getattr(self, name)) for name in ("knots", "heights", "slopes"))
-        wide = scores.to(knots.device).double()
-        if knots.shape[1] == 0:
-            return wide[:, 0]
-        columns = [_surprise(wide[:, i].contiguous(), knots[i], heights, slopes[i]) for i in range(len(knots))]
-        return torch.stack(columns, dim=1).logsumexp(dim=1)
+        tails = Tails(*(cast(Tensor, getattr(self, name)) for name in ("knots", "heights", "slopes")))
+        if tails.knots.shape[1] == 0:
+            return scores.to(tails.knots.device).double()[:, 0]
+        return tails.surprises(scores).logsumexp(dim=1)
 
     def margin(self, scores: Tensor) -> Tensor:
         """Joint statistic minus threshold: > 0 exactly for refused rows; NaN scores count as strangest."""
@@ -146,23 +138,6 @@ def rank_for(alpha: float, n: int) -> int:
 def least_rows(alpha: float) -> int:
     """The smallest n with floor(alpha (n + 1)) >= 1."""
     return max(1, math.ceil(1 / check_probability(alpha, "alpha") - 1 - 1e-9))
-
-
-def _knots(scores: Tensor, levels: list[float], heights: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores at the tail levels, ascending and apart, and the slope behind each; the last one is the mean excess."""
-    spread = float(scores.max() - scores.min()) or max(1.0, float(scores.abs().max()))
-    knots = scores.quantile(torch.tensor([1 - level for level in levels]).to(scores))
-    least = torch.arange(len(levels)).to(scores) * 1e-6 * spread
-    knots = (knots - least).cummax(dim=0).values + least
-    excess = (scores[scores > knots[-1]] - knots[-1]).mean().nan_to_num(nan=0.0)
-    last = 1 / torch.clamp(excess, min=1e-6 * spread)
-    return knots, torch.cat([heights.diff() / knots.diff(), last[None]])
-
-
-def _surprise(scores: Tensor, knots: Tensor, heights: Tensor, slopes: Tensor) -> Tensor:
-    """-log P(score >= s): linear between the knots, and beyond the ends with the slopes there."""
-    place = (torch.searchsorted(knots, scores.detach(), right=True) - 1).clamp(min=0, max=len(knots) - 1)
-    return heights[place] + (scores - knots[place]) * slopes[place]
 
 
 def _check_arrays(detectors: int, scores: Tensor, knots: Tensor, heights: Tensor, slopes: Tensor) -> None:

@@ -6,12 +6,12 @@ from typing import Any
 from aidefend._core.evidence import Evidence, Finding, Severity
 from aidefend._core.stats import wilson
 from aidefend.validate.calibrating import Facts
-from aidefend.validate.calibration import Calibration
+from aidefend.validate.calibration import JointCalibration
 from aidefend.validate.decision import LIMITS
 from aidefend.validate.spec import InputSpec
 
 
-def summarise(facts: Facts, calibration: Calibration, mode: str) -> str:
+def summarise(facts: Facts, calibration: JointCalibration, mode: str) -> str:
     """Two lines: what is refused, and how often that happens to clean rows."""
     rate = calibration.interval()
     return (
@@ -23,7 +23,7 @@ def summarise(facts: Facts, calibration: Calibration, mode: str) -> str:
     )
 
 
-def calibration_evidence(facts: Facts, calibration: Calibration, spec: InputSpec, mode: str) -> Evidence:
+def calibration_evidence(facts: Facts, calibration: JointCalibration, spec: InputSpec, mode: str) -> Evidence:
     """Rate of false positives with its interval, and the share of calibration rows that the specification refused."""
     setting: dict[str, Any] = {**dataclasses.asdict(facts), "detectors": list(calibration.names), "mode": mode}
     seen = facts.calibration_n + facts.refused_n

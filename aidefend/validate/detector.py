@@ -1,12 +1,13 @@
 """The one interface of detectors: `fit` once, then `score` rows, higher = stranger."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from aidefend._core.checks import check_labels, check_not_empty, check_same_rows, check_tensor, refuse
+from aidefend._core.modules import Model
 
 
 class FittedDetector(Protocol):
@@ -20,26 +21,83 @@ class FittedDetector(Protocol):
     def uses_features(self) -> bool:
         """Whether `score` looks at the features; if no detector does, the guard needs no layer."""
 
-    def score(self, features: Tensor, logits: Tensor) -> Tensor:
+    def score(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """(N,) float, higher = stranger; differentiable in its arguments wherever possible.
 
         Args:
             features: (N, d) float, finite; d may be 0 if `uses_features` is false.
-            logits: (N, K) float, finite, K >= 2.
+            logits: (N, K) float, finite, K >= 2; None for a regression model, where the detector reads features only.
+        """
+
+
+class FittedInputDetector(Protocol):
+    """A fitted detector that looks at the inputs themselves, mostly by asking the model again; `score_rows` serves it.
+
+    Such a class has `uses_inputs = True`; a detector without this attribute never sees inputs or model.
+    """
+
+    @property
+    def name(self) -> str:
+        """Lower-case words with hyphens; the key of its scores and p-values."""
+
+    @property
+    def uses_features(self) -> bool:
+        """Whether `score` looks at the features."""
+
+    @property
+    def uses_inputs(self) -> bool:
+        """True."""
+
+    def score(
+        self, features: Tensor, logits: Tensor | None = None, *, x: Tensor | None = None, model: Model | None = None
+    ) -> Tensor:
+        """(N,) float, higher = stranger; differentiable in x where its steps are.
+
+        Args:
+            features: (N, d) float, finite.
+            logits: (N, K) of the rows as they are.
+            x: (N, ...) the rows as the model sees them.
+            model: Returns logits; in eval mode.
         """
 
 
 class Detector(Protocol):
     """A configuration of a detector: frozen, and reusable for several models."""
 
-    def fit(self, features: Tensor, logits: Tensor, labels: Tensor | None = None) -> FittedDetector:
+    def fit(self, features: Tensor, logits: Tensor | None = None, labels: Tensor | None = None) -> FittedDetector:
         """Learn from clean rows.
 
         Args:
             features: (N, d) float, finite, N >= 1.
-            logits: (N, K) float, finite.
-            labels: (N,) int64 class indices; None = the predicted classes stand in where labels are needed.
+            logits: (N, K) float, finite; None for a regression model.
+            labels: (N,) int64 class indices; None = the predicted classes stand in where labels are needed, and one
+                class for all where there are no logits either.
         """
+
+
+class Rows(NamedTuple):
+    """Everything that a detector may look at, for the same N rows: features, logits, inputs, and the model."""
+
+    features: Tensor
+    logits: Tensor | None = None
+    x: Tensor | None = None
+    model: Model | None = None
+
+
+def score_rows(detector: FittedDetector | FittedInputDetector, rows: Rows) -> Tensor:
+    """Scores (N,) of any fitted detector: gives each what it looks at."""
+    if getattr(detector, "uses_inputs", False):
+        scores = detector.score(rows.features, rows.logits, x=rows.x, model=rows.model)  # type: ignore[call-arg]
+    else:
+        scores = detector.score(rows.features, rows.logits)
+    if scores.shape != (len(rows.features),):
+        raise refuse(f"scores of shape ({len(rows.features)},)", "score", scores, "Return one score for each row")
+    return scores
+
+
+def score_columns(detectors: Iterable[FittedDetector | FittedInputDetector], rows: Rows) -> Tensor:
+    """Scores of all detectors: (N, D) float64."""
+    return torch.stack([score_rows(detector, rows).double() for detector in detectors], dim=1)
 
 
 class StorableDetector(FittedDetector, Protocol):
@@ -52,11 +110,20 @@ class StorableDetector(FittedDetector, Protocol):
         """What it learned."""
 
 
-def check_outputs(features: Tensor, logits: Tensor) -> None:
-    """Features (N, d) and logits (N, K) of the same rows, finite."""
+def check_outputs(features: Tensor, logits: Tensor | None) -> None:
+    """Features (N, d) and, unless there are none, logits (N, K) of the same rows, finite."""
     check_tensor(features, "features", ndim=2, floating=True)
-    check_tensor(logits, "logits", ndim=2, floating=True)
-    check_same_rows(("features", "logits"), len(features), len(logits))
+    if logits is not None:
+        check_tensor(logits, "logits", ndim=2, floating=True)
+        check_same_rows(("features", "logits"), len(features), len(logits))
+
+
+def check_wide_logits(features: Tensor, logits: Tensor | None) -> Tensor:
+    """Logits (N, K) of the rows of these features, at least float32, for a detector that cannot do without."""
+    check_outputs(features, logits)
+    if logits is None:
+        raise refuse("logits", "logits", None, "For a regression model take detectors of features alone")
+    return wide(logits)
 
 
 def check_width(features: Tensor, width: int) -> None:
@@ -65,11 +132,15 @@ def check_width(features: Tensor, width: int) -> None:
         raise refuse(f"{width} features a row, as at the fit", "features", features, "Use the same layer")
 
 
-def check_fit(features: Tensor, logits: Tensor, labels: Tensor | None) -> Tensor:
-    """The rows to fit on; returns their classes, predicted ones where there are no labels."""
+def check_fit(features: Tensor, logits: Tensor | None, labels: Tensor | None) -> Tensor:
+    """The rows to fit on; returns their classes: labels, else predicted ones, else one class for all."""
     check_outputs(features, logits)
     check_not_empty(len(features), "features")
-    return logits.argmax(dim=1) if labels is None else check_labels(labels, len(features), name="labels")
+    if labels is not None:
+        return check_labels(labels, len(features), name="labels")
+    if logits is None:
+        return torch.zeros(len(features), dtype=torch.int64, device=features.device)
+    return logits.argmax(dim=1)
 
 
 def wide(values: Tensor) -> Tensor:

@@ -15,21 +15,34 @@ from aidefend._core.errors import AidefendError
 from aidefend._core.modules import Model
 from aidefend._core.storage import atomic_path, canonical_json
 from aidefend.validate.calibrating import Calibrated, Facts, unique_names
-from aidefend.validate.calibration import Calibration
+from aidefend.validate.calibration import JointCalibration
 from aidefend.validate.collaborators import Collaborators
 from aidefend.validate.detector import FittedDetector
 from aidefend.validate.judging import Mode, Output
-from aidefend.validate.logit_scores import Energy, MaxLogit, MaxSoftmax
+from aidefend.validate.local_dimension import FittedLocalDimension
+from aidefend.validate.logit_scores import GEN, Energy, Entropy, MaxLogit, MaxSoftmax
 from aidefend.validate.mahalanobis import FittedMahalanobis
 from aidefend.validate.model_identity import check_identity
 from aidefend.validate.nearest_neighbours import FittedNearestNeighbours
 from aidefend.validate.outputs import LabelOnly, Rounded, Tempered, TopK
 from aidefend.validate.spec import InputSpec
+from aidefend.validate.virtual_logit import FittedViM
 
 _SCHEMA = "aidefend.guard/1"
 _CALIBRATION = ("scores", "knots", "heights", "slopes")
 _DETECTORS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Energy, MaxLogit, MaxSoftmax, FittedNearestNeighbours, FittedMahalanobis)
+    kind.__name__: kind
+    for kind in (
+        Energy,
+        MaxLogit,
+        MaxSoftmax,
+        Entropy,
+        GEN,
+        FittedNearestNeighbours,
+        FittedMahalanobis,
+        FittedViM,
+        FittedLocalDimension,
+    )
 }
 _OUTPUTS: dict[str, type[Any]] = {kind.__name__: kind for kind in (LabelOnly, TopK, Rounded, Tempered)}
 
@@ -125,11 +138,11 @@ def _rebuilt(described: list[Any], kinds: Mapping[str, type[Any]]) -> Any:
 
 def _restored(
     described: list[Any], arrays: Mapping[str, Tensor], alpha: float
-) -> tuple[tuple[FittedDetector, ...], Calibration]:
+) -> tuple[tuple[FittedDetector, ...], JointCalibration]:
     detectors = []
     for i, (kind, settings) in enumerate(described):
         prefix = f"detector-{i}/"
         own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
         detectors.append(_DETECTORS[kind](**own, **settings))
     fields = {name: arrays[f"calibration/{name}"] for name in _CALIBRATION}
-    return tuple(detectors), Calibration(unique_names(detectors), **fields, alpha=alpha)
+    return tuple(detectors), JointCalibration(unique_names(detectors), **fields, alpha=alpha)

@@ -11,7 +11,7 @@ from aidefend._core.checks import check_callable, refuse
 from aidefend._core.errors import AidefendError
 from aidefend._core.modules import Model
 from aidefend.validate.calibrating import score_all
-from aidefend.validate.calibration import COMBINED, Calibration
+from aidefend.validate.calibration import COMBINED, JointCalibration
 from aidefend.validate.collaborators import failure
 from aidefend.validate.decision import Verdict, refused_constant
 from aidefend.validate.detector import FittedDetector
@@ -29,7 +29,7 @@ class Panel:
     model: Model
     capture: PassCapture
     detectors: tuple[FittedDetector, ...]
-    calibration: Calibration
+    calibration: JointCalibration
     output: Output | None
     mode: Mode
     blank: Tensor

@@ -31,7 +31,7 @@ class Mahalanobis:
         True
     """
 
-    def fit(self, features: Tensor, logits: Tensor, labels: Tensor | None = None) -> "FittedMahalanobis":
+    def fit(self, features: Tensor, logits: Tensor | None = None, labels: Tensor | None = None) -> "FittedMahalanobis":
         """Learn class means and the shared covariance; without labels from the predicted classes."""
         classes = check_fit(features, logits, labels)
         rows = _wide_rows(features)
@@ -44,7 +44,8 @@ class Mahalanobis:
 class RelativeMahalanobis:
     """Mahalanobis distance to the nearest class minus the distance to the data as a whole.
 
-    What all classes share (background, brightness) cancels, which makes it the steadier of the two on new data.
+    What all classes share (background, brightness) cancels, which makes it the steadier of the two on new data. With
+    one class there is nothing to compare with, and the score is that of `Mahalanobis` (the difference would be 0).
     Guarantee: none under attack.
     Cost: Twice that of `Mahalanobis`.
     Source: Ren et al. 2021. Differs: shrinkage as in `Mahalanobis`.
@@ -55,13 +56,13 @@ class RelativeMahalanobis:
         torch.Size([4])
     """
 
-    def fit(self, features: Tensor, logits: Tensor, labels: Tensor | None = None) -> "FittedMahalanobis":
+    def fit(self, features: Tensor, logits: Tensor | None = None, labels: Tensor | None = None) -> "FittedMahalanobis":
         """Learn the class-wise and the common covariance; without labels from the predicted classes."""
         classes = check_fit(features, logits, labels)
         rows = _wide_rows(features)
         centre = rows.mean(dim=0)
         by_class, means = _whitened(rows - centre, classes)
-        common, _ = _whitened(rows - centre, torch.zeros_like(classes))
+        common = _whitened(rows - centre, torch.zeros_like(classes))[0] if len(means) > 1 else 0 * by_class
         return _stored(features, centre, torch.stack([by_class, common]), means)
 
 
@@ -90,7 +91,7 @@ class FittedMahalanobis(nn.Module):
         """The kind: "mahalanobis", or "relative-mahalanobis" where there are two matrices."""
         return "relative-mahalanobis" if len(cast(Tensor, self.whitening)) == 2 else "mahalanobis"
 
-    def score(self, features: Tensor, logits: Tensor) -> Tensor:
+    def score(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """Squared distance to the nearest class (minus that to the whole): (N,), higher = stranger."""
         check_outputs(features, logits)
         centre, whitening, means = (cast(Tensor, getattr(self, name)) for name in ("centre", "whitening", "means"))

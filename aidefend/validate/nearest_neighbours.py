@@ -35,7 +35,9 @@ class NearestNeighbours:
     def __post_init__(self) -> None:
         check_int(self.k, "k")
 
-    def fit(self, features: Tensor, logits: Tensor, labels: Tensor | None = None) -> "FittedNearestNeighbours":
+    def fit(
+        self, features: Tensor, logits: Tensor | None = None, labels: Tensor | None = None
+    ) -> "FittedNearestNeighbours":
         """Keep the features as the bank: (M, d), M >= k."""
         check_fit(features, logits, labels)
         return FittedNearestNeighbours(_unit(wide(features.detach())), self.k)
@@ -57,7 +59,7 @@ class FittedNearestNeighbours(nn.Module):
         self.k = k
         self.register_buffer("bank", bank)
 
-    def score(self, features: Tensor, logits: Tensor) -> Tensor:
+    def score(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """1 - cosine similarity to the k-th nearest bank row: (N,) in [0, 2], higher = stranger."""
         check_outputs(features, logits)
         bank = cast(Tensor, self.bank)

@@ -840,6 +840,16 @@ CALLS = {
     ),
     "validate.MaxLogit": (validate.MaxLogit().score, lambda: {"features": X.flatten(1), "logits": LOGITS}),
     "validate.MaxSoftmax": (validate.MaxSoftmax().score, lambda: {"features": X.flatten(1), "logits": LOGITS}),
+    "validate.Entropy": (validate.Entropy().score, lambda: {"features": X.flatten(1), "logits": LOGITS}),
+    "validate.GEN": (validate.GEN, lambda: {"gamma": 0.1, "top": 5}),
+    "validate.ViM": (
+        lambda dimension, features, logits: validate.ViM(dimension).fit(features, logits),
+        lambda: {"dimension": 3, "features": X.flatten(1), "logits": LOGITS},
+    ),
+    "validate.LocalDimension": (
+        lambda k, features: validate.LocalDimension(k).fit(features),
+        lambda: {"k": 3, "features": X.flatten(1)},
+    ),
     "validate.LabelOnly": (validate.LabelOnly(), lambda: {"logits": LOGITS}),
     "validate.TopK": (validate.TopK, lambda: {"k": 1}),
     "validate.Rounded": (validate.Rounded, lambda: {"digits": 1}),

@@ -7,7 +7,18 @@ import pytest
 import torch
 
 from aidefend import ConfigurationError
-from aidefend.validate import Energy, Mahalanobis, MaxLogit, MaxSoftmax, NearestNeighbours, RelativeMahalanobis
+from aidefend.validate import (
+    GEN,
+    Energy,
+    Entropy,
+    LocalDimension,
+    Mahalanobis,
+    MaxLogit,
+    MaxSoftmax,
+    NearestNeighbours,
+    RelativeMahalanobis,
+    ViM,
+)
 
 DETECTORS = [
     Energy(),
@@ -16,7 +27,12 @@ DETECTORS = [
     NearestNeighbours(k=3),
     Mahalanobis(),
     RelativeMahalanobis(),
+    Entropy(),
+    GEN(),
+    LocalDimension(k=20),
+    ViM(dimension=3),
 ]
+OF_FEATURES = [d for d in DETECTORS if not isinstance(d, Energy | MaxLogit | MaxSoftmax | Entropy | GEN | ViM)]
 every_detector = pytest.mark.parametrize("detector", DETECTORS, ids=lambda d: type(d).__name__)
 
 
@@ -138,3 +154,18 @@ def test_settings_and_arrays_rebuild_it(detector):
     twin = type(fitted)(**fitted.arrays(), **fitted.settings())
     torch.testing.assert_close(twin.score(features, logits), fitted.score(features, logits))
     assert twin.name == fitted.name
+
+
+@pytest.mark.parametrize("detector", OF_FEATURES, ids=lambda d: type(d).__name__)
+def test_a_regression_model_is_judged_by_its_features_alone(detector):
+    fitted = detector.fit(world()[0])
+    near, far = fitted.score(world(seed=1)[0]), fitted.score(world(seed=2, strange=True)[0])
+    assert float((far[:, None] > near[None]).double().mean()) > 0.9
+
+
+@pytest.mark.parametrize("detector", [d for d in DETECTORS if d not in OF_FEATURES], ids=lambda d: type(d).__name__)
+def test_a_detector_of_logits_says_that_it_needs_them(detector):
+    with pytest.raises(ConfigurationError, match="Expected logits, got logits=None"):
+        detector.fit(world()[0])
+    with pytest.raises(ConfigurationError, match="Expected logits, got logits=None"):
+        detector.fit(*world()).score(world()[0])

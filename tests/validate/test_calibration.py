@@ -9,7 +9,7 @@ from scipy import stats as scipy_stats
 from aidefend import ConfigurationError
 from aidefend._core.stats import combine_p_values, conformal_p_values, false_positive_interval
 from aidefend.validate import Energy, Guard, NearestNeighbours
-from aidefend.validate.calibration import Calibration, least_rows, rank_for, share_rows
+from aidefend.validate.calibration import JointCalibration, least_rows, rank_for, share_rows
 from tests.validate.small_world import model, rows
 
 ALPHA, CALIBRATION, TEST, REPETITIONS = 0.05, 199, 400, 200
@@ -43,7 +43,7 @@ def exact(found):
 
 
 def ours(reference, calibration, test):
-    return Calibration.of(("a", "b"), calibration, reference, ALPHA).margin(test) > 0
+    return JointCalibration.of(("a", "b"), calibration, reference, ALPHA).margin(test) > 0
 
 
 @pytest.mark.parametrize("dependence", [0.0, 0.7, 1.0])
@@ -67,7 +67,7 @@ def test_the_check_notices_a_decision_that_refuses_too_few():
 
 def test_the_check_notices_a_scale_that_has_seen_the_calibration_rows_as_detectors_would():
     """Planted violation: scores of rows that were fitted on are too low."""
-    assert not exact(rates(lambda r, c, t: Calibration.of(("a", "b"), 0.9 * c - 20, r, ALPHA).margin(t) > 0, 0.7))
+    assert not exact(rates(lambda r, c, t: JointCalibration.of(("a", "b"), 0.9 * c - 20, r, ALPHA).margin(t) > 0, 0.7))
 
 
 def test_a_whole_guard_has_rate_alpha():
@@ -91,7 +91,7 @@ def test_a_whole_guard_has_rate_alpha():
 
 def test_decision_and_p_values_agree_exactly():
     stream = torch.Generator().manual_seed(0)
-    calibration = Calibration.of(("a", "b"), scores(199, stream, 0.5), scores(60, stream, 0.5), ALPHA)
+    calibration = JointCalibration.of(("a", "b"), scores(199, stream, 0.5), scores(60, stream, 0.5), ALPHA)
     test = scores(2000, stream, 0.5)
     p_values = calibration.p_values(test)
     assert torch.equal(calibration.margin(test) > 0, p_values["combined"] <= ALPHA + 1e-12)
@@ -101,7 +101,7 @@ def test_decision_and_p_values_agree_exactly():
 
 def test_one_detector_alone_needs_no_reference_and_uses_the_score_itself():
     scores_ = torch.arange(19.0)[:, None]
-    calibration = Calibration.of(("a",), scores_, scores_[:0], ALPHA)
+    calibration = JointCalibration.of(("a",), scores_, scores_[:0], ALPHA)
     assert calibration.margin(torch.tensor([[18.0], [18.5], [float("nan")], [float("inf")]])).gt(0).tolist() == [
         False,
         True,
@@ -112,7 +112,7 @@ def test_one_detector_alone_needs_no_reference_and_uses_the_score_itself():
 
 def test_the_joint_statistic_rises_with_every_score():
     stream = torch.Generator().manual_seed(1)
-    calibration = Calibration.of(("a", "b"), scores(199, stream, 0.5), scores(300, stream, 0.5), ALPHA)
+    calibration = JointCalibration.of(("a", "b"), scores(199, stream, 0.5), scores(300, stream, 0.5), ALPHA)
     base = scores(500, stream, 0.5)
     for i, step in ((0, 0.05), (1, 5.0)):
         higher = base.clone()
@@ -126,7 +126,7 @@ def test_a_surprise_is_minus_the_log_of_the_tail():
     """Scores from a unit exponential: -log P(score >= s) = s, between the knots and far beyond them."""
     stream = torch.Generator().manual_seed(2)
     draws = -torch.rand(2, 20_000, generator=stream, dtype=torch.float64).log().T
-    calibration = Calibration.of(("a", "b"), draws[:100], draws, ALPHA)
+    calibration = JointCalibration.of(("a", "b"), draws[:100], draws, ALPHA)
     for value in (1.0, 2.0, 4.0, 8.0):
         pair = torch.tensor([[value, -50.0]], dtype=torch.float64)
         assert calibration.join(pair).item() == pytest.approx(value, rel=0.05)
@@ -134,13 +134,13 @@ def test_a_surprise_is_minus_the_log_of_the_tail():
 
 def test_constant_and_tied_scores_calibrate_and_stay_below_alpha():
     constant = torch.ones(199, 2)
-    calibration = Calibration.of(("a", "b"), constant, constant[:40], ALPHA)
+    calibration = JointCalibration.of(("a", "b"), constant, constant[:40], ALPHA)
     assert not bool((calibration.margin(constant) > 0).any())
     assert bool((calibration.margin(constant + 1) > 0).all())
 
 
 def test_the_level_is_what_n_rows_can_express():
-    calibration = Calibration.of(("a",), torch.arange(150.0)[:, None], torch.zeros(0, 1), 0.01)
+    calibration = JointCalibration.of(("a",), torch.arange(150.0)[:, None], torch.zeros(0, 1), 0.01)
     assert calibration.rank == 1 and calibration.level == pytest.approx(1 / 151)
     low, high = calibration.interval()[1:]
     assert scipy_stats.beta(1, 150).cdf(high) - scipy_stats.beta(1, 150).cdf(low) == pytest.approx(0.95)
@@ -184,7 +184,7 @@ def test_too_few_rows_name_how_many_are_needed():
 @pytest.mark.parametrize("alpha", [0.0, 1.0, -0.1, float("nan"), "0.01"])
 def test_alpha_is_a_probability(alpha):
     with pytest.raises(ConfigurationError, match="alpha"):
-        Calibration.of(("a",), torch.arange(99.0)[:, None], torch.zeros(0, 1), alpha)
+        JointCalibration.of(("a",), torch.arange(99.0)[:, None], torch.zeros(0, 1), alpha)
 
 
 @pytest.mark.parametrize("name", ["scores", "knots", "heights", "slopes"])
@@ -195,7 +195,7 @@ def test_damaged_arrays_are_refused(name):
         "heights": torch.tensor([0.7, 2.3]),
         "slopes": torch.ones(2, 2),
     }
-    Calibration(("a", "b"), **good, alpha=0.05)
+    JointCalibration(("a", "b"), **good, alpha=0.05)
     for broken in (good[name] * float("nan"), good[name][:1], good[name].flip(-1)[..., :1], torch.zeros(3)):
         with pytest.raises(ConfigurationError):
-            Calibration(("a", "b"), **{**good, name: broken}, alpha=0.05)
+            JointCalibration(("a", "b"), **{**good, name: broken}, alpha=0.05)

@@ -145,8 +145,16 @@ def test_singular_covariances_are_safe(detector):
 def test_rows_that_do_not_vary_give_the_plain_distance(detector, rows):
     fitted = detector.fit(rows, rows, torch.zeros(len(rows), dtype=torch.int64))
     score = fitted.score(rows + 2.0, rows)
-    expected = 4.0 * rows.shape[1] if isinstance(detector, Mahalanobis) else 0.0
-    torch.testing.assert_close(score, torch.full((len(rows),), expected))
+    torch.testing.assert_close(score, torch.full((len(rows),), 4.0 * rows.shape[1]))
+
+
+def test_one_class_does_not_turn_the_relative_distance_into_a_constant():
+    """Minus the distance to the whole, the score of every row would be 0: a detector that sees nothing."""
+    (x, _), (near, _) = clean(), clean(100, seed=1)
+    one = torch.zeros(len(x), dtype=torch.int64)
+    relative = RelativeMahalanobis().fit(x, x, one)
+    assert relative.name == "relative-mahalanobis"
+    torch.testing.assert_close(relative.score(near), Mahalanobis().fit(x, x, one).score(near))
 
 
 def test_classes_may_have_any_numbers_and_labels_default_to_predictions():
