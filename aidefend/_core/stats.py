@@ -84,22 +84,24 @@ def conformal_p_values(scores: Tensor, calibration: Tensor) -> Tensor:
     return (1 + at_least).double() / (len(ordered) + 1)
 
 
-def combine_p_values(p_values: Tensor, method: Literal["bonferroni", "cauchy", "harmonic"] = "bonferroni") -> Tensor:
+def combine_p_values(
+    p_values: Tensor, method: Literal["bonferroni", "cauchy", "geometric", "harmonic"] = "bonferroni"
+) -> Tensor:
     """One p-value for each row out of several dependent ones.
 
-    Guarantee: `bonferroni` holds under every dependence; `harmonic` (times e ln M) too; `cauchy` is valid in the
-        limit of small p only, so prefer to calibrate the combined statistic itself.
+    Guarantee: `bonferroni` holds under every dependence; `geometric` (times e) and `harmonic` (times e ln M) too;
+        `cauchy` is valid in the limit of small p only, so prefer to calibrate the combined statistic itself.
     Args:
         p_values: (N, M), in (0, 1], M >= 1.
         method: How to combine.
     Returns: (N,) float64 in (0, 1].
     Raises: ConfigurationError: a p-value outside (0, 1].
-    Source: Vovk, Wang 2020 (harmonic); Liu, Xie 2020 (Cauchy).
+    Source: Vovk, Wang 2020 (geometric, harmonic); Liu, Xie 2020 (Cauchy).
     Example:
         >>> combine_p_values(torch.tensor([[0.01, 0.5]], dtype=torch.float64)).tolist()
         [0.02]
     """
-    check_choice(method, ("bonferroni", "cauchy", "harmonic"), "method")
+    check_choice(method, ("bonferroni", "cauchy", "geometric", "harmonic"), "method")
     check_tensor(p_values, "p_values", ndim=2, floating=True)
     if p_values.shape[1] == 0 or bool((p_values <= 0).any()) or bool((p_values > 1).any()):
         raise refuse("p_values in (0, 1] with at least one column", "p_values", p_values, "Pass valid p-values")
@@ -108,6 +110,8 @@ def combine_p_values(p_values: Tensor, method: Literal["bonferroni", "cauchy", "
         return p[:, 0].clone()
     if method == "bonferroni":
         return (p.min(dim=1).values * m).clamp(max=1.0)
+    if method == "geometric":
+        return (math.e * p.log().mean(dim=1).exp()).clamp(max=1.0)
     if method == "harmonic":
         return (math.e * math.log(m) * m / (1 / p).sum(dim=1)).clamp(max=1.0)
     statistic = torch.tan((0.5 - p.clamp(max=1 - 1e-15)) * math.pi).mean(dim=1)

@@ -4,6 +4,8 @@ from aidefend.validate.attackable import AttackableGuard
 from aidefend.validate.collaborators import Budget, Log, MetricsSink, Policy
 from aidefend.validate.decision import GuardDecision
 from aidefend.validate.detector import Detector, FittedDetector, FittedInputDetector
+from aidefend.validate.detector_file import load_detector, save_detector
+from aidefend.validate.ensemble import Ensemble, FittedEnsemble
 from aidefend.validate.guard import Guard
 from aidefend.validate.local_dimension import LocalDimension
 from aidefend.validate.logit_scores import GEN, Energy, Entropy, MaxLogit, MaxSoftmax
@@ -19,8 +21,10 @@ __all__ = [
     "Budget",
     "Detector",
     "Energy",
+    "Ensemble",
     "Entropy",
     "FittedDetector",
+    "FittedEnsemble",
     "FittedInputDetector",
     "Guard",
     "GuardDecision",
@@ -40,4 +44,6 @@ __all__ = [
     "Tempered",
     "TopK",
     "ViM",
+    "load_detector",
+    "save_detector",
 ]

@@ -23,7 +23,7 @@ from aidefend._core.modules import (
 from aidefend._core.progress import progress
 from aidefend._core.random import derive_seed
 from aidefend.validate.calibration import JointCalibration, share_rows
-from aidefend.validate.detector import Detector, FittedDetector
+from aidefend.validate.detector import Detector, FittedDetector, Rows, score_columns, unique_names
 from aidefend.validate.features import PassCapture
 from aidefend.validate.model_identity import identify, uncompiled
 from aidefend.validate.spec import InputSpec
@@ -137,21 +137,7 @@ def check_mode(model: Model) -> None:
 
 def score_all(detectors: Iterable[FittedDetector], features: Tensor, logits: Tensor) -> Tensor:
     """Scores of all detectors: (N, D) float64."""
-    columns = [detector.score(features, logits) for detector in detectors]
-    for column in columns:
-        if column.shape != (len(logits),):
-            raise refuse(f"scores of shape ({len(logits)},)", "score", column, "Return one score for each row")
-    return torch.stack([column.double() for column in columns], dim=1)
-
-
-def unique_names(detectors: Iterable[FittedDetector]) -> tuple[str, ...]:
-    """The detectors' names; the second of a kind gets "-2"."""
-    counts: dict[str, int] = {}
-    names = []
-    for detector in detectors:
-        counts[detector.name] = count = counts.get(detector.name, 0) + 1
-        names.append(detector.name if count == 1 else f"{detector.name}-{count}")
-    return tuple(names)
+    return score_columns(detectors, Rows(features, logits))
 
 
 def _split(

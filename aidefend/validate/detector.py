@@ -110,6 +110,16 @@ class StorableDetector(FittedDetector, Protocol):
         """What it learned."""
 
 
+def unique_names(detectors: Iterable[FittedDetector | FittedInputDetector]) -> tuple[str, ...]:
+    """The detectors' names; the second of a kind gets "-2"."""
+    counts: dict[str, int] = {}
+    names = []
+    for detector in detectors:
+        counts[detector.name] = count = counts.get(detector.name, 0) + 1
+        names.append(detector.name if count == 1 else f"{detector.name}-{count}")
+    return tuple(names)
+
+
 def check_outputs(features: Tensor, logits: Tensor | None) -> None:
     """Features (N, d) and, unless there are none, logits (N, K) of the same rows, finite."""
     check_tensor(features, "features", ndim=2, floating=True)

@@ -14,11 +14,11 @@ from aidefend._core.errors import InputRejected
 from aidefend._core.evidence import Evidence
 from aidefend._core.modules import Model, find_module
 from aidefend.validate.attackable import AttackableGuard
-from aidefend.validate.calibrating import Calibrated, calibrate, check_mode, unique_names
+from aidefend.validate.calibrating import Calibrated, calibrate, check_mode
 from aidefend.validate.calibration_record import calibration_evidence, summarise
 from aidefend.validate.collaborators import Admission, Budget, Collaborators, Log, MetricsSink, Policy, failure
 from aidefend.validate.decision import GuardDecision, Verdict, decide, refuse_whole
-from aidefend.validate.detector import Detector
+from aidefend.validate.detector import Detector, unique_names
 from aidefend.validate.features import PassCapture
 from aidefend.validate.guard_file import read_guard, write_guard
 from aidefend.validate.judging import Mode, Output, Panel, blank_row, judge

@@ -14,36 +14,19 @@ from aidefend._core.checks import check_choice, check_path, refuse
 from aidefend._core.errors import AidefendError
 from aidefend._core.modules import Model
 from aidefend._core.storage import atomic_path, canonical_json
-from aidefend.validate.calibrating import Calibrated, Facts, unique_names
+from aidefend.validate.calibrating import Calibrated, Facts
 from aidefend.validate.calibration import JointCalibration
 from aidefend.validate.collaborators import Collaborators
-from aidefend.validate.detector import FittedDetector
+from aidefend.validate.detector import FittedDetector, unique_names
+from aidefend.validate.detector_file import KINDS
 from aidefend.validate.judging import Mode, Output
-from aidefend.validate.local_dimension import FittedLocalDimension
-from aidefend.validate.logit_scores import GEN, Energy, Entropy, MaxLogit, MaxSoftmax
-from aidefend.validate.mahalanobis import FittedMahalanobis
 from aidefend.validate.model_identity import check_identity
-from aidefend.validate.nearest_neighbours import FittedNearestNeighbours
 from aidefend.validate.outputs import LabelOnly, Rounded, Tempered, TopK
 from aidefend.validate.spec import InputSpec
-from aidefend.validate.virtual_logit import FittedViM
+from aidefend.validate.stored import describe_detector, detector_arrays, rebuild_detector, with_prefix
 
 _SCHEMA = "aidefend.guard/1"
 _CALIBRATION = ("scores", "knots", "heights", "slopes")
-_DETECTORS: dict[str, type[Any]] = {
-    kind.__name__: kind
-    for kind in (
-        Energy,
-        MaxLogit,
-        MaxSoftmax,
-        Entropy,
-        GEN,
-        FittedNearestNeighbours,
-        FittedMahalanobis,
-        FittedViM,
-        FittedLocalDimension,
-    )
-}
 _OUTPUTS: dict[str, type[Any]] = {kind.__name__: kind for kind in (LabelOnly, TopK, Rounded, Tempered)}
 
 
@@ -57,14 +40,13 @@ def write_guard(
         "spec": parts.spec.to_dict(),
         "facts": dataclasses.asdict(parts.facts),
         "output": None if output is None else _configuration(output, _OUTPUTS, "output"),
-        "detectors": [_described(detector) for detector in parts.detectors],
+        "detectors": [describe_detector(detector, KINDS) for detector in parts.detectors],
         "collaborators": list(collaborators.present()),
         "resource": collaborators.resource,
     }
     arrays = {f"calibration/{name}": getattr(parts.calibration, name) for name in _CALIBRATION}
     for i, detector in enumerate(parts.detectors):
-        found: Mapping[str, Tensor] = detector.arrays()  # type: ignore[attr-defined]  # of a kind of ours, see above
-        arrays |= {f"detector-{i}/{name}": array for name, array in found.items()}
+        arrays |= {f"detector-{i}/{name}": array for name, array in detector_arrays(detector).items()}
     tensors = {name: array.detach().cpu().contiguous().clone() for name, array in arrays.items()}
     with atomic_path(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, {"guard": canonical_json(header)})
@@ -115,14 +97,6 @@ def _damaged(path: str | os.PathLike[str], error: Exception) -> AidefendError:
     return refuse("a file written by Guard.save", "path", str(path), f"Could not read it ({error!r})")
 
 
-def _described(detector: FittedDetector) -> list[Any]:
-    kind = type(detector).__name__
-    if _DETECTORS.get(kind) is not type(detector):
-        rule = f"detectors of this package to save ({', '.join(sorted(_DETECTORS))})"
-        raise refuse(rule, "detectors", kind, "Keep the fitted detector yourself and calibrate again")
-    return [kind, dict(detector.settings())]  # type: ignore[attr-defined]  # checked by kind
-
-
 def _configuration(value: object, kinds: Mapping[str, type[Any]], name: str) -> list[Any]:
     kind = type(value).__name__
     if kinds.get(kind) is not type(value):
@@ -139,10 +113,6 @@ def _rebuilt(described: list[Any], kinds: Mapping[str, type[Any]]) -> Any:
 def _restored(
     described: list[Any], arrays: Mapping[str, Tensor], alpha: float
 ) -> tuple[tuple[FittedDetector, ...], JointCalibration]:
-    detectors = []
-    for i, (kind, settings) in enumerate(described):
-        prefix = f"detector-{i}/"
-        own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-        detectors.append(_DETECTORS[kind](**own, **settings))
+    detectors = [rebuild_detector(one, with_prefix(arrays, f"detector-{i}/"), KINDS) for i, one in enumerate(described)]
     fields = {name: arrays[f"calibration/{name}"] for name in _CALIBRATION}
     return tuple(detectors), JointCalibration(unique_names(detectors), **fields, alpha=alpha)

@@ -72,7 +72,7 @@ def test_combination_is_valid_under_dependence():
     mixed = torch.where(torch.rand(40_000, 3, generator=stream) < 0.5, shared, 1 - shared).clamp(min=1e-12)
     independent = torch.rand(40_000, 3, generator=stream, dtype=torch.float64).clamp(min=1e-12)
     for p in (mixed, independent, shared.expand(-1, 3)):
-        for method in ("bonferroni", "harmonic"):
+        for method in ("bonferroni", "geometric", "harmonic"):
             assert float((combine_p_values(p, method) <= 0.05).double().mean()) <= 0.054
     assert float((independent.min(dim=1).values <= 0.05).double().mean()) > 0.12
     assert float((combine_p_values(independent, "cauchy") <= 0.05).double().mean()) <= 0.055
@@ -80,7 +80,7 @@ def test_combination_is_valid_under_dependence():
 
 def test_combination_edges():
     one = torch.tensor([[0.3], [1.0]], dtype=torch.float64)
-    for method in ("bonferroni", "harmonic", "cauchy"):
+    for method in ("bonferroni", "geometric", "harmonic", "cauchy"):
         assert torch.equal(combine_p_values(one, method), one[:, 0])
         assert combine_p_values(torch.ones(2, 3), method).tolist() == pytest.approx([1.0, 1.0])
         assert combine_p_values(torch.rand(0, 3), method).shape == (0,)

@@ -169,6 +169,12 @@ def new_path():
     return Path(tempfile.mkdtemp()) / "new"
 
 
+def stored_detector():
+    path = new_path()
+    validate.save_detector(validate.Energy(), path)
+    return path
+
+
 def croissant():
     path = new_path()
     TRUSTED.to_croissant(path, name="data")
@@ -850,6 +856,15 @@ CALLS = {
         lambda k, features: validate.LocalDimension(k).fit(features),
         lambda: {"k": 3, "features": X.flatten(1)},
     ),
+    "validate.Ensemble": (
+        validate.Ensemble,
+        lambda: {"detectors": [validate.Energy(), validate.ViM()], "method": "harmonic", "reference": 0.2, "seed": 0},
+    ),
+    "validate.save_detector": (
+        validate.save_detector,
+        lambda: {"detector": validate.Energy(), "path": new_path()},
+    ),
+    "validate.load_detector": (validate.load_detector, lambda: {"path": stored_detector()}),
     "validate.LabelOnly": (validate.LabelOnly(), lambda: {"logits": LOGITS}),
     "validate.TopK": (validate.TopK, lambda: {"k": 1}),
     "validate.Rounded": (validate.Rounded, lambda: {"digits": 1}),
@@ -1105,6 +1120,7 @@ NO_ARGUMENTS_OR_RESULTS = {  # nothing to get wrong, or made by the library and 
     "privacy.PrivateTraining",
     "privacy.Problem",
     "validate.AttackableGuard",
+    "validate.FittedEnsemble",
     "validate.GuardDecision",
     "validate.SpecResult",
     "monitor.AccessDecision",

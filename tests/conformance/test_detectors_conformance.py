@@ -10,6 +10,7 @@ from aidefend import ConfigurationError
 from aidefend.validate import (
     GEN,
     Energy,
+    Ensemble,
     Entropy,
     LocalDimension,
     Mahalanobis,
@@ -18,6 +19,8 @@ from aidefend.validate import (
     NearestNeighbours,
     RelativeMahalanobis,
     ViM,
+    load_detector,
+    save_detector,
 )
 
 DETECTORS = [
@@ -31,8 +34,11 @@ DETECTORS = [
     GEN(),
     LocalDimension(k=20),
     ViM(dimension=3),
+    Ensemble([Energy(), NearestNeighbours(k=3)]),
+    Ensemble([Mahalanobis(), LocalDimension(k=20), NearestNeighbours(k=3)], method="harmonic"),
 ]
-OF_FEATURES = [d for d in DETECTORS if not isinstance(d, Energy | MaxLogit | MaxSoftmax | Entropy | GEN | ViM)]
+OF_LOGITS = [*DETECTORS[:3], *DETECTORS[6:8], *DETECTORS[9:11]]
+OF_FEATURES = [d for d in DETECTORS if d not in OF_LOGITS]
 every_detector = pytest.mark.parametrize("detector", DETECTORS, ids=lambda d: type(d).__name__)
 
 
@@ -149,11 +155,12 @@ def test_pickling_and_copying_keep_the_scores(detector):
 
 
 @every_detector
-def test_settings_and_arrays_rebuild_it(detector):
+def test_a_file_brings_it_back(detector, tmp_path):
     fitted, (features, logits, _) = detector.fit(*world()), world(9, seed=1)
-    twin = type(fitted)(**fitted.arrays(), **fitted.settings())
-    torch.testing.assert_close(twin.score(features, logits), fitted.score(features, logits))
-    assert twin.name == fitted.name
+    save_detector(fitted, tmp_path / "detector")
+    twin = load_detector(tmp_path / "detector")
+    assert torch.equal(twin.score(features, logits), fitted.score(features, logits))
+    assert type(twin) is type(fitted) and twin.name == fitted.name
 
 
 @pytest.mark.parametrize("detector", OF_FEATURES, ids=lambda d: type(d).__name__)
@@ -163,7 +170,7 @@ def test_a_regression_model_is_judged_by_its_features_alone(detector):
     assert float((far[:, None] > near[None]).double().mean()) > 0.9
 
 
-@pytest.mark.parametrize("detector", [d for d in DETECTORS if d not in OF_FEATURES], ids=lambda d: type(d).__name__)
+@pytest.mark.parametrize("detector", OF_LOGITS, ids=lambda d: type(d).__name__)
 def test_a_detector_of_logits_says_that_it_needs_them(detector):
     with pytest.raises(ConfigurationError, match="Expected logits, got logits=None"):
         detector.fit(world()[0])
