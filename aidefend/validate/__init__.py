@@ -2,6 +2,8 @@
 
 from aidefend.validate.attackable import AttackableGuard
 from aidefend.validate.collaborators import Budget, Log, MetricsSink, Policy
+from aidefend.validate.conformal import Calibration
+from aidefend.validate.conformal_law import least_calibration_rows
 from aidefend.validate.decision import GuardDecision
 from aidefend.validate.detector import Detector, FittedDetector, FittedInputDetector
 from aidefend.validate.detector_file import load_detector, save_detector
@@ -19,6 +21,7 @@ __all__ = [
     "GEN",
     "AttackableGuard",
     "Budget",
+    "Calibration",
     "Detector",
     "Energy",
     "Ensemble",
@@ -44,6 +47,7 @@ __all__ = [
     "Tempered",
     "TopK",
     "ViM",
+    "least_calibration_rows",
     "load_detector",
     "save_detector",
 ]

@@ -40,6 +40,7 @@ from aidefend import (
 
 ROWS, CLASSES = 24, 3
 KEY = b"0123456789abcdef"
+SCORES = torch.arange(99.0)
 
 
 def stream(seed=0):
@@ -855,6 +856,40 @@ CALLS = {
     "validate.LocalDimension": (
         lambda k, features: validate.LocalDimension(k).fit(features),
         lambda: {"k": 3, "features": X.flatten(1)},
+    ),
+    "validate.Calibration": (
+        validate.Calibration.of,
+        lambda: {"scores": SCORES, "alpha": 0.1, "mode": "marginal", "delta": 0.1, "ids": None, "used_ids": None},
+    ),
+    "validate.Calibration.init": (
+        validate.Calibration,
+        lambda: {"scores": SCORES, "classes": torch.zeros(99, dtype=torch.int64), "alpha": 0.1, "history": ()},
+    ),
+    "validate.Calibration.p_values": (validate.Calibration.of(SCORES, 0.1).p_values, lambda: {"scores": SCORES}),
+    "validate.Calibration.interval": (validate.Calibration.of(SCORES, 0.1).interval, lambda: {"confidence": 0.9}),
+    "validate.Calibration.alarms_a_day": (
+        validate.Calibration.of(SCORES, 0.1).alarms_a_day,
+        lambda: {"rows_a_day": 9.0, "confidence": 0.9},
+    ),
+    "validate.Calibration.detection": (
+        validate.Calibration.of(SCORES, 0.1).detection,
+        lambda: {"scores": SCORES, "confidence": 0.9},
+    ),
+    "validate.Calibration.recalibrate": (
+        validate.Calibration.of(SCORES, 0.1).recalibrate,
+        lambda: {"scores": SCORES, "reason": "newer rows", "log": None},
+    ),
+    "validate.Calibration.to_evidence": (
+        validate.Calibration.of(SCORES, 0.1).to_evidence,
+        lambda: {"rows_a_day": 9.0, "strange": {"far": SCORES}, "confidence": 0.9},
+    ),
+    "validate.Calibration.load": (
+        validate.Calibration.load,
+        lambda: {"path": saved(validate.Calibration.of(SCORES, 0.1))},
+    ),
+    "validate.least_calibration_rows": (
+        validate.least_calibration_rows,
+        lambda: {"alpha": 0.1, "mode": "marginal", "delta": 0.1},
     ),
     "validate.Ensemble": (
         validate.Ensemble,
