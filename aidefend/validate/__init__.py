@@ -4,48 +4,63 @@ from aidefend.validate.attackable import AttackableGuard
 from aidefend.validate.collaborators import Budget, Log, MetricsSink, Policy
 from aidefend.validate.conformal import Calibration
 from aidefend.validate.conformal_law import least_calibration_rows
+from aidefend.validate.consistency import Consistency
 from aidefend.validate.decision import GuardDecision
 from aidefend.validate.detector import Detector, FittedDetector, FittedInputDetector
 from aidefend.validate.detector_file import load_detector, save_detector
 from aidefend.validate.ensemble import Ensemble, FittedEnsemble
+from aidefend.validate.feature_squeezing import FeatureSqueezing
 from aidefend.validate.guard import Guard
 from aidefend.validate.local_dimension import LocalDimension
 from aidefend.validate.logit_scores import GEN, Energy, Entropy, MaxLogit, MaxSoftmax
 from aidefend.validate.mahalanobis import Mahalanobis, RelativeMahalanobis
 from aidefend.validate.nearest_neighbours import NearestNeighbours
 from aidefend.validate.outputs import LabelOnly, Rounded, Tempered, TopK
+from aidefend.validate.purify import PurifiedModel, Purify
+from aidefend.validate.reconstruction import Reconstruction
+from aidefend.validate.restoration import BitDepth, JPEGLike, MedianFilter, NonLocalMeans, TotalVariation
 from aidefend.validate.spec import InputSpec, SpecResult
 from aidefend.validate.virtual_logit import ViM
 
 __all__ = [
     "GEN",
     "AttackableGuard",
+    "BitDepth",
     "Budget",
     "Calibration",
+    "Consistency",
     "Detector",
     "Energy",
     "Ensemble",
     "Entropy",
+    "FeatureSqueezing",
     "FittedDetector",
     "FittedEnsemble",
     "FittedInputDetector",
     "Guard",
     "GuardDecision",
     "InputSpec",
+    "JPEGLike",
     "LabelOnly",
     "LocalDimension",
     "Log",
     "Mahalanobis",
     "MaxLogit",
     "MaxSoftmax",
+    "MedianFilter",
     "MetricsSink",
     "NearestNeighbours",
+    "NonLocalMeans",
     "Policy",
+    "PurifiedModel",
+    "Purify",
+    "Reconstruction",
     "RelativeMahalanobis",
     "Rounded",
     "SpecResult",
     "Tempered",
     "TopK",
+    "TotalVariation",
     "ViM",
     "least_calibration_rows",
     "load_detector",

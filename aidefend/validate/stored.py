@@ -6,7 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from aidefend._core.checks import refuse
+from aidefend.validate.consistency import Consistency
 from aidefend.validate.detector import FittedDetector, FittedInputDetector
+from aidefend.validate.feature_squeezing import FeatureSqueezing
 from aidefend.validate.local_dimension import FittedLocalDimension
 from aidefend.validate.logit_scores import GEN, Energy, Entropy, MaxLogit, MaxSoftmax
 from aidefend.validate.mahalanobis import FittedMahalanobis
@@ -17,7 +19,7 @@ SINGLE: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
         *(Energy, MaxLogit, MaxSoftmax, Entropy, GEN),
-        *(FittedMahalanobis, FittedNearestNeighbours, FittedLocalDimension, FittedViM),
+        *(FittedMahalanobis, FittedNearestNeighbours, FittedLocalDimension, FittedViM, Consistency, FeatureSqueezing),
     )
 }
 

@@ -891,6 +891,36 @@ CALLS = {
         validate.least_calibration_rows,
         lambda: {"alpha": 0.1, "mode": "marginal", "delta": 0.1},
     ),
+    "validate.FeatureSqueezing": (validate.FeatureSqueezing, lambda: {"squeezers": [validate.BitDepth(1)]}),
+    "validate.FeatureSqueezing.score": (
+        validate.FeatureSqueezing([validate.BitDepth(1)]).score,
+        lambda: {"features": X.flatten(1), "logits": LOGITS[:, :CLASSES], "x": X, "model": Net()},
+    ),
+    "validate.Consistency": (validate.Consistency, lambda: {"shift": 1, "noise": 0.1, "draws": 2, "seed": 0}),
+    "validate.Consistency.score": (
+        validate.Consistency(draws=1).score,
+        lambda: {"features": X.flatten(1), "logits": LOGITS[:, :CLASSES], "x": X, "model": Net()},
+    ),
+    "validate.Reconstruction": (
+        lambda autoencoder, on, x: validate.Reconstruction(autoencoder, on).score(X.flatten(1), x=x),
+        lambda: {"autoencoder": nn.Identity(), "on": "inputs", "x": X},
+    ),
+    "validate.Purify": (lambda steps, x: validate.Purify(steps)(x), lambda: {"steps": None, "x": X}),
+    "validate.PurifiedModel": (validate.Purify().around, lambda: {"model": Net()}),
+    "validate.BitDepth": (lambda x, **a: validate.BitDepth(**a)(x), lambda: {"x": X, "bits": 3, "bounds": (0.0, 1.0)}),
+    "validate.MedianFilter": (lambda x, size: validate.MedianFilter(size)(x), lambda: {"x": X, "size": 3}),
+    "validate.NonLocalMeans": (
+        lambda x, **a: validate.NonLocalMeans(**a)(x),
+        lambda: {"x": X, "search": 5, "patch": 3, "strength": 0.1},
+    ),
+    "validate.TotalVariation": (
+        lambda x, **a: validate.TotalVariation(**a)(x),
+        lambda: {"x": X, "weight": 0.1, "steps": 3},
+    ),
+    "validate.JPEGLike": (
+        lambda x, **a: validate.JPEGLike(**a)(x),
+        lambda: {"x": X, "quality": 50, "bounds": (0.0, 1.0)},
+    ),
     "validate.Ensemble": (
         validate.Ensemble,
         lambda: {"detectors": [validate.Energy(), validate.ViM()], "method": "harmonic", "reference": 0.2, "seed": 0},
