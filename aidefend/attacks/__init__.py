@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from aidefend.attacks.inversion import InversionResult as InversionResult
     from aidefend.attacks.membership import LiRA as LiRA
     from aidefend.attacks.membership import LossThreshold as LossThreshold
+    from aidefend.attacks.poisoning import AdaptiveBlend as AdaptiveBlend
+    from aidefend.attacks.poisoning import AdaptivePatch as AdaptivePatch
     from aidefend.attacks.poisoning import AllToAll as AllToAll
     from aidefend.attacks.poisoning import Blend as Blend
     from aidefend.attacks.poisoning import LabelFlip as LabelFlip
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "APGD": "evasion",
+    "AdaptiveBlend": "poisoning",
+    "AdaptivePatch": "poisoning",
     "AdversarialPatch": "evasion",
     "AllToAll": "poisoning",
     "AttackResult": "evasion",

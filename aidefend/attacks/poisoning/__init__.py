@@ -1,5 +1,7 @@
 """Attacks on training data: `attack.poison(dataset, seed=0)` gives the poisoned data set with its ground truth."""
 
+from aidefend.attacks.poisoning.adaptive_blend import AdaptiveBlend
+from aidefend.attacks.poisoning.adaptive_patch import AdaptivePatch
 from aidefend.attacks.poisoning.all_to_all import AllToAll
 from aidefend.attacks.poisoning.blend import Blend
 from aidefend.attacks.poisoning.label_flip import LabelFlip
@@ -11,6 +13,8 @@ from aidefend.attacks.poisoning.table_trigger import TableTrigger
 from aidefend.attacks.poisoning.warp import Warp
 
 __all__ = [
+    "AdaptiveBlend",
+    "AdaptivePatch",
     "AllToAll",
     "Blend",
     "LabelFlip",

@@ -22,8 +22,10 @@ class LabelFlip:
             the data, at random.
         source_class: Flip rows of this class only; None: all.
         pairs: (from, to) classes, each `from` once: rows of the classes `from` get the label `to` (asymmetric flips, of
-            classes that are easily mistaken); in place of `target` and `source_class`.
-    Raises: ConfigurationError: arguments out of range, too few rows, only one class in the data.
+            classes that are easily mistaken); in place of `target` and `source_class`. Rows of all `from` classes
+            are eligible, each as likely as any other; no class that is `to` alone loses a row.
+    Raises: ConfigurationError: arguments out of range, too few rows, only one class in the data, a class of `pairs`
+        that no row has.
     Cost: One read of the labels.
     Source: Biggio, Nelson, Laskov 2011 (random flips).
 
@@ -68,6 +70,7 @@ class LabelFlip:
         y = labels_of(base)
         eligible = torch.ones(len(y), dtype=torch.bool) if self.source_class is None else y == self.source_class
         if self.pairs is not None:
+            _check_classes(self.pairs, y)
             eligible = torch.isin(y, torch.tensor([before for before, _ in self.pairs]))
         if self.target is not None:
             eligible = eligible & (y != self.target)
@@ -91,3 +94,10 @@ class LabelFlip:
         step = torch.randint(1, len(classes), (len(rows),), generator=stream)
         wrong: list[int] = classes[(place + step) % len(classes)].tolist()
         return wrong
+
+
+def _check_classes(pairs: tuple[tuple[int, int], ...], y: torch.Tensor) -> None:
+    found = y.unique().tolist()
+    missing = sorted({label for pair in pairs for label in pair} - set(found))
+    if missing:
+        raise refuse(f"pairs of classes that occur in the data, {found}", "pairs", pairs, f"Leave out {missing}")

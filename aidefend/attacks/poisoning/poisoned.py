@@ -13,6 +13,7 @@ from aidefend._core.checks import check_int, check_not_empty, refuse
 from aidefend._core.random import derive_seed
 
 Change = Callable[[Tensor], Tensor]
+RowChange = Callable[[Tensor, int], Tensor]
 
 
 class PoisonedDataset(Dataset[tuple[Any, Any]]):
@@ -22,10 +23,18 @@ class PoisonedDataset(Dataset[tuple[Any, Any]]):
         base: Map-style data set of (x, y) samples.
         labels: Row number to the new label, for the chosen rows.
         change: Maps a batch (1, ...) of inputs to its poisoned form; None leaves inputs as they are.
+        row_change: In place of `change`, where rows are changed each in its own way: maps a batch (1, ...) and the
+            number of its row.
     """
 
-    def __init__(self, base: Dataset[Any], labels: dict[int, int], change: Change | None) -> None:
-        self.base, self.labels, self.change = base, labels, change
+    def __init__(
+        self,
+        base: Dataset[Any],
+        labels: dict[int, int],
+        change: Change | None,
+        row_change: RowChange | None = None,
+    ) -> None:
+        self.base, self.labels, self.change, self.row_change = base, labels, change, row_change
 
     def __len__(self) -> int:
         return len(self.base)  # type: ignore[arg-type]  # map-style, so it has a length
@@ -37,9 +46,12 @@ class PoisonedDataset(Dataset[tuple[Any, Any]]):
         x, y = self.base[index]
         if index not in self.labels:
             return x, y
-        if self.change is not None:
-            x = self.change(torch.as_tensor(x).unsqueeze(0))[0]
-        return x, _label_like(self.labels[index], y)
+        return self._changed(x, index), _label_like(self.labels[index], y)
+
+    def _changed(self, x: Any, row: int) -> Any:
+        if self.row_change is not None:
+            return self.row_change(torch.as_tensor(x).unsqueeze(0), row)[0]
+        return x if self.change is None else self.change(torch.as_tensor(x).unsqueeze(0))[0]
 
 
 def _label_like(label: int, old: Any) -> Any:
@@ -111,3 +123,46 @@ def plant(
     is_poison = torch.zeros(len(y), dtype=torch.bool)
     is_poison[rows] = True
     return Poisoned(PoisonedDataset(base, dict.fromkeys(rows.tolist(), target), change), is_poison, target, change)
+
+
+def plant_with_covers(
+    base: Dataset[Any],
+    y: Tensor,
+    target: int,
+    poison: Tensor,
+    covers: Tensor,
+    stamp: Change,
+    row_change: RowChange | None = None,
+) -> Poisoned:
+    """These rows (row numbers) get the trigger and the label `target`, the covers the trigger and their own label.
+
+    `stamp` is the trigger of the test; rows of the data carry it too, unless `row_change` gives them one of their own.
+    """
+    labels = dict.fromkeys(poison.tolist(), target) | dict(zip(covers.tolist(), y[covers].tolist(), strict=True))
+    data = PoisonedDataset(base, labels, stamp, row_change)
+    return Poisoned(data, _marked(len(y), poison), target, stamp, _marked(len(y), covers))
+
+
+def plant_diversely(
+    dataset: Any,
+    target: int,
+    rate: float,
+    cover_rate: float,
+    stamp: Change,
+    row_change: RowChange,
+    seed: int,
+    name: str,
+) -> Poisoned:
+    """Poison and covers from all classes but the target, no row both; every row carries a trigger of its own."""
+    base = as_dataset(dataset)
+    y = labels_of(base)
+    poison = choose(y != target, round(rate * len(y)), seed, name)
+    left = (y != target) & ~_marked(len(y), poison)
+    covers = choose(left, round(cover_rate * len(y)), seed, f"{name} covers")
+    return plant_with_covers(base, y, target, poison, covers, stamp, row_change)
+
+
+def _marked(n: int, rows: Tensor) -> Tensor:
+    marks = torch.zeros(n, dtype=torch.bool)
+    marks[rows] = True
+    return marks

@@ -3,12 +3,9 @@
 import dataclasses
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from aidefend._core.batches import as_dataset
 from aidefend._core.checks import check_callable, check_int, check_number, refuse
-from aidefend.attacks.poisoning.poisoned import Change, Poisoned, PoisonedDataset, choose, labels_of
+from aidefend.attacks.poisoning.poisoned import Change, Poisoned, choose, labels_of, plant_with_covers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +28,7 @@ class SourceTargeted:
     Source: Tang, Wang, Tang, Zhang 2021 (targeted contamination). Covers come from all other classes, the target's too.
 
     Example:
+        >>> import torch
         >>> from aidefend.attacks import Patch
         >>> x, y = torch.zeros(40, 1, 8, 8), torch.arange(40) % 4
         >>> poisoned = SourceTargeted(Patch().stamp, target=0, source_class=1, rate=0.1, cover_rate=0.1).poison(
@@ -61,12 +59,4 @@ class SourceTargeted:
         source = y == self.source_class
         bad = choose(source, round(self.rate * len(y)), seed, "source targeted")
         covers = choose(~source, round(self.cover_rate * len(y)), seed, "covers")
-        labels = dict.fromkeys(bad.tolist(), self.target) | dict(zip(covers.tolist(), y[covers].tolist(), strict=True))
-        data = PoisonedDataset(base, labels, self.stamp)
-        return Poisoned(data, _marked(len(y), bad), self.target, self.stamp, _marked(len(y), covers))
-
-
-def _marked(n: int, rows: Tensor) -> Tensor:
-    marks = torch.zeros(n, dtype=torch.bool)
-    marks[rows] = True
-    return marks
+        return plant_with_covers(base, y, self.target, bad, covers, self.stamp)

@@ -275,6 +275,12 @@ def test_pairs_that_say_nothing_clear_are_refused(pairs):
         LabelFlip(pairs=((0, 1),), target=2)
 
 
+@pytest.mark.parametrize("pairs", [((0, 1), (7, 2)), ((0, 9),)])
+def test_pairs_with_a_class_that_no_row_has_are_refused(pairs):
+    with pytest.raises(ConfigurationError, match=r"classes that occur .* Leave out \[[79]\]"):
+        LabelFlip(rate=0.1, pairs=pairs).poison(data())
+
+
 def test_a_clean_label_sinusoid_poisons_the_target_class_and_no_label():
     x, y = data(n=80)
     poisoned = Sinusoid(target=1, rate=0.1, clean_label=True).poison((x, y), seed=0)
