@@ -23,7 +23,7 @@ from aidefend.sanitize.repair.repair import RepairMethod
 from benchmarks.record import write_result
 from benchmarks.sanitize_screen import TARGET, World, judged, trained, world
 
-FIRST_SEED = 300
+FIRST_SEED = 400
 SUSPECTS = 50
 
 

@@ -12,7 +12,8 @@ from aidefend.sanitize.repair.trigger_search import FORMS, Triggers, search
 from aidefend.sanitize.repair.tuning import Loss, TrustedRows, copied, tuned
 
 Pool = list[tuple[Triggers, Tensor]]
-_USUAL = 1.2  # of the median size: triggers towards all suspects have become this large, and the work is done
+_USUAL = 1.2  # of the median size: a suspect's trigger that has become this large is small no more
+_QUIET_ROUNDS = 3
 _SUSPICIOUS = 0.5  # of the median size: a trigger this small is looked at before all others
 _TRUST_IN_LABELS = 0.5
 _STEPS = 100
@@ -24,14 +25,15 @@ def triggers_unlearned(model: nn.Module, rows: TrustedRows, *, epochs: int, seed
 
     In each round the smallest triggers towards all classes, and one away from any, are searched. Classes whose trigger
     is small beside the usual one of the first round are suspects from then on (all of them, while none is small), and
-    their triggers join a pool; the rounds end when no suspect's trigger is small any more. Then trusted rows and
-    mixtures of them are learned, with and without a trigger of the pool, by what the model said of them without one:
-    that keeps what it knows beyond the few trusted rows.
+    their triggers join a pool; the rounds end when three in a row found no suspect's trigger small. Then trusted rows
+    and mixtures of them are learned, with and without a trigger of the pool, by what the model said of them without
+    one: that keeps what it knows beyond the few trusted rows.
 
     Source: ours, after Wang et al. 2019 (unlearning of a reversed trigger) and Zeng et al. 2022 (in rounds).
     """
     teacher, twin = copied(model), copied(model)
     pool: Pool = []
+    quiet = 0
     classes = _classes(model, rows)
     usual: dict[str, Tensor] = {}
     suspects = torch.zeros(classes + 1, dtype=torch.bool, device=rows.x.device)
@@ -39,7 +41,8 @@ def triggers_unlearned(model: nn.Module, rows: TrustedRows, *, epochs: int, seed
         found = _found(twin, rows, classes, _STEPS, derive_seed(seed, "round", number))
         usual = usual or {triggers.form: sizes[:-1].median() for triggers, sizes in found}
         smallest = torch.stack([sizes / usual[triggers.form] for triggers, sizes in found]).amin(dim=0)
-        if bool(suspects.any()) and bool((smallest[suspects] >= _USUAL).all()):
+        quiet = quiet + 1 if bool(suspects.any()) and bool((smallest[suspects] >= _USUAL).all()) else 0
+        if quiet == _QUIET_ROUNDS:
             return
         suspects |= smallest < _SUSPICIOUS
         labels = (suspects if bool(suspects.any()) else ~suspects).nonzero().flatten()

@@ -1,4 +1,4 @@
-"""Adaptive poison: partial triggers that a row keeps, covers with right labels, whole triggers that work at the test."""
+"""Adaptive poison: partial triggers that a row keeps, covers with right labels, whole triggers at the test."""
 
 import pickle
 
@@ -138,6 +138,5 @@ def test_adaptive_backdoors_work_undefended_and_only_by_their_trigger(attack):
         without = (model(others).argmax(dim=1) == 3).float().mean()
         part = torch.cat([attack.partial(others[i : i + 1], i) for i in range(300)])
         faint = (model(part).argmax(dim=1) == 3).float().mean()
-    print(f"accuracy {accuracy:.3f} success {success:.3f} without {without:.3f} with a part {faint:.3f}")
     assert accuracy > 0.85 and success > 0.6 and without < 0.1
     assert faint < success - 0.2  # the trigger is asymmetric: what the data show says less than what the test shows
