@@ -1,0 +1,106 @@
+"""The rate of false alarms of the combined decision: measured, beside its beta-binomial range.
+
+python -m benchmarks.validate_fpr --mnist mnist.npz --fashion fashion_mnist.npz [--seeds 20]
+Data: MNIST, Fashion-MNIST and the 8 x 8 digits of scikit-learn. A ridge classifier on random features stands for the
+user's model; an `Ensemble` of Energy, RelativeMahalanobis and NearestNeighbours is fitted on the same rows, a
+`Calibration` of its joint score made on a second part, and the share of refused rows counted on a third. Of all
+settings (data, seed, alpha), at least 90 % should fall inside the 95 % range of the beta-binomial law. Beside it, two
+usual ways with the same scores and rows: refuse where any member does at alpha, and Bonferroni over the members'
+conformal p-values. Writes benchmarks/results/validate_fpr.json.
+"""
+
+import argparse
+import statistics
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from aidefend._core.stats import combine_p_values, conformal_p_values
+from aidefend.validate import Calibration, Energy, Ensemble, NearestNeighbours, RelativeMahalanobis
+from aidefend.validate.detector import Rows, score_columns
+from benchmarks.record import write_result
+
+FIRST_SEED = 900
+ALPHAS = (0.1, 0.05, 0.01)
+WIDTH = 64
+MEMBERS = (Energy(), RelativeMahalanobis(), NearestNeighbours(k=10))
+SIZES = {"mnist": (3000, 1000, 2000), "fashion_mnist": (3000, 1000, 2000), "digits": (697, 500, 600)}
+WAYS = ("calibrated", "any", "bonferroni")
+
+
+def images(path: str) -> tuple[Tensor, Tensor]:
+    """Test images as rows in (0, 1), and labels."""
+    with np.load(path) as arrays:
+        x, y = torch.from_numpy(arrays["test_x"]), torch.from_numpy(arrays["test_y"])
+    return x.flatten(1).float() / 255, y.long()
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's 8 x 8 digits as rows in (0, 1), and labels."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return torch.from_numpy(data.data).float() / 16, torch.from_numpy(data.target).long()
+
+
+def outputs(x: Tensor, y: Tensor, fit: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Random features (N, 64) and the logits of a ridge classifier that was fitted on the rows `fit`."""
+    stream = torch.Generator().manual_seed(seed)
+    features = (x @ torch.randn(x.shape[1], WIDTH, generator=stream) / x.shape[1] ** 0.5).relu()
+    known = features[fit]
+    weight = torch.linalg.solve(known.T @ known + 0.1 * torch.eye(WIDTH), known.T @ one_hot(y[fit], 10).float())
+    return features, 10 * features @ weight
+
+
+def shares(data: tuple[Tensor, Tensor], sizes: tuple[int, int, int], seed: int) -> list[dict[str, Any]]:
+    """Shares of refused test rows by alpha and way, and whether each lies in its range."""
+    x, y = data
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    fit, calibration, test = order[: sum(sizes)].split(sizes)
+    features, logits = outputs(x, y, fit, seed)
+    fitted = Ensemble(MEMBERS, seed=seed).fit(features[fit], logits[fit], y[fit])
+    known, new = (score_columns(fitted.members, Rows(features[part], logits[part])) for part in (calibration, test))
+    each = torch.stack([conformal_p_values(new[:, i], known[:, i]) for i in range(len(MEMBERS))], dim=1)
+    found = []
+    for alpha in ALPHAS:
+        calibrated = Calibration.of(fitted.join(known), alpha)
+        refused = {
+            "calibrated": calibrated.refused(fitted.join(new)),
+            "any": each.amin(dim=1) <= alpha,
+            "bonferroni": combine_p_values(each) <= alpha,
+        }
+        _, low, high = calibrated.expected_share(len(new))
+        measured = {way: float(refused[way].double().mean()) for way in WAYS}
+        inside = {way: bool(low <= share <= high) for way, share in measured.items()}
+        found.append({"alpha": alpha, "seed": seed, "low": low, "high": high, "share": measured, "inside": inside})
+    return found
+
+
+def main() -> None:
+    """Print a line for each data set and alpha, then the totals."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mnist", required=True)
+    parser.add_argument("--fashion", required=True)
+    parser.add_argument("--seeds", type=int, default=20)
+    arguments = parser.parse_args()
+    data = {"mnist": images(arguments.mnist), "fashion_mnist": images(arguments.fashion), "digits": digits()}
+    seeds = [FIRST_SEED + i for i in range(arguments.seeds)]
+    settings = []
+    for name, rows in data.items():
+        settings += [{"data": name, **one} for seed in seeds for one in shares(rows, SIZES[name], seed)]
+        for alpha in ALPHAS:
+            here = [one for one in settings if one["data"] == name and one["alpha"] == alpha]
+            line = [f"{way} {statistics.fmean(one['share'][way] for one in here):.4f}" for way in WAYS]
+            print(f"{name}, alpha {alpha}: mean share {', '.join(line)}", flush=True)
+    total = {way: statistics.fmean(one["inside"][way] for one in settings) for way in WAYS}
+    print(f"inside the 95 % range, of {len(settings)} settings: {total}")
+    assert total["calibrated"] >= 0.9
+    result = {"inside": total, "sizes": {name: list(sizes) for name, sizes in SIZES.items()}, "settings": settings}
+    write_result("validate_fpr", result, seeds=seeds, packages=["scikit-learn"])
+
+
+if __name__ == "__main__":
+    main()
