@@ -6,7 +6,9 @@ from safetensors.torch import save_file
 
 from aidefend import AidefendError, ConfigurationError
 from aidefend._core.stats import combine_p_values, roc_auc
-from aidefend.validate import Energy, Ensemble, Mahalanobis, NearestNeighbours, load_detector, save_detector
+from aidefend.validate import Energy, Ensemble, Guard, Mahalanobis, NearestNeighbours, load_detector, save_detector
+from tests.validate.small_world import model, strange
+from tests.validate.small_world import rows as world_rows
 
 METHODS = ["geometric", "harmonic", "bonferroni"]
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -148,3 +150,14 @@ def test_a_damaged_or_hostile_file_is_refused(tmp_path, header):
     save_file({"a": torch.zeros(1)}, tmp_path / "detector", {"header": header})
     with pytest.raises(AidefendError):
         load_detector(tmp_path / "detector")
+
+
+def test_a_guard_takes_an_ensemble_as_one_detector_and_writes_it(tmp_path):
+    network, data = model(), world_rows(600, 1)[0]
+    ensemble = Ensemble([Energy(), Mahalanobis(), NearestNeighbours(k=5)])
+    guard = Guard.calibrate(network, data, detectors=[ensemble], alpha=0.05)
+    guard.save(tmp_path / "guard")
+    test = torch.cat([world_rows(50, 2)[0], strange(5)])
+    decision, again = guard(test), Guard.load(tmp_path / "guard", network)(test)
+    assert not decision.accepted[50:].any() and decision.accepted[:50].float().mean() > 0.8
+    assert torch.equal(decision.p_values["ensemble"], again.p_values["ensemble"])
