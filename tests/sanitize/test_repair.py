@@ -310,3 +310,17 @@ def test_bad_arguments_are_named(world):
         reverse_trigger(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), (x[y < 2], y[y < 2]))
     with pytest.raises(ConfigurationError, match="target"):
         retest(world.model, world.model, (x[y == 0], y[y == 0]), world.trigger, 0)
+
+
+def test_the_control_of_a_retest_is_new_to_the_model():
+    """A wave that is mirrored or moved stays that wave; the control must be another pattern of the same strength."""
+    wave = 0.2 * torch.cos((torch.arange(8) - 3.5) * torch.pi / 2).repeat(8, 1)[None, None]
+    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.4
+    retest_file = importlib.import_module("aidefend.sanitize.repair.retest")
+    stamps = [
+        retest_file._scrambled(lambda rows: rows + wave, order) for order in retest_file._orders(x.shape[1:], seed=0)
+    ]
+    changes = [stamp(x) - x for stamp in stamps]
+    assert all(torch.allclose(change.norm(), changes[0].norm()) for change in changes)
+    likeness = [float((change * wave).sum() / (change.norm() * wave.norm() * 2)) for change in changes]
+    assert abs(likeness[0]) > 0.99 and all(abs(other) < 0.7 for other in likeness[1:])
