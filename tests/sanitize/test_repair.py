@@ -128,6 +128,23 @@ def test_a_seed_gives_one_result(world, method, short):
     )
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.global_random("looks whether dropout draws from the user's stream")
+def test_dropout_and_unused_layers_change_nothing_about_that(world, method, short):
+    model = copy.deepcopy(world.model)
+    model.insert(5, nn.Dropout(0.3))
+    model.register_module("spare", nn.Identity())
+    model.spare.weight = nn.Parameter(torch.ones(3))
+    model.forward = nn.Sequential(*list(model)[:7]).forward
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        kept = repair(model, world.trusted, method, epochs=1, **settings(world, method))
+        found.append(kept.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(found[0].values(), found[1].values(), strict=True))
+    assert torch.equal(found[0]["spare.weight"], torch.ones(3))
+
+
 @pytest.mark.parametrize("method", ["trigger-unlearning", "abl"])
 def test_the_strong_methods_remove_the_backdoor(world, method):
     repaired = repair(world.model, world.trusted, method, **settings(world, method))

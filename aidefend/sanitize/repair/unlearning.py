@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from aidefend._core.random import derive_seed, make_generator
+from aidefend._core.random import derive_seed, make_generator, own_stream
 from aidefend.sanitize.repair.tuning import TrustedRows, copied, train_with_own_statistics
 
 _FIXED_POINT_STEPS = 5
@@ -29,7 +29,7 @@ def unlearned(
     optimizer = torch.optim.Adam(parameters, lr=rate)
     stream = make_generator(seed=derive_seed(seed, "unlearning"))
     size = radius * float((rows.x - rows.x.mean(dim=0)).flatten(1).norm(dim=1).mean())
-    with torch.enable_grad():
+    with torch.enable_grad(), own_stream(derive_seed(seed, "dropout")):
         for _ in range(rounds):
             delta = _ascended(model, rows, size, steps, stream)
             for _ in range(steps):
@@ -68,13 +68,13 @@ def _ascended(model: nn.Module, rows: TrustedRows, size: float, steps: int, stre
 
 def _hypergradient(
     model: nn.Module, parameters: list[Tensor], delta: Tensor, x: Tensor, y: Tensor
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """Gradient of the outer loss, with the answer of the perturbation to a change of the weights."""
     low, high = x.amin(), x.amax()
     delta = delta.clone().requires_grad_(True)
     clean = cross_entropy(model(x), y)
     fooled = cross_entropy(model(moved(x, delta, low, high)), y)
-    direct = torch.autograd.grad(clean + fooled, [*parameters, delta], retain_graph=True)
+    direct = torch.autograd.grad(clean + fooled, [*parameters, delta], retain_graph=True, allow_unused=True)
     gradients, pull = list(direct[:-1]), direct[-1]
     inner = -fooled + _PENALTY * delta.square().sum()
     (slope,) = torch.autograd.grad(inner, delta, create_graph=True)
@@ -84,4 +84,4 @@ def _hypergradient(
         (vector,) = torch.autograd.grad(mapped, delta, vector, retain_graph=True)
         total = total + vector
     answer = torch.autograd.grad(mapped, parameters, total, allow_unused=True)
-    return tuple(g if a is None else g + a for g, a in zip(gradients, answer, strict=True))
+    return tuple(g if g is None or a is None else g + a for g, a in zip(gradients, answer, strict=True))
