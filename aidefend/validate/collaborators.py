@@ -1,9 +1,11 @@
-"""What a guard takes from outside: access policy, query budget, audit log, metrics, and the order in which it asks."""
+"""What a guard takes from outside: policy, budget, query state, audit log, metrics, and the order in which it asks."""
 
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
 
 from aidefend._core.checks import check_kind, refuse
 from aidefend._core.errors import BudgetExceeded
@@ -14,6 +16,7 @@ _METHODS = {
     "budget": ("reserve", "commit", "refund"),
     "log": ("append",),
     "metrics": ("observe",),
+    "queries": ("watch",),
 }
 _LOGGER = logging.getLogger("aidefend.validate")
 _LOGGER.addHandler(logging.NullHandler())  # silent until the application configures logging
@@ -74,15 +77,48 @@ class MetricsSink(Protocol):
         """
 
 
+class Standing(Protocol):
+    """What a query monitor says of an account after a call."""
+
+    @property
+    def allowed(self) -> bool:
+        """Whether the account gets answers."""
+
+    @property
+    def remark(self) -> str:
+        """What the operator should know, empty if nothing; never for the client."""
+
+
+class Queries(Protocol):
+    """Remembers what each principal asked, and says whether it still gets answers."""
+
+    def watch(self, principal: str, x: Tensor, outputs: Tensor) -> Standing:
+        """Take note of rows that the model has answered.
+
+        Args:
+            principal: Who asks.
+            x: (n, ...), n >= 0, as the model saw them.
+            outputs: (n, K) logits before hardening; may hold NaN.
+        """
+
+
+class Watched(NamedTuple):
+    """Why a batch gets no answers, empty if it does, and what the operator should know."""
+
+    refusal: str
+    remark: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Collaborators:
-    """The four, each optional, and the name of what they protect."""
+    """The five, each optional, and the name of what they protect."""
 
     policy: Policy | None = None
     budget: Budget | None = None
     log: Log | None = None
     metrics: MetricsSink | None = None
     resource: str = "model"
+    queries: Queries | None = None
 
     def __post_init__(self) -> None:
         """A collaborator that cannot do its work is found when the guard is made, not at its first call."""
@@ -100,7 +136,7 @@ class Collaborators:
     def admit(self, principal: object, rows: int) -> "Admission":
         """Authorize, then reserve. Every exception is a refusal."""
         if not isinstance(principal, str) or not principal:
-            needed = self.policy is not None or self.budget is not None
+            needed = any(part is not None for part in (self.policy, self.budget, self.queries))
             return Admission("access: no principal" if needed else None)
         step = "policy"
         try:
@@ -116,6 +152,16 @@ class Collaborators:
         except Exception as error:
             return Admission(failure(step, error))
         return Admission(None)
+
+    def watch(self, principal: str | None, x: Tensor, outputs: Tensor) -> Watched:
+        """Show the monitor what the model has answered. Every exception is a refusal."""
+        if self.queries is None or principal is None:
+            return Watched("", "")
+        try:
+            standing = self.queries.watch(principal, x, outputs)
+            return Watched("" if standing.allowed is True else "queries: suspended", str(standing.remark))
+        except Exception as error:
+            return Watched(failure("queries", error), "")
 
     def settle(self, admission: "Admission", *, spent: bool) -> None:
         """Commit or refund what was reserved."""

@@ -56,6 +56,7 @@ class Verdict:
         outputs: (N, ...), constants where there is no answer.
         reasons: For each row.
         scores, p_values: Name to (N,), NaN where not scored.
+        remark: Of the query monitor, for the audit log.
     """
 
     keep: Tensor
@@ -64,6 +65,7 @@ class Verdict:
     reasons: Sequence[tuple[str, ...]]
     scores: Mapping[str, Tensor]
     p_values: Mapping[str, Tensor]
+    remark: str = ""
 
 
 class Repeated(Sequence[tuple[str, ...]]):

@@ -1,6 +1,7 @@
 """A model with input validation in front of it and hardened outputs behind it."""
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -16,7 +17,16 @@ from aidefend._core.modules import Model, find_module
 from aidefend.validate.attackable import AttackableGuard
 from aidefend.validate.calibrating import Calibrated, calibrate, check_mode
 from aidefend.validate.calibration_record import calibration_evidence, summarise
-from aidefend.validate.collaborators import Admission, Budget, Collaborators, Log, MetricsSink, Policy, failure
+from aidefend.validate.collaborators import (
+    Admission,
+    Budget,
+    Collaborators,
+    Log,
+    MetricsSink,
+    Policy,
+    Queries,
+    failure,
+)
 from aidefend.validate.decision import GuardDecision, Verdict, decide, refuse_whole
 from aidefend.validate.detector import Detector, unique_names
 from aidefend.validate.features import PassCapture
@@ -36,22 +46,22 @@ class Guard(nn.Module):
     """A model behind input checks, detectors with an exact rate of false positives, and hardened outputs.
 
     Build one with `Guard.calibrate` or `Guard.load`. A call goes through these steps, and stops at the first refusal of
-    the whole batch: policy, budget, input specification, one pass of the model with all detectors, hardening of the
-    outputs, audit log, settlement of the budget, metrics.
+    the whole batch: policy, budget, input specification, one pass of the model with all detectors, query monitor,
+    hardening of the outputs, audit log, settlement of the budget, metrics.
 
     | mode | refused rows get no answer if they fail | outputs |
     |---|---|---|
-    | enforce | access, budget, specification, finite outputs, detectors | hardened |
-    | monitor | access, budget, specification, finite outputs; detectors only remark | hardened |
+    | enforce | access, budget, specification, finite outputs, detectors, query monitor | hardened |
+    | monitor | access, budget, specification, finite outputs; detectors and query monitor only remark | hardened |
     | shadow | access, budget, faults of the batch (shape, dtype, caps); all else only remarks | as the bare model's |
 
     Guarantee: (1) A clean row that is exchangeable with the calibration rows and satisfies the specification is
         refused by the detectors with probability floor(alpha (n + 1)) / (n + 1) <= alpha; drift voids it. (2) No input
         raises, whatever its type or content. Outside mode "shadow", a row that breaks a rule of the specification never
         reaches the model, so it cannot harm its batch mates. A row that makes the model itself raise refuses its whole
-        batch. (3) It fails closed: an exception in policy, budget, log, metrics, model, detectors or hardening refuses
-        every row; the units are returned if the model had not run. (4) Nothing about adversarial inputs: an attacker
-        who knows the detectors can pass them. Measure how far with `attackable()`.
+        batch. (3) It fails closed: an exception in policy, budget, query monitor, log, metrics, model, detectors or
+        hardening refuses every row; the units are returned if the model had not run. (4) Nothing about adversarial
+        inputs: an attacker who knows the detectors can pass them. Measure how far with `attackable()`.
     Threads may call one guard at the same time. Verdicts, and the time they take, tell an attacker what passes: give
     clients `accepted` and `outputs` alone, and a budget.
     """
@@ -101,6 +111,7 @@ class Guard(nn.Module):
         budget: Budget | None = None,
         log: Log | None = None,
         metrics: MetricsSink | None = None,
+        queries: Queries | None = None,
         resource: str = "model",
         batch_size: int = 256,
     ) -> "Guard":
@@ -129,6 +140,8 @@ class Guard(nn.Module):
             budget: Has the methods of `Budget`; one unit a row; with one, a call without a principal is refused.
             log: Has the method of `Log`.
             metrics: Has the method of `MetricsSink`.
+            queries: Has the method of `Queries`, such as `QueryMonitor`; with one, a call without a principal is
+                refused.
             resource: What the policy is asked about (the action is "predict").
             batch_size: Rows a pass during calibration.
         Returns: An open guard.
@@ -145,7 +158,7 @@ class Guard(nn.Module):
             >>> decision.accepted.tolist(), decision.reasons[1:]
             ([True, False, False], (('input: out of range',), ('input: not finite',)))
         """
-        collaborators = Collaborators(policy, budget, log, metrics, resource)
+        collaborators = Collaborators(policy, budget, log, metrics, resource, queries)
         check_choice(mode, _MODES, "mode")
         parts = calibrate(model, calibration_loader, spec, detectors, alpha, fit, layer, train_ids, seed, batch_size)
         return cls(model, parts, mode, output, collaborators)
@@ -166,7 +179,7 @@ class Guard(nn.Module):
         rows = count_rows(x)
         admission = self.collaborators.admit(principal, rows)
         try:
-            verdict, spent = self._verdict(x, rows, admission)
+            verdict, spent = self._verdict(x, rows, admission, principal)
         except BaseException:  # an interrupt: nothing is delivered, nothing is charged
             self.collaborators.settle(admission, spent=False)
             raise
@@ -188,7 +201,7 @@ class Guard(nn.Module):
         message = f"Expected rows that the guard accepts, got {count} of {len(decision.accepted)} refused."
         raise InputRejected(f"{message} See .report for the reasons.", decision.report)
 
-    def _verdict(self, x: object, rows: int, admission: Admission) -> tuple[Verdict, bool]:
+    def _verdict(self, x: object, rows: int, admission: Admission, principal: str | None) -> tuple[Verdict, bool]:
         """The verdict, and whether the model has run."""
         if admission.refusal is not None:
             return self._refuse(rows, admission.refusal), False
@@ -206,7 +219,8 @@ class Guard(nn.Module):
                     nothing = self._refuse(rows, "")
                     return dataclasses.replace(nothing, reasons=checked.reasons), False
                 step, ran = "model", True
-                return judge(self._panel(), checked, x.detach() if shadow else checked.x, chosen), True
+                watch = functools.partial(self.collaborators.watch, principal)
+                return judge(self._panel(), checked, x.detach() if shadow else checked.x, chosen, watch), True
         except Exception as error:
             return self._refuse(rows, failure(step, error)), ran
 
@@ -250,6 +264,7 @@ class Guard(nn.Module):
         budget: Budget | None = None,
         log: Log | None = None,
         metrics: MetricsSink | None = None,
+        queries: Queries | None = None,
     ) -> "Guard":
         """The guard back from `save`, around the very model that it was calibrated for.
 
@@ -260,9 +275,10 @@ class Guard(nn.Module):
             budget: The same.
             log: The same.
             metrics: The same.
+            queries: The same.
         Raises: ConfigurationError: another model or other weights, a missing collaborator, a file of another kind.
         """
-        given = Collaborators(policy, budget, log, metrics)
+        given = Collaborators(policy, budget, log, metrics, queries=queries)
         parts, mode, output, collaborators = read_guard(path, model, given)
         return cls(model, parts, mode, output, collaborators)
 

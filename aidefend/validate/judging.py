@@ -12,7 +12,7 @@ from aidefend._core.errors import AidefendError
 from aidefend._core.modules import Model
 from aidefend.validate.calibrating import score_all
 from aidefend.validate.calibration import COMBINED, JointCalibration
-from aidefend.validate.collaborators import failure
+from aidefend.validate.collaborators import Watched, failure
 from aidefend.validate.decision import Verdict, refused_constant
 from aidefend.validate.detector import FittedDetector
 from aidefend.validate.features import Outputs, PassCapture
@@ -20,6 +20,7 @@ from aidefend.validate.spec import SpecResult
 
 Mode = Literal["enforce", "monitor", "shadow"]
 Output = Callable[[Tensor], Tensor]
+Watch = Callable[[Tensor, Tensor], Watched]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +70,12 @@ def _answer(probe: Tensor, output: Output) -> Any:
         raise refuse("output to map logits (N, K) to N rows", "output", found, "Call output(logits)") from error
 
 
-def judge(panel: Panel, checked: SpecResult, x: Tensor, rows: Tensor) -> Verdict:
+def judge(panel: Panel, checked: SpecResult, x: Tensor, rows: Tensor, watch: Watch) -> Verdict:
     """The verdict on x (N, ...) after one pass over its rows with these numbers (ascending, at least one).
 
-    A detector that fails refuses every row, which the modes "monitor" and "shadow" do not enforce.
+    `watch` sees the rows that satisfy the specification, also those that the detectors refuse: an attacker learns from
+    both. A detector that fails, and an account that is suspended, refuse every row, which the modes "monitor" and
+    "shadow" do not enforce.
     """
     n = len(x)
     outputs = panel.capture.run(panel.model, x if len(rows) == n else x[rows])
@@ -83,8 +86,10 @@ def judge(panel: Panel, checked: SpecResult, x: Tensor, rows: Tensor) -> Verdict
     opinion = _opinion(panel, _select(outputs, usable))
     remarks = dict.fromkeys(rows[allowed & ~healthy].tolist(), ("model: output not finite",))
     remarks |= {i: (text,) for i, text in zip(scored[opinion.strange].tolist(), opinion.remarks, strict=True)}
+    watched = watch(x[rows[allowed]], outputs.logits[allowed])
     keep = torch.zeros(n, dtype=torch.bool, device=rows.device)
-    keep[scored] = ~opinion.strange
+    keep[scored] = ~opinion.strange if not watched.refusal else False
+    barred = (watched.refusal,) if watched.refusal else ()
     answered = keep if panel.mode == "enforce" else torch.zeros_like(keep)
     answered[scored if panel.mode == "monitor" else rows[:0]] = True
     if panel.mode == "shadow":
@@ -93,9 +98,10 @@ def judge(panel: Panel, checked: SpecResult, x: Tensor, rows: Tensor) -> Verdict
         keep,
         answered,
         _shown(panel, outputs.logits[answered[rows]], answered),
-        tuple(reasons + remarks.get(i, ()) for i, reasons in enumerate(checked.reasons)),
+        tuple(barred + reasons + remarks.get(i, ()) for i, reasons in enumerate(checked.reasons)),
         {name: _spread(values, scored, n) for name, values in opinion.scores.items()},
         {name: _spread(values, scored, n) for name, values in opinion.p_values.items()},
+        watched.remark,
     )
 
 

@@ -10,6 +10,7 @@ from aidefend.validate.decision import Repeated, Verdict
 _CODES = {
     "access": "access",
     "budget": "budget",
+    "queries": "access",
     "input": "specification",
     "model": "error",
     "detector": "detector",
@@ -62,18 +63,17 @@ def _append(collaborators: Collaborators, call: Call, verdict: Verdict) -> None:
     if collaborators.log is None:
         return
     rows, accepted = len(verdict.reasons), int(verdict.answered.sum())
-    collaborators.log.append(
-        {
-            "event": "guard.decision",
-            "principal": call.principal,
-            "resource": collaborators.resource,
-            "rows": rows,
-            "accepted": accepted,
-            "refused": rows - accepted,
-            "reasons": count_reasons(verdict),
-            "setting": call.setting,
-        }
-    )
+    event = {
+        "event": "guard.decision",
+        "principal": call.principal,
+        "resource": collaborators.resource,
+        "rows": rows,
+        "accepted": accepted,
+        "refused": rows - accepted,
+        "reasons": count_reasons(verdict),
+        "setting": call.setting,
+    }
+    collaborators.log.append(event | ({"queries": verdict.remark} if verdict.remark else {}))
 
 
 def _append_quietly(collaborators: Collaborators, call: Call, verdict: Verdict) -> None:
