@@ -11,6 +11,7 @@ from aidefend.validate.detector_file import load_detector, save_detector
 from aidefend.validate.ensemble import Ensemble, FittedEnsemble
 from aidefend.validate.feature_squeezing import FeatureSqueezing
 from aidefend.validate.guard import Guard
+from aidefend.validate.keyed_noise import KeyedNoise
 from aidefend.validate.local_dimension import LocalDimension
 from aidefend.validate.logit_scores import GEN, Energy, Entropy, MaxLogit, MaxSoftmax
 from aidefend.validate.mahalanobis import Mahalanobis, RelativeMahalanobis
@@ -19,6 +20,7 @@ from aidefend.validate.outputs import LabelOnly, Rounded, Tempered, TopK
 from aidefend.validate.purify import PurifiedModel, Purify
 from aidefend.validate.reconstruction import Reconstruction
 from aidefend.validate.restoration import BitDepth, JPEGLike, MedianFilter, NonLocalMeans, TotalVariation
+from aidefend.validate.reverse_sigmoid import ReverseSigmoid
 from aidefend.validate.spec import InputSpec, SpecResult
 from aidefend.validate.virtual_logit import ViM
 
@@ -41,6 +43,7 @@ __all__ = [
     "GuardDecision",
     "InputSpec",
     "JPEGLike",
+    "KeyedNoise",
     "LabelOnly",
     "LocalDimension",
     "Log",
@@ -57,6 +60,7 @@ __all__ = [
     "Queries",
     "Reconstruction",
     "RelativeMahalanobis",
+    "ReverseSigmoid",
     "Rounded",
     "SpecResult",
     "Tempered",

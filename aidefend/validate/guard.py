@@ -31,10 +31,11 @@ from aidefend.validate.decision import GuardDecision, Verdict, decide, refuse_wh
 from aidefend.validate.detector import Detector, unique_names
 from aidefend.validate.features import PassCapture
 from aidefend.validate.guard_file import read_guard, write_guard
-from aidefend.validate.judging import Mode, Output, Panel, blank_row, judge
+from aidefend.validate.judging import Mode, Panel, blank_row, judge
 from aidefend.validate.logit_scores import Energy
 from aidefend.validate.model_identity import uncompiled
 from aidefend.validate.nearest_neighbours import NearestNeighbours
+from aidefend.validate.outputs import Output
 from aidefend.validate.settling import Call, settle
 from aidefend.validate.spec import InputSpec, count_rows
 
@@ -87,7 +88,8 @@ class Guard(nn.Module):
             if isinstance(detector, nn.Module):
                 self.add_module(f"detector_{name}", detector)
         self._switches = list(model.modules()) if isinstance(model, nn.Module) else []
-        self._blank = blank_row(facts.num_classes, getattr(torch, facts.logits_dtype), output, mode)
+        logits = torch.zeros(1, facts.num_classes, dtype=getattr(torch, facts.logits_dtype))
+        self._blank = blank_row(logits, parts.spec.smallest_row(), output, mode)
         self._capture = PassCapture(model, layer)
         self._closed = False
         self.eval()
@@ -135,7 +137,8 @@ class Guard(nn.Module):
                 dtype and shape, so take ids of rows as the model sees them.
             seed: Of the split.
             mode: See the class.
-            output: A callable from logits (N, K) to N rows, such as `LabelOnly()`; None = the logits themselves.
+            output: A callable from logits (N, K) to N rows, such as `LabelOnly()`; None = the logits themselves. One
+                with `uses_inputs = True`, such as `KeyedNoise`, is called with (logits, x).
             policy: Has the method of `Policy`; with one, a call without a principal is refused.
             budget: Has the methods of `Budget`; one unit a row; with one, a call without a principal is refused.
             log: Has the method of `Log`.
@@ -260,6 +263,7 @@ class Guard(nn.Module):
         path: str | os.PathLike[str],
         model: Model,
         *,
+        output: Output | None = None,
         policy: Policy | None = None,
         budget: Budget | None = None,
         log: Log | None = None,
@@ -271,15 +275,17 @@ class Guard(nn.Module):
         Args:
             path: A file written by `save`; nothing in it is executed.
             model: Same structure and weights as at calibration.
+            output: Only where the guard was saved with `KeyedNoise`: the same again, since its key is not in the file.
             policy: The one that the guard had; a missing one is refused.
             budget: The same.
             log: The same.
             metrics: The same.
             queries: The same.
-        Raises: ConfigurationError: another model or other weights, a missing collaborator, a file of another kind.
+        Raises: ConfigurationError: another model or other weights, a missing collaborator, another key, a file of
+            another kind.
         """
         given = Collaborators(policy, budget, log, metrics, queries=queries)
-        parts, mode, output, collaborators = read_guard(path, model, given)
+        parts, mode, output, collaborators = read_guard(path, model, given, output)
         return cls(model, parts, mode, output, collaborators)
 
     def train(self, mode: bool = True) -> "Guard":

@@ -19,15 +19,17 @@ from aidefend.validate.calibration import JointCalibration
 from aidefend.validate.collaborators import Collaborators
 from aidefend.validate.detector import FittedDetector, unique_names
 from aidefend.validate.detector_file import KINDS
-from aidefend.validate.judging import Mode, Output
+from aidefend.validate.judging import Mode
+from aidefend.validate.keyed_noise import KeyedNoise
 from aidefend.validate.model_identity import check_identity
-from aidefend.validate.outputs import LabelOnly, Rounded, Tempered, TopK
+from aidefend.validate.outputs import LabelOnly, Output, Rounded, Tempered, TopK
+from aidefend.validate.reverse_sigmoid import ReverseSigmoid
 from aidefend.validate.spec import InputSpec
 from aidefend.validate.stored import describe_detector, detector_arrays, rebuild_detector, with_prefix
 
 _SCHEMA = "aidefend.guard/1"
 _CALIBRATION = ("scores", "knots", "heights", "slopes")
-_OUTPUTS: dict[str, type[Any]] = {kind.__name__: kind for kind in (LabelOnly, TopK, Rounded, Tempered)}
+_OUTPUTS: dict[str, type[Any]] = {kind.__name__: kind for kind in (LabelOnly, TopK, Rounded, Tempered, ReverseSigmoid)}
 
 
 def write_guard(
@@ -39,7 +41,7 @@ def write_guard(
         "mode": mode,
         "spec": parts.spec.to_dict(),
         "facts": dataclasses.asdict(parts.facts),
-        "output": None if output is None else _configuration(output, _OUTPUTS, "output"),
+        "output": None if output is None else _described_output(output),
         "detectors": [describe_detector(detector, KINDS) for detector in parts.detectors],
         "collaborators": list(collaborators.present()),
         "resource": collaborators.resource,
@@ -53,7 +55,7 @@ def write_guard(
 
 
 def read_guard(
-    path: str | os.PathLike[str], model: Model, given: Collaborators
+    path: str | os.PathLike[str], model: Model, given: Collaborators, output: Output | None = None
 ) -> tuple[Calibrated, Mode, Output | None, Collaborators]:
     """The parts back from `write_guard`, checked against the model and the collaborators that are given."""
     header, arrays = _open(path)
@@ -66,7 +68,7 @@ def read_guard(
             facts,
         )
         mode = check_choice(header["mode"], ("enforce", "monitor", "shadow"), "mode")
-        output = None if header["output"] is None else _rebuilt(header["output"], _OUTPUTS)
+        shown = _rebuilt_output(header["output"], output)
         wanted, resource = list(header["collaborators"]), str(header["resource"])
     except AidefendError:
         raise
@@ -77,7 +79,7 @@ def read_guard(
             f"Pass {', '.join(f'{name}=' for name in missing)}: without it the guard would let more through than before"
         )
         raise refuse(f"the collaborators {wanted} that the guard was saved with", "given", given.present(), cure)
-    return parts, mode, output, dataclasses.replace(given, resource=resource)
+    return parts, mode, shown, dataclasses.replace(given, resource=resource)
 
 
 def _open(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -97,17 +99,33 @@ def _damaged(path: str | os.PathLike[str], error: Exception) -> AidefendError:
     return refuse("a file written by Guard.save", "path", str(path), f"Could not read it ({error!r})")
 
 
-def _configuration(value: object, kinds: Mapping[str, type[Any]], name: str) -> list[Any]:
-    kind = type(value).__name__
-    if kinds.get(kind) is not type(value):
+def _described_output(output: Output) -> list[Any]:
+    """[kind, settings]; of a secret key the fingerprint alone."""
+    kind = type(output).__name__
+    if type(output) is KeyedNoise:
+        return [kind, _without_key(output)]
+    if _OUTPUTS.get(kind) is not type(output):
         cure = "Apply your own function to decision.outputs instead"
-        raise refuse(f"an {name} of this package to save ({', '.join(sorted(kinds))})", name, kind, cure)
-    return [kind, dataclasses.asdict(value)]  # type: ignore[call-overload]  # all kinds are dataclasses
+        rule = f"an output of this package to save ({', '.join(sorted([*_OUTPUTS, KeyedNoise.__name__]))})"
+        raise refuse(rule, "output", kind, cure)
+    return [kind, dataclasses.asdict(output)]  # type: ignore[call-overload]  # all kinds are dataclasses
 
 
-def _rebuilt(described: list[Any], kinds: Mapping[str, type[Any]]) -> Any:
-    kind, settings = described
-    return kinds[kind](**settings)
+def _rebuilt_output(described: list[Any] | None, given: Output | None) -> Output | None:
+    """The output back; one with a key must be given again, the same, and no other may be given."""
+    kind, settings = described or ("", {})
+    if kind == KeyedNoise.__name__:
+        if type(given) is not KeyedNoise or _without_key(given) != settings:
+            rule = f"output=KeyedNoise(...) with the key and the settings of the guard ({settings})"
+            raise refuse(rule, "output", given, "Pass it with the same key: the file does not hold the key")
+        return given
+    if given is not None:
+        raise refuse("no output: this guard's file holds its own", "output", given, "Leave output= out")
+    return _OUTPUTS[kind](**settings) if described else None
+
+
+def _without_key(output: KeyedNoise) -> dict[str, Any]:
+    return {"fingerprint": output.fingerprint, "scale": output.scale, "step": output.step, "argmax": output.argmax}
 
 
 def _restored(

@@ -16,10 +16,10 @@ from aidefend.validate.collaborators import Watched, failure
 from aidefend.validate.decision import Verdict, refused_constant
 from aidefend.validate.detector import FittedDetector
 from aidefend.validate.features import Outputs, PassCapture
+from aidefend.validate.outputs import Output, harden
 from aidefend.validate.spec import SpecResult
 
 Mode = Literal["enforce", "monitor", "shadow"]
-Output = Callable[[Tensor], Tensor]
 Watch = Callable[[Tensor, Tensor], Watched]
 
 
@@ -45,13 +45,17 @@ class _Opinion(NamedTuple):
     remarks: list[str]
 
 
-def blank_row(num_classes: int, dtype: torch.dtype, output: Output | None, mode: Mode) -> Tensor:
+def blank_row(logits: Tensor, x: Tensor, output: Output | None, mode: Mode) -> Tensor:
     """The output of a refused row: the shape and dtype of an answer, filled with a constant that is none.
 
+    Args:
+        logits: (1, K) of any row, in the dtype of the model.
+        x: (1, ...) an input as the model takes it.
+        output: See `Guard.calibrate`.
+        mode: Of the guard.
     Raises: ConfigurationError: `output` does not map logits (1, K) to a tensor of one row, floating point or signed.
     """
-    probe = torch.zeros(1, num_classes, dtype=dtype)
-    shown: Any = probe if output is None or mode == "shadow" else _answer(probe, output)
+    shown: Any = logits if output is None or mode == "shadow" else _answer(logits, x, output)
     if not isinstance(shown, Tensor) or shown.ndim < 1 or len(shown) != 1:
         raise refuse("output to map logits (N, K) to N rows", "output", shown, "Return one row for each row of logits")
     if not shown.is_floating_point() and shown.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
@@ -59,10 +63,10 @@ def blank_row(num_classes: int, dtype: torch.dtype, output: Output | None, mode:
     return torch.full_like(shown[0], refused_constant(shown).item())
 
 
-def _answer(probe: Tensor, output: Output) -> Any:
+def _answer(logits: Tensor, x: Tensor, output: Output) -> Any:
     check_callable(output, "output", "Pass a callable such as LabelOnly()")
     try:
-        return output(probe)
+        return harden(output, logits, x)
     except AidefendError:
         raise
     except Exception as error:
@@ -97,7 +101,7 @@ def judge(panel: Panel, checked: SpecResult, x: Tensor, rows: Tensor, watch: Wat
     return Verdict(
         keep,
         answered,
-        _shown(panel, outputs.logits[answered[rows]], answered),
+        _shown(panel, outputs.logits[answered[rows]], x, answered),
         tuple(barred + reasons + remarks.get(i, ()) for i, reasons in enumerate(checked.reasons)),
         {name: _spread(values, scored, n) for name, values in opinion.scores.items()},
         {name: _spread(values, scored, n) for name, values in opinion.p_values.items()},
@@ -138,9 +142,11 @@ def _spread(values: Tensor, rows: Tensor, n: int) -> Tensor:
     return spread
 
 
-def _shown(panel: Panel, logits: Tensor, answered: Tensor) -> Tensor:
+def _shown(panel: Panel, logits: Tensor, x: Tensor, answered: Tensor) -> Tensor:
     """Outputs of all rows: hardened logits where there is an answer, the constant elsewhere."""
-    hardened = logits if panel.output is None or panel.mode == "shadow" else panel.output(logits)
+    hardened = logits
+    if panel.output is not None and panel.mode != "shadow":
+        hardened = harden(panel.output, logits, x if len(logits) == len(x) else x[answered])
     if hardened.shape[1:] != panel.blank.shape or len(hardened) != len(logits):
         raise refuse(f"outputs of shape {tuple(panel.blank.shape)} a row", "output", hardened, "Keep shape and order")
     if len(logits) == len(answered):

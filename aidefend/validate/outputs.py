@@ -1,12 +1,18 @@
-"""What a client gets to see: hardened forms of the logits. Each is a plain callable from logits to outputs."""
+"""What a client gets to see: hardened forms of the logits. Each is a plain callable from logits to outputs.
+
+One that also reads the inputs has `uses_inputs = True` and takes (logits, x); `harden` serves both.
+"""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from aidefend._core.checks import check_int, check_number, check_tensor
 from aidefend.validate.detector import wide
+
+Output = Callable[..., Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +112,21 @@ class Tempered:
     def __call__(self, logits: Tensor) -> Tensor:
         """(N, K) logits to (N, K) probabilities."""
         return _probabilities(logits, self.temperature)
+
+
+def harden(output: Output, logits: Tensor, x: Tensor) -> Tensor:
+    """Outputs of the rows x (N, ...) with these logits (N, K)."""
+    return output(logits, x) if getattr(output, "uses_inputs", False) else output(logits)
+
+
+def keep_top(shown: Tensor, top: Tensor) -> Tensor:
+    """Probabilities (N, K) whose largest is that of the classes `top` (N,), alone: swapped where it was another."""
+    index = top[:, None]
+    highest, place = shown.max(dim=1, keepdim=True)
+    swapped = shown.scatter(1, place, shown.gather(1, index)).scatter(1, index, highest)
+    rest = swapped.scatter(1, index, -1.0).amax(dim=1, keepdim=True)
+    own = torch.where(highest > rest, highest, torch.nextafter(rest, torch.full_like(rest, 2.0)))
+    return swapped.scatter(1, index, own)
 
 
 def _probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:

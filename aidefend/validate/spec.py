@@ -160,6 +160,11 @@ class InputSpec:
             return "input: wrong device"
         return "input: overlapping memory" if _may_overlap(x) else None
 
+    def smallest_row(self) -> Tensor:
+        """Zeros (1, ...) of the smallest shape that the rules allow, whether or not they lie in the range."""
+        sizes = (size[0] if isinstance(size, tuple) else size for size in self.shape)
+        return torch.zeros(1, *sizes, dtype=self.dtype)
+
     def clip(self, x: Tensor) -> Tensor:
         """The rows with the range applied if the rule is "clip", else x itself; differentiable."""
         if self.out_of_range == "reject" or (self.low is None and self.high is None) or x.dtype == torch.bool:

@@ -960,6 +960,13 @@ CALLS = {
         lambda: {"detector": validate.Energy(), "path": new_path()},
     ),
     "validate.load_detector": (validate.load_detector, lambda: {"path": stored_detector()}),
+    "validate.KeyedNoise": (
+        validate.KeyedNoise,
+        lambda: {"key": bytes(16), "scale": 0.5, "step": 0.1, "argmax": "free"},
+    ),
+    "validate.KeyedNoise.call": (validate.KeyedNoise(bytes(16)), lambda: {"logits": LOGITS, "x": X}),
+    "validate.ReverseSigmoid": (validate.ReverseSigmoid, lambda: {"beta": 0.5, "gamma": 0.2}),
+    "validate.ReverseSigmoid.call": (validate.ReverseSigmoid(), lambda: {"logits": LOGITS}),
     "validate.LabelOnly": (validate.LabelOnly(), lambda: {"logits": LOGITS}),
     "validate.TopK": (validate.TopK, lambda: {"k": 1}),
     "validate.Rounded": (validate.Rounded, lambda: {"digits": 1}),

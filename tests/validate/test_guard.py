@@ -10,7 +10,18 @@ from torch import nn
 
 from aidefend import ConfigurationError, IncompatibleModel, InputRejected
 from aidefend._core.batches import content_ids
-from aidefend.validate import Energy, Guard, InputSpec, LabelOnly, Mahalanobis, NearestNeighbours, Rounded, TopK
+from aidefend.validate import (
+    Energy,
+    Guard,
+    InputSpec,
+    KeyedNoise,
+    LabelOnly,
+    Mahalanobis,
+    NearestNeighbours,
+    ReverseSigmoid,
+    Rounded,
+    TopK,
+)
 from tests.validate.small_world import model, rows, strange
 
 DETECTORS = [Energy(), NearestNeighbours(k=5)]
@@ -147,7 +158,14 @@ def test_predict_gives_outputs_or_raises():
 
 
 @pytest.mark.parametrize(
-    ("output", "constant"), [(LabelOnly(), -1), (TopK(2), math.nan), (Rounded(1), math.nan), (None, math.nan)]
+    ("output", "constant"),
+    [
+        (LabelOnly(), -1),
+        (TopK(2), math.nan),
+        (Rounded(1), math.nan),
+        (ReverseSigmoid(), math.nan),
+        (None, math.nan),
+    ],
 )
 def test_hardened_outputs_and_their_constant(output, constant):
     guard = guard_of(output=output)
@@ -158,6 +176,17 @@ def test_hardened_outputs_and_their_constant(output, constant):
     torch.testing.assert_close(decision.outputs[4:], expected, equal_nan=True)
     refused = guard("not a tensor")
     assert refused.outputs.dtype == decision.outputs.dtype and refused.outputs.shape[1:] == decision.outputs.shape[1:]
+
+
+@pytest.mark.parametrize("mode", ["enforce", "monitor"])
+def test_an_output_that_reads_the_inputs_gets_those_of_the_answered_rows(mode):
+    noisy = KeyedNoise(bytes(16), scale=0.3)
+    guard = guard_of(output=noisy, mode=mode)
+    x = torch.cat([torch.full((1, 6), math.nan), KNOWN[:3], strange(1)])
+    decision, rows_of = guard(x), slice(1, 4)
+    torch.testing.assert_close(decision.outputs[rows_of], noisy(guard.model(KNOWN[:3]).detach(), KNOWN[:3]))
+    assert bool(decision.outputs[0].isnan().all()) and bool(decision.outputs[4].isnan().all()) == (mode == "enforce")
+    torch.testing.assert_close(guard(KNOWN[1:2]).outputs, decision.outputs[2:3])
 
 
 def test_monitor_answers_strange_rows_but_not_malformed_ones():

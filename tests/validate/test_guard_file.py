@@ -14,12 +14,14 @@ from aidefend.validate import (
     Energy,
     Guard,
     InputSpec,
+    KeyedNoise,
     LabelOnly,
     Mahalanobis,
     MaxLogit,
     MaxSoftmax,
     NearestNeighbours,
     RelativeMahalanobis,
+    ReverseSigmoid,
     Rounded,
     Tempered,
     TopK,
@@ -62,10 +64,27 @@ def test_a_loaded_guard_decides_the_same(saved, tmp_path):
     assert (tmp_path / "again.safetensors").read_bytes() == saved.read_bytes()
 
 
-@pytest.mark.parametrize("output", [None, LabelOnly(), TopK(1), Rounded(1), Tempered(3.0)])
+@pytest.mark.parametrize("output", [None, LabelOnly(), TopK(1), Rounded(1), Tempered(3.0), ReverseSigmoid(0.5)])
 def test_outputs_are_kept(tmp_path, output):
     guard_of([Energy()], output=output).save(tmp_path / "guard")
     assert Guard.load(tmp_path / "guard", model()).output == output
+
+
+def test_a_key_is_not_in_the_file_and_must_be_given_again(tmp_path):
+    noisy = KeyedNoise(b"a very secret key", scale=0.25)
+    first = guard_of([Energy()], output=noisy)
+    first.save(tmp_path / "guard")
+    assert noisy.key not in (tmp_path / "guard").read_bytes()
+    second = Guard.load(tmp_path / "guard", model(), output=KeyedNoise(b"a very secret key", scale=0.25))
+    torch.testing.assert_close(second(TEST).outputs, first(TEST).outputs, rtol=0, atol=0, equal_nan=True)
+    for other in (None, KeyedNoise(bytes(16), scale=0.25), KeyedNoise(noisy.key, scale=0.5), LabelOnly()):
+        with pytest.raises(ConfigurationError, match="with the key and the settings"):
+            Guard.load(tmp_path / "guard", model(), output=other)
+
+
+def test_an_output_beside_the_one_in_the_file_is_refused(saved):
+    with pytest.raises(ConfigurationError, match="Leave output= out"):
+        Guard.load(saved, model(), output=TopK(2))
 
 
 def test_other_weights_are_refused(saved):
