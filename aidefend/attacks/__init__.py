@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from aidefend.attacks.poisoning import AdaptivePatch as AdaptivePatch
     from aidefend.attacks.poisoning import AllToAll as AllToAll
     from aidefend.attacks.poisoning import Blend as Blend
+    from aidefend.attacks.poisoning import FeatureCollision as FeatureCollision
+    from aidefend.attacks.poisoning import GradientMatching as GradientMatching
+    from aidefend.attacks.poisoning import LabelConsistent as LabelConsistent
     from aidefend.attacks.poisoning import LabelFlip as LabelFlip
     from aidefend.attacks.poisoning import Patch as Patch
     from aidefend.attacks.poisoning import Poisoned as Poisoned
@@ -57,8 +60,11 @@ _HOMES = {
     "Extraction": "extraction",
     "ExtractionResult": "extraction",
     "FMN": "evasion",
+    "FeatureCollision": "poisoning",
+    "GradientMatching": "poisoning",
     "HopSkipJump": "evasion",
     "InversionResult": "inversion",
+    "LabelConsistent": "poisoning",
     "LabelFlip": "poisoning",
     "LiRA": "membership",
     "LossThreshold": "membership",

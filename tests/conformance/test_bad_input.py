@@ -505,6 +505,47 @@ CALLS = {
     ),
     "attacks.AdaptivePatch.stamp": (attacks.AdaptivePatch().stamp, lambda: {"x": X}),
     "attacks.AdaptivePatch.partial": (attacks.AdaptivePatch().partial, lambda: {"x": X, "row": 1, "seed": 0}),
+    "attacks.LabelConsistent": (
+        lambda **a: attacks.LabelConsistent(**a).poison((X, Y)),
+        lambda: {
+            "surrogate": Net(),
+            "evade": ATTACK,
+            "stamp": attacks.Patch(size=1).stamp,
+            "target": 0,
+            "rate": 0.1,
+            "threat": None,
+        },
+    ),
+    "attacks.FeatureCollision": (
+        lambda **a: attacks.FeatureCollision(**a).poison((X, Y)),
+        lambda: {
+            "features": Net(),
+            "victims": X2[:2],
+            "target": 0,
+            "rate": 0.1,
+            "threat": THREAT,
+            "together": False,
+            "nearest": True,
+            "steps": 1,
+        },
+    ),
+    "attacks.GradientMatching": (
+        lambda **a: attacks.GradientMatching(**a).poison((X, Y)),
+        lambda: {
+            "surrogate": Net(),
+            "victims": X2[:2],
+            "target": 0,
+            "rate": 0.1,
+            "threat": THREAT,
+            "steps": 1,
+            "restarts": 1,
+            "largest": True,
+        },
+    ),
+    "attacks.GradientMatching.match": (
+        attacks.GradientMatching(nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), X2[:2]).match,
+        lambda: {"x": X},
+    ),
     "attacks.LabelFlip.pairs": (
         lambda pairs: attacks.LabelFlip(pairs=pairs).poison((X, Y)),
         lambda: {"pairs": ((0, 1),)},

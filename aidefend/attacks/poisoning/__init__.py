@@ -4,6 +4,9 @@ from aidefend.attacks.poisoning.adaptive_blend import AdaptiveBlend
 from aidefend.attacks.poisoning.adaptive_patch import AdaptivePatch
 from aidefend.attacks.poisoning.all_to_all import AllToAll
 from aidefend.attacks.poisoning.blend import Blend
+from aidefend.attacks.poisoning.feature_collision import FeatureCollision
+from aidefend.attacks.poisoning.gradient_matching import GradientMatching
+from aidefend.attacks.poisoning.label_consistent import LabelConsistent
 from aidefend.attacks.poisoning.label_flip import LabelFlip
 from aidefend.attacks.poisoning.patch import Patch
 from aidefend.attacks.poisoning.poisoned import Poisoned, PoisonedDataset
@@ -17,6 +20,9 @@ __all__ = [
     "AdaptivePatch",
     "AllToAll",
     "Blend",
+    "FeatureCollision",
+    "GradientMatching",
+    "LabelConsistent",
     "LabelFlip",
     "Patch",
     "Poisoned",
