@@ -66,8 +66,9 @@ def block_of(chances: Any, labels: Any) -> dict[str, Any]:
 
 def ours(block: dict[str, Any]) -> tuple[Any, Any]:
     """Issues and scores."""
-    detector = ConfidentLearning(limit=10_000).partial_fit(block)
-    return detector.issues(block).numpy(), detector.score(block).numpy()
+    detector = ConfidentLearning().partial_fit(block)
+    scores = detector.score(block)
+    return (scores > detector.threshold).numpy(), scores.numpy()
 
 
 def peer(chances: Any, labels: Any) -> tuple[Any, Any]:

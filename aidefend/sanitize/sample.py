@@ -1,12 +1,13 @@
 """A bounded sample of rows per class that does not depend on order or sharding: the rows with the smallest hashes."""
 
 import dataclasses
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from aidefend.sanitize.id_keys import id_keys
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,11 +23,26 @@ class _Kept:
 
     def smallest(self, limit: int) -> "_Kept":
         """The `limit` rows with the smallest keys, ascending; equal keys by id."""
-        order = np.argsort(self.keys, kind="stable")
-        ordered = self.keys[order]
-        if len(ordered) > 1 and bool((ordered[1:] == ordered[:-1]).any()):
-            order = np.lexsort((self.ids.astype(str), self.keys))
-        return self.at(order[:limit])
+        return self.at(_smallest(self.keys, self.ids, limit))
+
+
+def _by_label(labels: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each label that occurs, ascending, with the places of its rows."""
+    if not len(labels):
+        return
+    narrow = labels.astype(np.uint16) if labels.max() < 2**16 else labels  # sorted digit by digit, in one pass
+    order, counts = np.argsort(narrow, kind="stable"), np.bincount(labels)
+    ends = np.cumsum(counts)
+    for label in np.flatnonzero(counts).tolist():
+        yield label, order[ends[label] - counts[label] : ends[label]]
+
+
+def _smallest(keys: np.ndarray, ids: np.ndarray, limit: int) -> np.ndarray:
+    order = np.argsort(keys)
+    ordered = keys[order]
+    if len(ordered) > 1 and bool((ordered[1:] == ordered[:-1]).any()):
+        order = np.lexsort((ids.astype(str), keys))
+    return order[:limit]
 
 
 class ClassSample:
@@ -34,7 +50,7 @@ class ClassSample:
 
     Rows wait beside those that were kept and are sorted in when there are as many again: N hashes and about N log N
     comparisons in all, and at most 2 limit + one block rows a class in memory.
-    Source: bottom-k sampling, Cohen, Kaplan 2007.
+    Source: bottom-k sampling, Cohen, Kaplan 2007; the hashes are those of `id_keys`.
     """
 
     def __init__(self, limit: int, seed: int = 0) -> None:
@@ -43,14 +59,17 @@ class ClassSample:
 
     def add(self, ids: Sequence[str], features: Tensor, labels: Tensor) -> None:
         """Offer the rows of one block."""
-        keys, names = self._keys(ids), np.array(ids, dtype=object)
-        for label in labels.unique().tolist():
-            places = (labels == label).nonzero().flatten().numpy()
-            kept = self._rows.get(int(label), [])
+        keys, names = id_keys(ids, self.seed), np.array(ids, dtype=object)
+        for label, places in _by_label(labels.numpy()):
+            kept = self._rows.get(label, [])
             if kept and len(kept[0].keys) == self.limit:  # only what is below its last can enter
                 places = places[keys[places] <= kept[0].keys[-1]]
+            if not kept:  # the first part is sorted at once, and copied once
+                places = places[_smallest(keys[places], names[places], self.limit)]
             if len(places):
-                self._offer(int(label), _Kept(keys[places], names[places], features[torch.from_numpy(places)]))
+                self._offer(
+                    label, _Kept(keys[places], names[places], features.index_select(0, torch.from_numpy(places)))
+                )
 
     def merged(self, other: "ClassSample") -> "ClassSample":
         """The sample of both parts together; neither is changed."""
@@ -71,7 +90,7 @@ class ClassSample:
 
     def _offer(self, label: int, rows: _Kept) -> None:
         parts = self._rows.setdefault(label, [])
-        parts.append(rows if parts else rows.smallest(self.limit))  # the first part is always sorted
+        parts.append(rows)
         if sum(len(part.keys) for part in parts[1:]) >= self.limit:
             self._settled(label)
 
@@ -82,13 +101,3 @@ class ClassSample:
             whole = _Kept(keys, ids, torch.cat([part.features for part in parts]))
             self._rows[label] = [whole.smallest(self.limit)]
         return self._rows[label][0]
-
-    def _keys(self, ids: Sequence[str]) -> np.ndarray:
-        """(n,) uint64 hashes of the ids, salted with the seed."""
-        keyed = hashlib.blake2b(digest_size=8, salt=self.seed.to_bytes(8, "big"))
-        digests = bytearray()
-        for row_id in ids:
-            one = keyed.copy()
-            one.update(row_id.encode())
-            digests += one.digest()
-        return np.frombuffer(bytes(digests), dtype=">u8").astype(np.uint64)

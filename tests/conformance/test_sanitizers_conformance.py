@@ -31,7 +31,7 @@ SANITIZERS = {
     "neighbour-disagreement-small-bank": lambda: NeighbourDisagreement(k=3, limit=15),
     "outliers": Outliers,
     "scan": Scan,
-    "scan-small-sample": lambda: Scan(dimensions=3, limit=25),
+    "scan-small-sample": lambda: Scan(dimensions=3, limit=30),
     "source-evidence": lambda: SourceEvidence(smallest=3),
     "spectral-signature": SpectralSignature,
     "spectre": Spectre,
