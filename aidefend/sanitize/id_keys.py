@@ -26,7 +26,7 @@ def id_keys(ids: Sequence[str], seed: int) -> np.ndarray:
     text, ends = _bytes(ids)
     starts = np.concatenate([[0], ends + 1])[: len(ids)]
     lengths = ends - starts
-    keys = lengths.astype(np.uint64) + np.uint64((seed + 1) * _STEP % 2**64)
+    keys: np.ndarray = lengths.astype(np.uint64) + np.uint64((seed + 1) * _STEP % 2**64)
     _mix(keys)
     words = (lengths + 7) // 8
     for number in range(int(words.max(initial=0))):
