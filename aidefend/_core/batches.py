@@ -1,28 +1,35 @@
-"""One way through data: (ids, x, y) batches from tensors, a Dataset, a DataLoader or an iterator of dict batches."""
+"""One way through data: (ids, x, y) batches from tensors, data sets, loaders, tables, files and iterators."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from aidefend._core.checks import check_int, check_not_empty, check_same_rows, refuse
+from aidefend._core.checks import check_choice, check_int, check_not_empty, check_same_rows, refuse
+from aidefend._core.collate import Marking, Rows, strict
 from aidefend._core.errors import AidefendError
-
-INPUT_KEYS = ("x", "image", "images", "input", "inputs", "features", "pixel_values", "data")
-LABEL_KEYS = ("y", "label", "labels", "target", "targets")
+from aidefend._core.frames import is_frame, is_stored, with_names
+from aidefend._core.parts import is_map_style, is_pair, is_whole, raw_parts
+from aidefend._core.samples import Samples, tensor_of
 
 
 class Batch(NamedTuple):
-    """A slice of the data: content ids, inputs (N, ...), labels (N,) int64 or None."""
+    """A slice of the data: content ids, inputs (N, ...), labels (N,) int64 or None.
+
+    `broken` lists (row, reason) of samples that could not be read where the caller asked for their rows all the same:
+    NaN (0 where the dtype has none) with the label of another row, under the id "unreadable:<number of the sample>".
+    """
 
     ids: tuple[str, ...]
     x: Tensor
     y: Tensor | None
+    broken: tuple[tuple[int, str], ...] = ()
 
 
 class ContentIds:
@@ -73,24 +80,62 @@ def _hash_rows(rows: Tensor) -> list[str]:
     return [hashlib.blake2b(header + row.tobytes(), digest_size=16).hexdigest() for row in data]
 
 
-def iterate(data: Any, batch_size: int = 256) -> Iterator[Batch]:
+def iterate(data: Any, batch_size: int = 256, *, bad: Literal["raise", "mark"] = "raise") -> Iterator[Batch]:
     """Walk through any data once, in its own order.
 
     Args:
-        data: A tensor or array (N, ...); a pair (x, y); a map-style or iterable Dataset whose samples are x, (x, y) or
-            dicts; a DataLoader or any iterable of batches in these forms. Dict keys: see INPUT_KEYS, LABEL_KEYS. A list
-            is taken as batches if the labels of its first element are more than one number, else as samples.
+        data: A tensor or array (N, ...); a pair (x, y); a map-style or iterable Dataset whose samples are x, (x, y),
+            (key, x, y) or dicts; a DataFrame, arrow table or Hugging Face data set; the path of a Parquet file or of a
+            folder of them; a DataLoader or any iterable of batches in these forms; or `Samples`, which names columns.
+            A list is taken as batches if the labels of its first element are more than one number, else as samples; an
+            iterator likewise, and as batches where it has no labels.
         batch_size: Rows a batch, where the data does not come in batches already.
+        bad: "raise": a sample that cannot be read ends the walk. "mark": it gets a row all the same, see
+            `Batch.broken`, so that row i stays sample i; of a DataLoader its data set is read, sample by sample.
     Returns: Batches; labels are class indices (one-hot rows are converted), or None where there are none.
     Raises: ConfigurationError: the data has none of these forms, rows of several shapes, labels for a part of the rows
-        only, or raises when it is read (the cause is kept).
+        only, or raises when it is read (the cause is kept). With "mark" only: no form, no sample that can be read, or a
+        generator that raised: it cannot go on, and nobody knows how many samples it would still have had.
     Cost: One hash of each row; no copy of tensors that are on the CPU already.
     """
     check_int(batch_size, "batch_size")
-    names = ContentIds()
+    mark = check_choice(bad, ("raise", "mark"), "bad") == "mark"
+    names, start = ContentIds(), 0
     with _naming_the_data():
-        for x, y in _pairs(data, batch_size):
-            yield Batch(names.of(x, y), x, y)
+        for x, y, broken in _rows_of(data, batch_size, mark=mark):
+            yield Batch(_ids(names, x, y, broken, start), x, y, tuple(broken.items()))
+            start += len(x)
+
+
+def _rows_of(data: Any, batch_size: int, *, mark: bool) -> Iterator[Rows]:
+    samples = with_names(data)
+    marking = Marking(samples)
+    for raw, batch in raw_parts(samples.data, samples, batch_size, mark=mark):
+        if not batch and not raw:
+            continue
+        rows = marking.rows(raw, batch=batch) if mark else strict(samples, raw, batch=batch)
+        if rows is not None:
+            yield from _cut(rows, batch_size) if len(rows.x) > batch_size and is_whole(samples.data) else [rows]
+    if marking.waiting:
+        cure = "Repair the data, or say how a sample is read in Samples(data, decode=...)"
+        raise refuse("at least one sample that can be read", "data", marking.waiting[0], cure)
+
+
+def _cut(rows: Rows, batch_size: int) -> Iterator[Rows]:
+    """A whole table in parts."""
+    for start in range(0, len(rows.x), batch_size):
+        part = slice(start, start + batch_size)
+        broken = {row - start: why for row, why in rows.broken.items() if start <= row < start + batch_size}
+        yield Rows(rows.x[part], None if rows.y is None else rows.y[part], broken)
+
+
+def _ids(names: ContentIds, x: Tensor, y: Tensor | None, broken: Mapping[int, str], start: int) -> tuple[str, ...]:
+    """Content ids; a row that could not be read has no content and is named by its number."""
+    if not broken:
+        return names.of(x, y)
+    good = [row for row in range(len(x)) if row not in broken]
+    found = iter(names.of(x[good], None if y is None else y[good]))
+    return tuple(f"unreadable:{start + row}" if row in broken else next(found) for row in range(len(x)))
 
 
 @contextmanager
@@ -105,16 +150,18 @@ def _naming_the_data() -> Iterator[None]:
         raise refuse("data whose samples can be read and have one shape", "data", found, cure) from error
 
 
-def gather(data: Any, batch_size: int = 1024) -> Batch:
-    """The whole data as one batch in memory; refuses empty data."""
-    parts = list(iterate(data, batch_size))
+def gather(data: Any, batch_size: int = 1024, *, bad: Literal["raise", "mark"] = "raise") -> Batch:
+    """The whole data as one batch in memory; refuses empty data. `bad`: see `iterate`."""
+    parts = list(iterate(data, batch_size, bad=bad))
     check_not_empty(sum(len(part.ids) for part in parts), "data")
     ids = tuple(row_id for part in parts for row_id in part.ids)
     labels = [part.y for part in parts if part.y is not None]
     if labels and len(labels) != len(parts):
         raise refuse("labels in every batch", "data", "labels in some batches", "Give every sample a label, or none")
+    starts = itertools.accumulate((len(part.ids) for part in parts), initial=0)
+    broken = tuple((start + row, why) for start, part in zip(starts, parts, strict=False) for row, why in part.broken)
     with _naming_the_data():
-        return Batch(ids, torch.cat([part.x for part in parts]), torch.cat(labels) if labels else None)
+        return Batch(ids, torch.cat([part.x for part in parts]), torch.cat(labels) if labels else None, broken)
 
 
 def gather_labelled(data: Any, name: str = "data") -> tuple[Tensor, Tensor]:
@@ -126,135 +173,31 @@ def gather_labelled(data: Any, name: str = "data") -> tuple[Tensor, Tensor]:
 
 
 def as_dataset(data: Any) -> Dataset[Any]:
-    """A map-style data set over the same samples: tensors and arrays are wrapped, a DataLoader gives its data set."""
+    """A map-style data set over the same samples: tensors and arrays are wrapped, a DataLoader gives its data set.
+
+    Tables, Parquet files and `Samples` become tensors in memory, rows that cannot be read as placeholders among them.
+    """
     if isinstance(data, DataLoader):
         data = data.dataset
     if isinstance(data, Tensor | np.ndarray):
-        return TensorDataset(_rows(_tensor(data)))
-    if _is_pair(data):
-        x, y = (_rows(_tensor(part)) for part in data)
+        return TensorDataset(_rows(tensor_of(data)))
+    if is_pair(data):
+        x, y = (_rows(tensor_of(part)) for part in data)
         check_same_rows(("x", "y"), len(x), len(y))
         return TensorDataset(x, y)
-    if _is_map_style(data):
+    if isinstance(data, Samples) or is_frame(data) or is_stored(data):
+        whole = gather(data, bad="mark")
+        return TensorDataset(whole.x) if whole.y is None else TensorDataset(whole.x, whole.y)
+    if is_map_style(data):
         return data  # type: ignore[no-any-return]  # it has the methods of a map-style data set
     rule = "a map-style data set, tensors or arrays"
     raise refuse(rule, "dataset", type(data).__name__, "Pass data with a length that can be indexed")
-
-
-def _pairs(data: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    if isinstance(data, Tensor | np.ndarray) or _is_pair(data) or _is_table(data):
-        yield from _slices(*_split(data), batch_size)
-    elif isinstance(data, DataLoader) or (isinstance(data, list | tuple) and _holds_batches(data)):
-        yield from (_split(batch) for batch in data)
-    elif _is_map_style(data):
-        yield from _chunks((data[i] for i in range(len(data))), batch_size)
-    elif isinstance(data, IterableDataset):
-        yield from _chunks(iter(data), batch_size)
-    elif isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
-        yield from (_split(batch) for batch in data)
-    else:
-        rule = "tensors, (x, y), a Dataset, a DataLoader or an iterable of batches"
-        raise refuse(rule, "data", type(data).__name__, "Convert the data to one of these forms")
-
-
-def _slices(x: Tensor, y: Tensor | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for start in range(0, len(x), batch_size):
-        part = slice(start, start + batch_size)
-        yield x[part], None if y is None else y[part]
-
-
-def _chunks(samples: Iterator[Any], batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    chunk: list[Any] = []
-    for sample in samples:
-        chunk.append(sample)
-        if len(chunk) == batch_size:
-            yield _collate(chunk)
-            chunk = []
-    if chunk:
-        yield _collate(chunk)
-
-
-def _collate(samples: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
-    pairs = [_pick(sample) for sample in samples]
-    x = torch.stack([_tensor(pair[0]) for pair in pairs])
-    if all(pair[1] is None for pair in pairs):
-        return x, None
-    return x, _labels(torch.stack([_tensor(pair[1]) for pair in pairs]), len(x))
-
-
-def _split(batch: Any) -> tuple[Tensor, Tensor | None]:
-    inputs, labels = _pick(batch)
-    x = _tensor(inputs)
-    return x, None if labels is None else _labels(_tensor(labels), len(x))
-
-
-def _pick(sample: Any) -> tuple[Any, Any]:
-    """(inputs, labels or None) of a sample or of a batch, by position or by key."""
-    if isinstance(sample, Mapping):
-        found = next((key for key in INPUT_KEYS if key in sample), None)
-        if found is None:
-            raise refuse(f"a key among {INPUT_KEYS}", "data", sorted(map(str, sample)), "Name the input column so")
-        return sample[found], next((sample[key] for key in LABEL_KEYS if key in sample), None)
-    if isinstance(sample, tuple | list):
-        if len(sample) not in (1, 2):
-            raise refuse("samples of the form x or (x, y)", "data", f"{len(sample)} parts", "Return (x, y)")
-        return sample[0], sample[1] if len(sample) == 2 else None
-    return sample, None
-
-
-def _labels(y: Tensor, n: int) -> Tensor:
-    """Class indices (N,) int64 from indices or from one-hot rows."""
-    if len(y) != n:
-        raise refuse(f"{n} labels", "y", y, "Pass one label for each sample")
-    if y.ndim == 2 and y.shape[1] == 1:
-        y = y[:, 0]
-    if y.ndim == 2 and bool(((y == 0) | (y == 1)).all()) and bool((y.sum(dim=1) == 1).all()):
-        y = y.argmax(dim=1)
-    if y.ndim != 1 or y.is_complex() or (y.is_floating_point() and not bool((y == y.round()).all())):
-        raise refuse("labels as class indices (N,) or one-hot rows", "y", y, "Convert the labels to integers")
-    return y.long()
-
-
-def _tensor(value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.is_meta:
-            raise refuse("dense tensors", "data", value, "Convert them with .to_dense() first")
-        return value.detach()
-    try:
-        return torch.from_numpy(np.ascontiguousarray(value))
-    except (TypeError, ValueError) as error:
-        rule = "numbers that fit a tensor"
-        raise refuse(rule, "data", type(value).__name__, "Convert the samples to tensors first") from error
 
 
 def _rows(values: Tensor) -> Tensor:
     if values.ndim < 1:
         raise refuse("data of shape (N, ...)", "data", values, "Add the batch dimension")
     return values
-
-
-def _is_pair(data: Any) -> bool:
-    """Two arrays of rows: the form (x, y)."""
-    arrays = (Tensor, np.ndarray)
-    return isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, arrays) for part in data)
-
-
-def _is_map_style(data: Any) -> bool:
-    """Whether samples are found by their number."""
-    no_samples = (IterableDataset, Mapping, str, bytes, type)
-    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, no_samples)
-
-
-def _holds_batches(data: Sequence[Any]) -> bool:
-    """Whether a list is one of batches and not of samples: the labels of its first element are more than one number."""
-    if not data:
-        return False
-    labels = _pick(data[0])[1]
-    return isinstance(data[0], Mapping) if labels is None else np.ndim(labels) > 0
-
-
-def _is_table(data: Any) -> bool:
-    return isinstance(data, Mapping) and any(key in data for key in INPUT_KEYS)
 
 
 def in_batches(function: Callable[[Tensor], Tensor], x: Tensor, batch_size: int = 256) -> Tensor:

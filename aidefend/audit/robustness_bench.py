@@ -61,7 +61,7 @@ class Bench:
         check_int(batch_size, "batch_size")
         if not isinstance(threat, Threat):
             raise refuse("a Threat", "threat", threat, 'Pass Threat("linf", eps) first')
-        ids, x, y = gather(data)
+        ids, x, y, _ = gather(data)
         if y is None:
             raise refuse("data with labels", "data", "inputs alone", "Pass (x, y) or a loader of (x, y) batches")
         threat.check(x, "data")

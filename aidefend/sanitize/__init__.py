@@ -1,5 +1,6 @@
 """Training data: find structured poison without being told where it is, and keep it out without touching the data."""
 
+from aidefend._core.samples import Samples
 from aidefend.sanitize.activation_clustering import ActivationClustering, ClusterEvidence
 from aidefend.sanitize.batch import screen_batch
 from aidefend.sanitize.beatrix import Beatrix
@@ -43,6 +44,7 @@ __all__ = [
     "PartitionEnsemble",
     "RepairTest",
     "ReversedTriggers",
+    "Samples",
     "Scan",
     "ScanEvidence",
     "ScreenReport",

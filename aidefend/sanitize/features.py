@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from aidefend._core.batches import Batch, as_dataset, gather
+from aidefend._core.batches import Batch, gather
 from aidefend._core.checks import check_int, check_labels, check_logits, check_tensor, expected, refuse
 from aidefend._core.errors import AidefendError, IncompatibleModel
 from aidefend._core.modules import InputCapture, Model, device_of, evaluate, find_module, last_linear, preserve
@@ -27,7 +26,9 @@ class Features:
         features: (N, d) float32; NaN in rows that are not usable.
         logits: (N, K) float32, NaN likewise.
         losses: (N,) cross-entropy of the label, NaN likewise.
-        usable: (N,) bool, False where the input or what the model made of it holds NaN or infinity.
+        usable: (N,) bool, False where the input or what the model made of it holds NaN or infinity, and where the
+            sample could not be read.
+        broken: (row, reason) of the samples that could not be read.
     """
 
     ids: tuple[str, ...]
@@ -37,6 +38,7 @@ class Features:
     logits: Tensor
     losses: Tensor
     usable: Tensor
+    broken: tuple[tuple[int, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -62,20 +64,28 @@ class Features:
 def read_samples(dataset: Any) -> Batch:
     """All samples in memory, in the data set's own order (a DataLoader's shuffling is passed by).
 
+    A sample that cannot be read keeps its row, see `Batch.broken`.
     Raises: ConfigurationError: no sample, no labels, labels below 0, samples without a feature.
     """
-    batch = gather(as_dataset(dataset) if isinstance(dataset, DataLoader) else dataset)
+    batch = gather(dataset, bad="mark")
     if batch.y is None:
         raise refuse("a data set of (x, y) samples", "dataset", "inputs without labels", "Give every sample a label")
     if batch.x.ndim < 2 or not batch.x[0].numel():
         raise refuse("samples with at least one feature", "dataset", batch.x, "Give x the shape (features,) or more")
-    return Batch(batch.ids, batch.x, check_labels(batch.y, len(batch.ids), name="labels"))
+    return batch._replace(y=check_labels(batch.y, len(batch.ids), name="labels"))
 
 
 def finite_rows(x: Tensor) -> Tensor:
     """(N,) bool: rows without NaN or infinity."""
     flat = x.flatten(1)
     return torch.isfinite(flat).all(dim=1) if x.is_floating_point() else torch.ones(len(x), dtype=torch.bool)
+
+
+def readable_rows(batch: Batch) -> Tensor:
+    """(N,) bool: samples that could be read and hold neither NaN nor infinity."""
+    readable = finite_rows(batch.x)
+    readable[[row for row, _ in batch.broken]] = False
+    return readable
 
 
 def extract_features(samples: Any, model: Model, layer: Layer | None = None, batch_size: int = 512) -> Features:
@@ -102,7 +112,7 @@ def extract_features(samples: Any, model: Model, layer: Layer | None = None, bat
     check_int(batch_size, "batch_size")
     batch = samples if isinstance(samples, Batch) else read_samples(samples)
     labels = check_labels(batch.y, len(batch.ids), name="labels")
-    usable = finite_rows(batch.x)
+    usable = readable_rows(batch)
     if layer is not None and not isinstance(layer, str | Tensor) and not callable(layer):
         cure = "Name a module, or pass one, a function of x, or the features themselves"
         raise refuse("layer to be a name, a module, a function or a tensor", "layer", layer, cure)
@@ -114,7 +124,7 @@ def extract_features(samples: Any, model: Model, layer: Layer | None = None, bat
     losses = torch.full((len(labels),), torch.nan)
     known = usable & (labels < logits.shape[1])
     losses[known] = nn.functional.cross_entropy(logits[known], labels[known], reduction="none")
-    return Features(batch.ids, batch.x, labels, features, logits, losses, usable)
+    return Features(batch.ids, batch.x, labels, features, logits, losses, usable, batch.broken)
 
 
 def _through(model: Model, x: Tensor, layer: Layer | None, batch_size: int) -> tuple[Tensor, Tensor]:

@@ -90,9 +90,9 @@ class RowVerdicts:
                 self._remarks[row] = [*self._remarks[twin][:2], "equal to a row of the group"]
 
     def _remark(self, found: Features, decision: Decision, trusted: Tensor) -> None:
-        finite = finite_rows(found.x)
+        finite, unreadable = finite_rows(found.x), dict(found.broken)
         for row in (~found.usable).nonzero().flatten().tolist():
-            self._remarks[row].append(_BAD_OUTPUT if bool(finite[row]) else _BAD_INPUT)
+            self._remarks[row].append(unreadable.get(row, _BAD_OUTPUT if bool(finite[row]) else _BAD_INPUT))
         for row in (self.in_group & trusted).nonzero().flatten().tolist():
             self._remarks[row].append("kept: the row is trusted")
         for row in self._places[decision.mislabelled].tolist():

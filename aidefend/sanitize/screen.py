@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from aidefend._core.batches import Batch
 from aidefend._core.checks import check_int, check_labels, check_tensor
+from aidefend._core.frames import columns_of
 from aidefend._core.modules import Model
 from aidefend._core.stats import wilson
 from aidefend.sanitize.choose import Chosen, Detector, chosen_for, named_detectors
 from aidefend.sanitize.confident_learning import ConfidentLearning
 from aidefend.sanitize.decide import Decision, decide, undecided
-from aidefend.sanitize.features import Features, Layer, extract_features, finite_rows, predictor, read_samples
+from aidefend.sanitize.features import Features, Layer, extract_features, predictor, read_samples, readable_rows
 from aidefend.sanitize.findings import ALPHA, SCORE, THREAT, RowVerdicts, facts_of, limits_of
 from aidefend.sanitize.out_of_fold import out_of_fold_logits
 from aidefend.sanitize.provenance import read_names, read_trusted, removals
@@ -53,8 +54,10 @@ def screen(
         measurement, not as a proof. Nothing is promised against an adversary who knows this screen; see the report's
         `limits`.
     Args:
-        dataset: Map-style data set of (x, y) samples, tensors (x, y), or a DataLoader (its data set is judged, in its
-            own order). Inputs of any shape; integer labels >= 0. Row i of the report is sample i.
+        dataset: Data set of (x, y) samples, tensors (x, y), a table, a Parquet file, or any other form that
+            `Samples` takes; of a DataLoader its data set is judged, in its own order. Inputs of any shape; integer
+            labels >= 0. Row i of the report is sample i: one that cannot be read (it raises, has another shape, no
+            usable label) gets keep = False and the reason.
         model: Module or callable that was trained on this data, from x to logits. None: a small network is trained
             here, on the data as it is, so that a shortcut shows.
         layer: Where features come from, see `extract_features`.
@@ -110,6 +113,8 @@ def screen(
         "label_permuted_control": control,
         "trusted": {"rows": int(good.sum()), "in_quarantined_groups": int((good & rows.in_group).sum())},
         "bad_rows": int((~found.usable).sum()),
+        "unreadable_rows": len(found.broken),
+        "columns": columns_of(dataset),
         "dtype": str(found.x.dtype).removeprefix("torch."),
         "shape": list(found.x.shape[1:]),
         **{name: removals(values, rows.removed) for name, values in sides.items() if values is not None},
@@ -129,7 +134,7 @@ def screen(
 
 def _trained(samples: Batch, seed: int) -> nn.Module:
     """A suspect model of our own, from the rows that are finite."""
-    usable = finite_rows(samples.x)
+    usable = readable_rows(samples)
     labels = check_labels(samples.y, len(usable), name="labels")
     return train_suspect(samples.x[usable], labels[usable], seed) if bool(usable.any()) else nn.Identity()
 

@@ -589,7 +589,17 @@ CALLS = {
     ),
     "sanitize.screen_batch": (
         sanitize.screen_batch,
-        lambda: {"batch": {"x": X.numpy(), "y": Y.numpy()}, "state": STATE},
+        lambda: {"batch": {"x": X.numpy(), "y": Y.numpy()}, "state": STATE, "decode": None},
+    ),
+    "sanitize.Samples": (
+        lambda **a: sanitize.DatasetSchema.infer(sanitize.Samples(**a)),
+        lambda: {
+            "data": {"a": [1.0] * 4, "b": ["u", "v"] * 2},
+            "inputs": ["a"],
+            "label": "b",
+            "decode": None,
+            "classes": ["u", "v"],
+        },
     ),
     "sanitize.extract_features": (
         sanitize.extract_features,

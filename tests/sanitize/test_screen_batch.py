@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from aidefend import AidefendError
-from aidefend.sanitize import screen, screen_batch
+from aidefend.sanitize import Samples, screen, screen_batch
 from tests.worlds import poisoned_clusters
+
+WORDS = ["ant", "bee", "cat", "dog"]
 
 
 @pytest.fixture(scope="module")
@@ -17,9 +19,16 @@ def planted():
     return poisoned_clusters()
 
 
+def frame_of(planted):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(planted.x.numpy(), columns=[f"f{i}" for i in range(planted.x.shape[1])])
+    return frame.assign(animal=[WORDS[label] for label in planted.y.tolist()])
+
+
 @pytest.fixture(scope="module")
 def state(planted):
-    return screen((planted.x, planted.y), seed=0).state()
+    """Screened as a table with names; tensors of the same rows have the same ids."""
+    return screen(Samples(frame_of(planted), label="animal", classes=WORDS), seed=0).state()
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +56,40 @@ def test_every_kind_of_column_comes_back_in_kind(planted, judge):
         assert len(found["aidefend_score"]) == len(found["aidefend_reason"]) == 8
 
 
-def test_pandas_and_arrow_columns(planted, judge):
+def test_tables_come_back_as_tables(planted, judge):
     pandas, pyarrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
-    frame = pandas.DataFrame({"x": list(planted.x.numpy()), "y": planted.y.numpy()})
-    judged = pandas.DataFrame(judge(dict(frame)))
-    assert judged["aidefend_keep"].tolist() == (~planted.is_poison).tolist()
+    frame = pandas.DataFrame({"x": list(planted.x.numpy()), "y": planted.y.numpy()}, index=range(600, 0, -1))
     table = pyarrow.table({"x": planted.x.tolist(), "y": planted.y.tolist()})
-    assert judge(table.to_pydict())["aidefend_keep"] == (~planted.is_poison).tolist()
-    with pytest.raises(AidefendError, match="dict\\(frame\\)"):
-        judge(frame)
+    batch = table.to_batches()[0]
+    keep = (~planted.is_poison).tolist()
+    judged = judge(frame)
+    assert type(judged) is pandas.DataFrame and judged.index.equals(frame.index) and "aidefend_keep" not in frame
+    assert judged["aidefend_keep"].tolist() == judge(dict(frame))["aidefend_keep"].tolist() == keep
+    for given in (table, batch):
+        judged = judge(given)
+        assert type(judged) is type(given) and judged.column("aidefend_keep").to_pylist() == keep
+        assert judged.schema.names == ["x", "y", "aidefend_keep", "aidefend_score", "aidefend_reason"]
+    with pytest.raises(AidefendError, match="a mapping from column names"):
+        judge(planted.x.numpy())
+
+
+def test_named_columns_and_classes_of_a_table_are_found_again(planted, judge):
+    frame = frame_of(planted)
+    parts = [judge(frame[start : start + 100]) for start in range(0, 600, 100)]
+    assert [kept for part in parts for kept in part["aidefend_keep"].tolist()] == (~planted.is_poison).tolist()
+    odd = frame[:3].astype({"f0": object})
+    odd.loc[0, "f0"], odd.loc[1, "animal"] = "seven", "eel"
+    assert judge(odd)["aidefend_keep"].tolist() == [False, False, not bool(planted.is_poison[2])]
+
+
+def test_what_the_screened_dtype_cannot_hold_is_another_row():
+    x = torch.arange(120, dtype=torch.uint8).reshape(60, 2)
+    state = screen((x, torch.arange(60) % 2), lambda rows: rows.float(), seed=0).state()
+    assert screen_batch({"x": [[0.0, 1.0], [0.5, 1.0], [256.0, 1.0]], "y": [0, 0, 0]}, state)["aidefend_keep"] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_the_given_batch_is_not_changed(planted, judge):

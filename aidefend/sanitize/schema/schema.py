@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from aidefend._core.batches import LABEL_KEYS
 from aidefend._core.checks import (
     check_flag,
     check_int,
@@ -15,6 +14,7 @@ from aidefend._core.checks import (
     refuse,
 )
 from aidefend._core.evidence import Evidence
+from aidefend._core.samples import LABEL_KEYS, Samples
 from aidefend.sanitize.schema.checking import check_data
 from aidefend.sanitize.schema.columns import MOST_FEATURES
 from aidefend.sanitize.schema.description import describe_profile
@@ -84,8 +84,8 @@ class DatasetSchema:
         """Learn from data that you trust to be as data of this source should be.
 
         Args:
-            batches: A table (dict of columns, pandas DataFrame, pyarrow Table or RecordBatch), tensors (N, ...),
-                (x, y), a Dataset, a DataLoader, or an iterable of batches in these forms, read once. Columns hold
+            batches: A table (dict of columns, DataFrame, arrow, Parquet), tensors (N, ...), (x, y), a Dataset, a
+                DataLoader, `Samples`, or an iterable of batches in these forms, read once. Columns hold
                 numbers, flags, texts, bytes, times or arrays; None and NaN are missing. A column of vectors (N, d) with
                 d <= 64 counts as d columns "x[0]", ...; of larger arrays four numbers a row are followed.
             label: Column of the labels; the first of "y", "label", "labels", "target", "targets" where it is None.
@@ -101,6 +101,7 @@ class DatasetSchema:
         ignored = check_items(ignore, str, "ignore", "Pass a list of column names")
         profile: Profile | None = None
         check_probability(alpha, "alpha")
+        label = batches.label if label is None and isinstance(batches, Samples) else label
         for table in tables(batches):
             if profile is None:
                 profile = Profile(_label_of(label, table.columns), ignored, _checked_key(key), sizes)

@@ -1,7 +1,7 @@
 """Any data as a stream of tables: named columns of equal length, and the rows that could not be read."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from aidefend._core.batches import Batch
+from aidefend._core.batches import Batch, iterate
 from aidefend._core.checks import check_same_rows, refuse
 from aidefend._core.errors import AidefendError
+from aidefend._core.frames import column_batches, is_frame, is_stored, raw_column, with_names
+from aidefend._core.parts import is_map_style
+from aidefend._core.samples import Samples
 
 _ROWS = 8192  # of a table that is looked at together: bounds the memory of one step
 _SAMPLES = 1024
 _ARRAYS = (Tensor, np.ndarray)
-_FORMS = "a table (dict of columns, DataFrame, arrow table), tensors, (x, y), a Dataset or an iterable of these"
-_ARROW_NUMBERS = ("int", "uint", "float", "double", "halffloat", "bool")
+_FORMS = "a table (dict of columns, DataFrame, arrow, Parquet), tensors, (x, y), a Dataset or an iterable of these"
 
 
 class Table(NamedTuple):
@@ -67,13 +69,17 @@ _Part = tuple[dict[str, Any], int, dict[int, str]]
 
 def _parts(data: Any) -> Iterator[_Part]:
     columns = _as_columns(data)
-    if columns is not None:
+    if isinstance(data, Samples):
+        yield from _of_named(data)
+    elif columns is not None:
         yield _checked(columns)
+    elif is_stored(data):
+        yield from (_checked(part) for part in column_batches(data, _ROWS))
     elif isinstance(data, DataLoader):
         yield from (_batch(batch) for batch in data)
     elif isinstance(data, list | tuple | IterableDataset):
         yield from _of_elements(iter(data), samples_by_default=True)
-    elif _is_map_style(data):
+    elif is_map_style(data):
         yield from _of_samples(_read(data, row) for row in range(len(data)))
     elif isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping | Tensor | np.ndarray):
         yield from _of_elements(iter(data), samples_by_default=False)
@@ -88,10 +94,28 @@ def _of_elements(elements: Iterator[Any], *, samples_by_default: bool) -> Iterat
         return
     whole = itertools.chain([first], elements)
     is_batch = _is_batch(first) if isinstance(first, Mapping | tuple | list) else not samples_by_default
-    if is_batch or _is_frame(first):
+    if is_batch or is_frame(first):
         yield from (_batch(batch) for batch in whole)
     else:
         yield from _of_samples((sample, None) for sample in whole)
+
+
+def _of_named(data: Samples) -> Iterator[_Part]:
+    """The columns that were named, as they stand in the data; of decoded samples inputs and labels."""
+    if data.decode is not None:
+        for batch in iterate(data, _SAMPLES, bad="mark"):
+            broken = dict(batch.broken)
+            good = [row for row in range(len(batch.ids)) if row not in broken]
+            yield _pair(batch.x[good], None if batch.y is None else batch.y[good]), len(good), broken
+        return
+    names = with_names(data)
+    wanted = [names.inputs] if isinstance(names.inputs, str) else list(names.inputs or ())
+    for columns, rows, broken in _parts(data.data):
+        kept = [*wanted, *([] if names.label is None else [names.label])] if wanted else list(columns)
+        absent = [name for name in kept if name not in columns]
+        if absent:
+            raise refuse(f"the columns {absent}", "batches", sorted(columns), "Name columns that there are")
+        yield {name: columns[name] for name in kept}, rows, broken
 
 
 def _batch(batch: Any) -> _Part:
@@ -122,7 +146,7 @@ def _as_columns(data: Any) -> dict[str, Any] | None:
         return {"x": _rows(data)}
     if isinstance(data, tuple | list) and len(data) == 2 and _is_array(data[0]) and _is_labels(data[1], data[0]):
         return _pair(data[0], data[1])
-    return _columns_of_frame(data) if _is_frame(data) else None
+    return dict(next(column_batches(data, max(len(data), 1)))) if is_frame(data) else None
 
 
 def _pair(x: Any, y: Any) -> dict[str, Any]:
@@ -170,20 +194,6 @@ def _columns_of_mapping(data: Mapping[Any, Any]) -> dict[str, Any]:
     return _named((name, _raw(values)) for name, values in data.items())
 
 
-def _is_frame(data: Any) -> bool:
-    if isinstance(data, type | Mapping | Sequence | Tensor | np.ndarray):
-        return False
-    arrow = hasattr(data, "to_pydict") and hasattr(data, "schema") and hasattr(data, "column_names")
-    return arrow or (hasattr(data, "columns") and hasattr(data, "to_numpy") and hasattr(data, "__getitem__"))
-
-
-def _columns_of_frame(frame: Any) -> dict[str, Any]:
-    names = list(frame.column_names if hasattr(frame, "column_names") else frame.columns)
-    if len({str(name) for name in names}) != len(names):
-        raise refuse("each column name once", "batches", names, "Rename the columns")
-    return _named((name, _raw(frame[name])) for name in names)
-
-
 def _named(columns: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, values in columns:
@@ -194,20 +204,8 @@ def _named(columns: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
 
 
 def _raw(values: Any) -> Any:
-    """A column as tensor, array or list; tables of other libraries are read by what they can do."""
-    if isinstance(values, Tensor):
-        return _rows(values)
-    if isinstance(values, np.ndarray | list | tuple):
-        return values
-    if hasattr(values, "to_pylist"):  # an arrow column: numbers without holes as they are, all else by value
-        plain = str(values.type).rstrip("0123456789") in _ARROW_NUMBERS and not values.null_count
-        return values.to_numpy(zero_copy_only=False) if plain else values.to_pylist()
-    return values.to_numpy()
-
-
-def _is_map_style(data: Any) -> bool:
-    no_samples = (IterableDataset, Mapping, str, bytes, type, Tensor, np.ndarray)
-    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, no_samples)
+    """A column as tensor, array or list."""
+    return _rows(values) if isinstance(values, Tensor) else raw_column(values)
 
 
 def _read(data: Any, row: int) -> tuple[Any, str | None]:

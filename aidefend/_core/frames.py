@@ -1,0 +1,139 @@
+"""Tables of other libraries as a stream of column batches: DataFrames, arrow, Parquet, Hugging Face data sets."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from aidefend._core.checks import refuse
+from aidefend._core.errors import MissingExtra
+from aidefend._core.samples import LABEL_KEYS, Columns, Samples, table_inputs, widths
+
+_ARROW_NUMBERS = ("int", "uint", "float", "double", "halffloat", "bool")
+_ENDINGS = (".parquet", ".pq")
+
+
+def is_frame(data: Any) -> bool:
+    """Whether this is one table in memory: pandas and what resembles it, an arrow Table or RecordBatch."""
+    if isinstance(data, type | Mapping | Sequence | Tensor | np.ndarray) or is_hugging_face(data):
+        return False
+    arrow = hasattr(data, "to_pydict") and hasattr(data, "schema") and hasattr(data, "column_names")
+    return arrow or (hasattr(data, "columns") and hasattr(data, "to_numpy") and hasattr(data, "__getitem__"))
+
+
+def is_hugging_face(data: Any) -> bool:
+    """Whether this is a `datasets.Dataset` or `IterableDataset`: they give samples as dicts."""
+    return not isinstance(data, type) and hasattr(data, "with_format") and hasattr(data, "features")
+
+
+def is_stored(data: Any) -> bool:
+    """Whether this names or opens tables that are read in parts: Parquet files or folders, arrow data sets, readers."""
+    if isinstance(data, str | os.PathLike):
+        place = Path(data)
+        return place.suffix in _ENDINGS or place.is_dir()
+    return not isinstance(data, type) and any(
+        hasattr(data, how) and hasattr(data, "schema") for how in ("to_batches", "iter_batches", "read_next_batch")
+    )
+
+
+def column_batches(data: Any, rows: int) -> Iterator[Columns]:
+    """Columns of a frame or of stored tables, at most `rows` rows at once; the whole is never in memory twice.
+
+    Raises: ConfigurationError: a column name stands twice, no such file. MissingExtra: pyarrow is not installed.
+    """
+    for part in _parts(data, rows):
+        names = [str(name) for name in (part.column_names if hasattr(part, "column_names") else part.columns)]
+        if len(set(names)) != len(names):
+            raise refuse("each column name once", "data", names, "Rename the columns")
+        yield Columns({str(name): raw_column(part[name]) for name in names_of(part)})
+
+
+def names_of(frame: Any) -> list[Any]:
+    """Column names of a table in memory, as it spells them."""
+    return list(frame.column_names if hasattr(frame, "column_names") else frame.columns)
+
+
+def _parts(data: Any, rows: int) -> Iterator[Any]:
+    """Slices of a table, each a table."""
+    if isinstance(data, str | os.PathLike):
+        data = _opened(Path(data))
+    if hasattr(data, "iter_batches"):  # pyarrow.parquet.ParquetFile
+        yield from data.iter_batches(batch_size=rows)
+    elif hasattr(data, "read_next_batch"):  # an arrow stream, read once
+        yield from _sliced(data, rows)
+    elif hasattr(data, "to_batches") and not hasattr(data, "to_pydict"):  # pyarrow.dataset.Dataset
+        # one batch after the other: reading ahead would hold most of a file in memory
+        yield from data.to_batches(batch_size=rows, batch_readahead=1, fragment_readahead=1)
+    else:
+        yield from _sliced([data], rows)
+
+
+def _sliced(tables: Iterable[Any], rows: int) -> Iterator[Any]:
+    for table in tables:
+        for start in range(0, max(len(table), 1), rows):
+            if hasattr(table, "iloc"):
+                yield table.iloc[start : start + rows]
+            else:
+                yield table.slice(start, rows) if hasattr(table, "slice") else table[start : start + rows]
+
+
+def _opened(place: Path) -> Any:
+    try:
+        from pyarrow import dataset
+    except ImportError as error:
+        raise MissingExtra("pyarrow", "arrow") from error
+    if not place.exists():
+        raise refuse("the path of a Parquet file or of a folder of them", "data", str(place), "Correct the path")
+    files = sorted(str(file) for ending in _ENDINGS for file in place.rglob(f"*{ending}")) if place.is_dir() else place
+    if not files:
+        raise refuse("a folder with Parquet files", "data", str(place), f"Name one with files {_ENDINGS}")
+    return dataset.dataset(files if isinstance(files, Path) else list(files), format="parquet")
+
+
+def raw_column(values: Any) -> Any:
+    """A column as tensor, array or list; columns of other libraries are read by what they can do."""
+    if isinstance(values, Tensor | np.ndarray | list | tuple):
+        return values
+    if hasattr(values, "to_pylist"):  # an arrow column: numbers without holes as they are, all else by value
+        plain = str(values.type).rstrip("0123456789") in _ARROW_NUMBERS and not values.null_count
+        return values.to_numpy(zero_copy_only=False) if plain else values.to_pylist()
+    return values.to_numpy()
+
+
+def with_names(data: Any) -> Samples:
+    """The data with the names of its columns, as far as a table needs them said: see `Samples` for the rule."""
+    given = data if isinstance(data, Samples) else Samples(data)
+    names = _column_names(given.data)
+    if given.inputs is not None or names is None:
+        return given
+    label = given.label if given.label is not None else next((name for name in LABEL_KEYS if name in names), None)
+    return Samples(given.data, table_inputs(names, label), label, given.decode, given.classes)
+
+
+def columns_of(data: Any) -> dict[str, Any] | None:
+    """What has to be told to whoever reads batches of this data elsewhere; None where the data names no column."""
+    found = with_names(data)
+    names = {"inputs": found.inputs, "label": found.label, "classes": found.classes}
+    return None if all(value is None for value in names.values()) else names
+
+
+def _column_names(data: Any) -> dict[str, bool] | None:
+    """Each column of a table and whether it holds more than one number a row; None where the data is no table."""
+    if isinstance(data, str | os.PathLike) and is_stored(data):
+        data = _opened(Path(data))
+    if is_hugging_face(data):
+        return None if data.features is None else {str(n): not _scalar(kind) for n, kind in data.features.items()}
+    if is_stored(data) and hasattr(data, "schema"):
+        schema = getattr(data, "schema_arrow", data.schema)
+        return {field.name: "list" in str(field.type) or "binary" in str(field.type) for field in schema}
+    if is_frame(data):
+        return widths(next(column_batches(data, 1)))
+    return None
+
+
+def _scalar(kind: Any) -> bool:
+    """Whether a feature of a Hugging Face data set is one number, text or class."""
+    return getattr(kind, "dtype", None) is not None and type(kind).__name__ in ("Value", "ClassLabel")
