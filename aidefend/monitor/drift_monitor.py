@@ -1,6 +1,7 @@
 """Has the input changed? A two-sample test for each feature, and a bet on the stream of p-values."""
 
 import dataclasses
+import threading
 
 import numpy as np
 import torch
@@ -85,6 +86,7 @@ class DriftMonitor:
                 raise refuse("at least 20 reference rows", "reference", reference, "Pass more rows of known good data")
             self._reference = rows.detach().double().cpu()
         self._stream = CalibrationMartingale(alpha, calibration_n)
+        self._lock = threading.Lock()
 
     def check(self, x: Tensor) -> FeatureDrift:
         """Test a batch (N, ...) against the reference, feature by feature."""
@@ -104,8 +106,12 @@ class DriftMonitor:
         return FeatureDrift(bool(features), features, statistics, p_values, len(good), dropped, self.alpha)
 
     def observe(self, p_values: Tensor) -> DriftState:
-        """Add p-values (N,) of newly served rows, such as `decision.p_values["combined"]`."""
-        return self._stream.observe(p_values)
+        """Add p-values (N,) of newly served rows. Any number of threads may; a `Guard` with drift= does it by itself.
+
+        By hand: of `decision.p_values["combined"]` those that are not NaN, where the guard's promise is "marginal".
+        """
+        with self._lock:
+            return self._stream.observe(p_values)
 
 
 def _rows(values: Tensor, name: str) -> Tensor:

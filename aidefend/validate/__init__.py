@@ -1,7 +1,7 @@
 """Input validation in service: hard checks, calibrated detectors, hardened outputs, and a guard that joins them."""
 
 from aidefend.validate.attackable import AttackableGuard
-from aidefend.validate.collaborators import Budget, Log, MetricsSink, Policy, Queries
+from aidefend.validate.collaborators import Budget, Drift, Log, MetricsSink, Policy, Queries
 from aidefend.validate.conformal import Calibration
 from aidefend.validate.conformal_law import least_calibration_rows
 from aidefend.validate.consistency import Consistency
@@ -32,6 +32,7 @@ __all__ = [
     "Calibration",
     "Consistency",
     "Detector",
+    "Drift",
     "Energy",
     "Ensemble",
     "Entropy",

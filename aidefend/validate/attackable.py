@@ -1,10 +1,14 @@
 """Model and guard as one differentiable classifier, for attacks and audits that know both."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from aidefend._core.checks import check_tensor
-from aidefend.validate.calibrating import score_all
+from aidefend._core.batches import in_batches
+from aidefend._core.checks import check_int, check_not_empty, check_tensor
+from aidefend._core.stats import Interval, wilson
+from aidefend.validate.detector import Rows, score_columns
 from aidefend.validate.judging import Panel
 from aidefend.validate.spec import InputSpec
 
@@ -21,7 +25,7 @@ class AttackableGuard(nn.Module):
     Guarantee: `argmax == K` where and only where the guard in mode "enforce" refuses the row as an input.
     """
 
-    def __init__(self, guard: nn.Module, panel: Panel, spec: InputSpec, num_classes: int) -> None:
+    def __init__(self, guard: nn.Module, panel: Callable[[], Panel], spec: InputSpec, num_classes: int) -> None:
         super().__init__()
         self.guard, self._panel, self._spec, self.num_classes = guard, panel, spec, num_classes
         self.eval()
@@ -35,12 +39,23 @@ class AttackableGuard(nn.Module):
         rows = checked.accepted.nonzero().flatten()
         if checked.fault is not None or len(rows) == 0:
             return constant
-        given = self._spec.clip(x)
-        outputs = self._panel.capture.run(self._panel.model, given if len(rows) == len(x) else given[rows])
+        panel, given = self._panel(), self._spec.clip(x)
+        given = given if len(rows) == len(x) else given[rows]
+        outputs = panel.capture.run(panel.model, given)
         healthy = torch.isfinite(outputs.logits).all(dim=1) & torch.isfinite(outputs.features).all(dim=1)
         logits = outputs.logits[healthy]
-        scores = score_all(self._panel.detectors, outputs.features[healthy], logits)
-        margin = self._panel.calibration.margin(scores).clamp(-_LARGEST_MARGIN, _LARGEST_MARGIN)
+        scores = score_columns(panel.detectors, Rows(outputs.features[healthy], logits, given[healthy], panel.model))
+        margin = panel.calibration.margin(scores, logits.argmax(dim=1)).clamp(-_LARGEST_MARGIN, _LARGEST_MARGIN)
         refusal = logits.amax(dim=1) + margin.to(logits)
         joined = torch.cat([logits, refusal[:, None]], dim=1)
         return constant.to(joined).index_put((rows[healthy],), joined)
+
+
+def refused_share(view: AttackableGuard, x: Tensor, confidence: float, batch_size: int) -> Interval:
+    """Share of the rows x (N, ...), N >= 1, whose answer is the refusal, with its Wilson interval."""
+    check_tensor(x, "x", finite=False)
+    check_int(batch_size, "batch_size")
+    n = check_not_empty(len(x), "x")
+    with torch.no_grad():
+        refused = in_batches(view, x, batch_size).argmax(dim=1) == view.num_classes
+    return wilson(int(refused.sum()), n, confidence)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,10 @@ from aidefend._core.modules import (
 from aidefend._core.progress import progress
 from aidefend._core.random import derive_seed
 from aidefend.validate.calibration import JointCalibration, share_rows
+from aidefend.validate.conformal_law import MODES
+from aidefend.validate.conformal_law import Mode as Promise
 from aidefend.validate.detector import Detector, FittedDetector, Rows, score_columns, unique_names
+from aidefend.validate.ensemble import Ensemble
 from aidefend.validate.features import PassCapture
 from aidefend.validate.model_identity import identify, uncompiled
 from aidefend.validate.spec import InputSpec
@@ -33,9 +36,11 @@ _PURPOSES = ("fit", "reference", "calibration")
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What was calibrated, on how much, for which model; JSON types only."""
+    """What was calibrated, on how much, for which model; JSON types only. `promise` is a mode of `Calibration`."""
 
     alpha: float
+    promise: Promise
+    delta: float
     seed: int
     own_fit: bool
     fit_n: int
@@ -48,6 +53,7 @@ class Facts:
     identity: dict[str, str]
 
     def __post_init__(self) -> None:
+        check_choice(self.promise, MODES, "promise")
         check_int(self.num_classes, "num_classes", 2)
         check_choice(self.logits_dtype, ("float16", "bfloat16", "float32", "float64"), "logits_dtype")
 
@@ -63,12 +69,16 @@ class Calibrated:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
-    """Outputs of the model on the rows of one purpose, and how many rows the specification refused."""
+class CleanRows:
+    """Outputs of the model on the rows of one purpose, and how many rows the specification refused.
+
+    The inputs themselves are kept only where a detector looks at them.
+    """
 
     features: Tensor
     logits: Tensor
     labels: Tensor | None
+    x: Tensor | None
     refused: int
 
 
@@ -83,6 +93,8 @@ def calibrate(
     train_ids: Collection[str] | None,
     seed: int,
     batch_size: int,
+    promise: Promise = "marginal",
+    delta: float = 0.05,
 ) -> Calibrated:
     """Split the data, run the model once over it, fit the detectors, calibrate. See `Guard.calibrate`."""
     check_int(seed, "seed", 0)
@@ -93,22 +105,29 @@ def calibrate(
         check_items(train_ids, str, "train_ids", "Pass the content ids of the training rows")
     check_detectors(detectors)
     check_mode(model)
-    parts = _split(list(iterate(data, batch_size)), fit, len(detectors), alpha, train_ids, seed, batch_size)
+    order = _Order(fit is not None, len(detectors), alpha, promise, delta, seed)
+    parts = _split(list(iterate(data, batch_size)), fit, order, train_ids, batch_size)
     rules = InputSpec.infer(batch.x for batch in parts["fit"]) if spec is None else spec
     with preserve(model), torch.no_grad():
         module = _find_layer(model, layer, detectors, parts["fit"], rules)
         capture = PassCapture(model, module)
-        rows = {name: _run(model, capture, parts[name], rules, batch_size, name) for name in _PURPOSES if parts[name]}
-    _check_logits(rows["calibration"].logits)
+        rows = {
+            name: run_rows(model, capture, parts[name], rules, batch_size, name, needs_inputs(detectors))
+            for name in _PURPOSES
+            if parts[name]
+        }
+    logits = rows["calibration"].logits
+    _check_logits(logits)
     with torch.no_grad():
-        fitted = tuple(detector.fit(r.features, r.logits, r.labels) for r in [rows["fit"]] for detector in detectors)
-        names = unique_names(fitted)
-        scores = score_all(fitted, rows["calibration"].features, rows["calibration"].logits)
-        reference = rows.get("reference")
-        basis = scores[:0] if reference is None else score_all(fitted, reference.features, reference.logits)
-        calibration = JointCalibration.of(names, scores, basis, alpha)
+        fitted = tuple(_fitted(detector, rows["fit"], model) for detector in detectors)
+        scores = score_rows_of(fitted, rows["calibration"], model, batch_size)
+        basis = scores[:0] if "reference" not in rows else score_rows_of(fitted, rows["reference"], model, batch_size)
+        classes = logits.argmax(dim=1)
+        calibration = JointCalibration.of(unique_names(fitted), scores, basis, alpha, promise, delta, classes)
     facts = Facts(
         alpha=float(alpha),
+        promise=promise,
+        delta=float(delta),
         seed=seed,
         own_fit=fit is not None,
         fit_n=len(rows["fit"].logits),
@@ -116,11 +135,34 @@ def calibrate(
         calibration_n=len(scores),
         refused_n=rows["calibration"].refused,
         layer=_layer_name(model, module),
-        num_classes=rows["calibration"].logits.shape[1],
-        logits_dtype=str(rows["calibration"].logits.dtype).removeprefix("torch."),
+        num_classes=logits.shape[1],
+        logits_dtype=str(logits.dtype).removeprefix("torch."),
         identity=identify(model),
     )
     return Calibrated(rules, fitted, calibration, facts)
+
+
+def needs_inputs(detectors: Iterable[Any]) -> bool:
+    """Whether any detector looks at the inputs or asks the model again."""
+    return any(getattr(detector, "uses_inputs", False) for detector in detectors) or any(
+        needs_inputs(detector.detectors) for detector in detectors if isinstance(detector, Ensemble)
+    )
+
+
+def _fitted(detector: Detector, rows: CleanRows, model: Model) -> FittedDetector:
+    if isinstance(detector, Ensemble):
+        return detector.fit(rows.features, rows.logits, rows.labels, x=rows.x, model=model)
+    return detector.fit(rows.features, rows.logits, rows.labels)
+
+
+def score_rows_of(detectors: Sequence[FittedDetector], rows: CleanRows, model: Model, batch_size: int) -> Tensor:
+    """Scores of all detectors, in slices: (N, D) float64."""
+    parts = []
+    for start in range(0, len(rows.logits), batch_size):
+        part = slice(start, start + batch_size)
+        x = None if rows.x is None else rows.x[part]
+        parts.append(score_columns(detectors, Rows(rows.features[part], rows.logits[part], x, model)))
+    return torch.cat(parts)
 
 
 def check_detectors(detectors: Sequence[Detector]) -> None:
@@ -135,19 +177,19 @@ def check_mode(model: Model) -> None:
         raise IncompatibleModel("Expected a model in eval mode.", offenders)
 
 
-def score_all(detectors: Iterable[FittedDetector], features: Tensor, logits: Tensor) -> Tensor:
-    """Scores of all detectors: (N, D) float64."""
-    return score_columns(detectors, Rows(features, logits))
+class _Order(NamedTuple):
+    """How the rows are to be split."""
+
+    own_fit: bool
+    detectors: int
+    alpha: float
+    promise: Promise
+    delta: float
+    seed: int
 
 
 def _split(
-    batches: list[Batch],
-    fit: Any,
-    detectors: int,
-    alpha: float,
-    train_ids: Collection[str] | None,
-    seed: int,
-    batch_size: int,
+    batches: list[Batch], fit: Any, order: _Order, train_ids: Collection[str] | None, batch_size: int
 ) -> dict[str, list[Batch]]:
     """Rows by purpose. Equal inputs stay together; the split depends on content and seed, not on the order."""
     names = {input_id(row_id) for batch in batches for row_id in batch.ids}
@@ -155,10 +197,10 @@ def _split(
     fit_batches = [] if fit is None else list(iterate(fit, batch_size))
     _check_apart(names, (row_id for batch in fit_batches for row_id in batch.ids), "fit")
     _check_apart(names, train_ids or (), "train_ids")
-    shares = share_rows(len(names), fit is not None, detectors, alpha)
-    order = sorted(names, key=lambda name: derive_seed(seed, "calibration", name))
-    purpose = dict.fromkeys(order[: shares.fit], "fit")
-    purpose |= dict.fromkeys(order[shares.fit : shares.fit + shares.reference], "reference")
+    shares = share_rows(len(names), *order[:-1])
+    ranked = sorted(names, key=lambda name: derive_seed(order.seed, "calibration", name))
+    purpose = dict.fromkeys(ranked[: shares.fit], "fit")
+    purpose |= dict.fromkeys(ranked[shares.fit : shares.fit + shares.reference], "reference")
     parts = {name: _of_purpose(batches, purpose, name) for name in _PURPOSES}
     if fit is not None:
         check_not_empty(sum(len(batch.ids) for batch in fit_batches), "fit")
@@ -211,11 +253,17 @@ def _layer_name(model: Model, module: nn.Module | None) -> str | None:
     return names[0]
 
 
-def _run(
-    model: Model, capture: PassCapture, batches: list[Batch], spec: InputSpec, batch_size: int, name: str
-) -> _Rows:
+def run_rows(
+    model: Model,
+    capture: PassCapture,
+    batches: list[Batch],
+    spec: InputSpec,
+    batch_size: int,
+    name: str,
+    keep_inputs: bool,
+) -> CleanRows:
     """One pass over all rows that satisfy the specification."""
-    features, logits, labels, refused = [], [], [], 0
+    features, logits, labels, inputs, refused = [], [], [], [], 0
     for batch in progress(batches, f"guard: {name}", len(batches)):
         for part in _slices(batch, batch_size):
             x, y, bad = _checked(part, spec, device_of(model))
@@ -226,10 +274,15 @@ def _run(
                 features.append(outputs.features)
                 logits.append(outputs.logits)
                 labels.append(y)
+                inputs.append(x if keep_inputs else x[:0])
     check_not_empty(len(logits), f"rows for {name} that satisfy the input specification")
     known = [y for y in labels if y is not None]
-    rows = _Rows(
-        torch.cat(features), torch.cat(logits), torch.cat(known) if len(known) == len(labels) else None, refused
+    rows = CleanRows(
+        torch.cat(features),
+        torch.cat(logits),
+        torch.cat(known) if len(known) == len(labels) else None,
+        torch.cat(inputs) if keep_inputs else None,
+        refused,
     )
     healthy = torch.isfinite(rows.features).all(dim=1) & torch.isfinite(rows.logits).all(dim=1)
     if not bool(healthy.all()):

@@ -1,17 +1,35 @@
 """Turns detector scores into p-values and one decision whose rate of false positives is exact."""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
-from scipy import stats as scipy_stats
+import torch
 from torch import Tensor, nn
 
-from aidefend._core.checks import check_probability, check_tensor, refuse
-from aidefend._core.stats import Interval, conformal_p_values
+from aidefend._core.checks import check_tensor, refuse
+from aidefend._core.stats import Interval
+from aidefend.validate.conformal import WHOLE, Calibration
+from aidefend.validate.conformal_law import Mode, least_calibration_rows
 from aidefend.validate.tail_surprise import Tails
 
 COMBINED = "combined"
+
+
+class Judged(NamedTuple):
+    """What a calibration says about N rows.
+
+    Args:
+        joined: (N,) the joint statistic.
+        p_values: (D + 1, N): of each detector among all calibration rows, and last of the decision, by its mode.
+        ranks: (N,) p-value of the joint statistic among all calibration rows: what watches for drift.
+        refused: (N,) bool.
+    """
+
+    joined: Tensor
+    p_values: Tensor
+    ranks: Tensor
+    refused: Tensor
 
 
 class JointCalibration(nn.Module):
@@ -21,9 +39,7 @@ class JointCalibration(nn.Module):
     an exponential tail; the surprises are joined by log-sum-exp (the harmonic mean of the tail probabilities). This
     function is fixed before the calibration rows are looked at, so the joint statistic is as exchangeable as the rows:
     its conformal threshold is exact, whatever the dependence between the detectors.
-    Guarantee: a row that is exchangeable with the calibration rows is refused with probability
-        floor(alpha (n + 1)) / (n + 1), and less than this only where scores tie. Given one calibration set, the
-        probability is Beta(r, n + 1 - r) distributed, r = floor(alpha (n + 1)). Drift and attack void both.
+    Guarantee: that of `Calibration` in the same mode, for the joint statistic: `law` is that calibration.
     Args:
         names: Names of the D detectors.
         scores: (n, D) calibration scores, finite.
@@ -31,67 +47,154 @@ class JointCalibration(nn.Module):
         heights: (Q,) surprise at the knots.
         slopes: (D, Q) surprise for each unit of score behind each knot, > 0.
         alpha: Rate of false positives, in (0, 1).
+        mode: As in `Calibration`.
+        delta: As in `Calibration`.
+        classes: (n,) predicted classes of the calibration rows, in the mode "class-conditional".
+        history: As in `Calibration`.
     """
 
+    law: Calibration
+    scores: Tensor
+    knots: Tensor
+    heights: Tensor
+    slopes: Tensor
+    classes: Tensor
+    joined: Tensor
+    threshold: Tensor
+    ordered: Tensor
+    table: Tensor
+
     def __init__(
-        self, names: Sequence[str], scores: Tensor, knots: Tensor, heights: Tensor, slopes: Tensor, alpha: float
+        self,
+        names: Sequence[str],
+        scores: Tensor,
+        knots: Tensor,
+        heights: Tensor,
+        slopes: Tensor,
+        alpha: float,
+        mode: Mode = "marginal",
+        delta: float = 0.05,
+        classes: Tensor | None = None,
+        history: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         super().__init__()
         _check_arrays(len(names), scores, knots, heights, slopes)
         self.names = tuple(names)
-        self.alpha = check_probability(alpha, "alpha")
-        self.rank = rank_for(alpha, len(scores))
+        self.alpha, self.mode, self.delta, self.history = alpha, mode, delta, tuple(history)
         for name, array in (("scores", scores), ("knots", knots), ("heights", heights), ("slopes", slopes)):
             self.register_buffer(name, array.double())
-        joined = self.join(cast(Tensor, self.scores))
-        self.register_buffer("joined", joined)
-        self.register_buffer("threshold", joined.sort(descending=True).values[self.rank - 1])
+        whole = torch.full((len(scores),), WHOLE, device=scores.device)
+        self.register_buffer("classes", whole if mode != "class-conditional" or classes is None else classes.long())
+        for name in ("joined", "threshold"):
+            self.register_buffer(name, None)
+        for name in ("ordered", "table"):
+            self.register_buffer(name, None, persistent=False)
+        self._derive()
+        self.register_load_state_dict_post_hook(_derive_again)  # type: ignore[no-untyped-call]
 
     @classmethod
-    def of(cls, names: Sequence[str], scores: Tensor, reference: Tensor, alpha: float) -> "JointCalibration":
+    def of(
+        cls,
+        names: Sequence[str],
+        scores: Tensor,
+        reference: Tensor,
+        alpha: float,
+        mode: Mode = "marginal",
+        delta: float = 0.05,
+        classes: Tensor | None = None,
+    ) -> "JointCalibration":
         """From calibration scores (n, D) and reference scores (m, D); one detector needs no reference rows."""
         if len(names) == 1:
             nothing = scores.new_zeros(1, 0)
-            return cls(names, scores, nothing, nothing[0], nothing, alpha)
-        return cls(names, scores, *Tails.of(reference), alpha)
+            return cls(names, scores, nothing, nothing[0], nothing, alpha, mode, delta, classes)
+        return cls(names, scores, *Tails.of(reference), alpha, mode, delta, classes)
+
+    def replaced(self, scores: Tensor, classes: Tensor, history: Sequence[Mapping[str, Any]]) -> "JointCalibration":
+        """The same statistic and mode, calibrated on other rows."""
+        tails = (self.knots, self.heights, self.slopes)
+        return JointCalibration(self.names, scores, *tails, self.alpha, self.mode, self.delta, classes, history)
 
     @property
     def n(self) -> int:
         """Number of calibration rows."""
-        return len(cast(Tensor, self.scores))
+        return len(self.scores)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the calibration scores are."""
+        return self.scores.device
 
     @property
     def level(self) -> float:
-        """The rate of false positives that n rows can express: floor(alpha (n + 1)) / (n + 1), at most alpha."""
-        return self.rank / (self.n + 1)
+        """The rate of false positives that n rows can express, at most alpha; the mean over classes by their size."""
+        return self.law.interval().value
 
     def interval(self, confidence: float = 0.95) -> Interval:
         """The rate of false positives given this very calibration set: where it lies with this confidence (Beta)."""
-        rate = scipy_stats.beta(self.rank, self.n + 1 - self.rank)
-        return Interval(self.level, float(rate.ppf((1 - confidence) / 2)), float(rate.ppf((1 + confidence) / 2)))
+        return self.law.interval(confidence)
 
     def join(self, scores: Tensor) -> Tensor:
         """The joint statistic of scores (N, D): (N,) float64, higher = stranger; differentiable."""
-        tails = Tails(*(cast(Tensor, getattr(self, name)) for name in ("knots", "heights", "slopes")))
+        tails = Tails(self.knots, self.heights, self.slopes)
         if tails.knots.shape[1] == 0:
             return scores.to(tails.knots.device).double()[:, 0]
         return tails.surprises(scores).logsumexp(dim=1)
 
-    def margin(self, scores: Tensor) -> Tensor:
-        """Joint statistic minus threshold: > 0 exactly for refused rows; NaN scores count as strangest."""
-        return self.over_threshold(self.join(scores))
+    def margin(self, scores: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Joint statistic minus threshold: > 0 exactly for refused rows; NaN scores count as strangest.
 
-    def over_threshold(self, joined: Tensor) -> Tensor:
-        """The margin of a joint statistic (N,) that is at hand."""
-        return joined.nan_to_num(nan=math.inf) - cast(Tensor, self.threshold)
+        Args:
+            scores: (N, D).
+            classes: (N,) predicted classes, which the mode "class-conditional" needs.
+        """
+        return self._over(self.join(scores), classes)
 
-    def p_values(self, scores: Tensor, joined: Tensor | None = None) -> dict[str, Tensor]:
-        """Conformal p-value of each detector and of the joint statistic (`join(scores)`), each (N,) float64."""
-        own = cast(Tensor, self.scores)
-        wide = scores.to(own.device)
-        found = {name: conformal_p_values(wide[:, i], own[:, i]) for i, name in enumerate(self.names)}
-        joint = self.join(wide) if joined is None else joined
-        return found | {COMBINED: conformal_p_values(joint, cast(Tensor, self.joined))}
+    def judge(self, scores: Tensor, classes: Tensor | None = None) -> Judged:
+        """P-values and decision for scores (N, D); see `margin`."""
+        joined = self.join(scores)
+        ordered = self.ordered
+        columns = torch.cat([scores.to(ordered).T, joined[None]]).nan_to_num(nan=math.inf)
+        at_least = ordered.shape[1] - torch.searchsorted(ordered, columns.contiguous(), side="left")
+        p_values = (1 + at_least).double() / (ordered.shape[1] + 1)
+        ranks = p_values[-1]
+        if self.mode == "class-conditional":
+            own = self.law.p_values(joined, classes)
+        else:
+            own = ranks if self.mode == "marginal" else self.table[at_least[-1]]
+        return Judged(joined, torch.cat([p_values[:-1], own[None]]), ranks, self._over(joined, classes) > 0)
+
+    def p_values(self, scores: Tensor, classes: Tensor | None = None) -> dict[str, Tensor]:
+        """P-value of each detector and of the decision, by name, each (N,) float64."""
+        return dict(zip((*self.names, COMBINED), self.judge(scores, classes).p_values, strict=True))
+
+    def _over(self, joined: Tensor, classes: Tensor | None) -> Tensor:
+        """The margin of a joint statistic (N,); a class without calibration rows has a threshold of -infinity."""
+        threshold = self.threshold
+        strange = joined.nan_to_num(nan=math.inf)
+        if self.mode != "class-conditional":
+            return strange - threshold
+        if classes is None:
+            raise refuse("classes in the mode 'class-conditional'", "classes", None, "Pass the predicted classes")
+        return strange - threshold[classes.to(threshold.device).clamp(max=len(threshold) - 1)]
+
+    def _derive(self) -> None:
+        """Everything that follows from the scores."""
+        scores, classes = self.scores, self.classes
+        joined = self.join(scores)
+        self.law = Calibration(joined, classes, self.alpha, self.mode, self.delta, self.history)
+        self.joined = joined
+        if self.mode == "class-conditional":
+            known = {int(label): self.law.threshold(int(label)) for label in classes.unique()}
+            values = [known.get(label, -math.inf) for label in range(int(classes.max()) + 2)]
+            self.threshold = joined.new_tensor(values)
+        else:
+            self.threshold = joined.new_tensor(self.law.threshold())
+        self.ordered = torch.cat([scores.T, joined[None]]).sort(dim=1).values.contiguous()
+        self.table = self.law.p_by_count().to(joined.device)
+
+
+def _derive_again(module: nn.Module, _: object) -> None:
+    cast(JointCalibration, module)._derive()
 
 
 class Shares(NamedTuple):
@@ -102,42 +205,27 @@ class Shares(NamedTuple):
     calibration: int
 
 
-def share_rows(n: int, own_fit: bool, detectors: int, alpha: float) -> Shares:
+def share_rows(
+    n: int, own_fit: bool, detectors: int, alpha: float, mode: Mode = "marginal", delta: float = 0.05
+) -> Shares:
     """Split n rows: 40 % to fit (none if there is other data for it), some for reference, the rest to calibrate.
 
     Several detectors need reference rows: a fifth of what remains after the fit, 20 to 500, but never so many that too
     few are left to calibrate at alpha.
     Raises: ConfigurationError: too few rows for alpha; names how many are needed.
     """
-    least, least_reference = least_rows(alpha), 20 if detectors > 1 else 0
+    least, least_reference = least_calibration_rows(alpha, mode, delta), 20 if detectors > 1 else 0
     fit = 0 if own_fit else round(0.4 * n)
     free = n - fit - least
     if free < least_reference:
         needed = least + least_reference if own_fit else math.ceil((least + least_reference) / 0.6 + 1)
-        rule = f"at least {needed} different rows to calibrate at alpha={alpha:g} (n >= 1 / alpha - 1 = {least} after"
+        rule = f"at least {needed} different rows to calibrate at alpha={alpha:g} in mode {mode!r} ({least} after"
         rule += f" {least_reference} reference rows{'' if own_fit else ' and 40 % to fit the detectors'})"
         cure = "Calibrate on more rows" + ("" if own_fit else ", pass fit=") + ", or raise alpha"
         raise refuse(rule, "calibration_loader", f"{n} rows", cure)
     wanted = min(500, (n - fit) // 5) if detectors > 1 else 0
     reference = max(least_reference, min(wanted, free))
     return Shares(fit, reference, n - fit - reference)
-
-
-def rank_for(alpha: float, n: int) -> int:
-    """The rank r = floor(alpha (n + 1)) >= 1: a row is refused if fewer than r calibration rows are as strange.
-
-    Raises: ConfigurationError: n < 1 / alpha - 1; even the strangest row could not be refused.
-    """
-    rank = math.floor(check_probability(alpha, "alpha") * (n + 1) + 1e-9)
-    if rank < 1:
-        rule = f"at least {least_rows(alpha)} calibration rows for alpha={alpha:g} (n >= 1 / alpha - 1)"
-        raise refuse(rule, "n", n, "Calibrate on more rows, or raise alpha")
-    return rank
-
-
-def least_rows(alpha: float) -> int:
-    """The smallest n with floor(alpha (n + 1)) >= 1."""
-    return max(1, math.ceil(1 / check_probability(alpha, "alpha") - 1 - 1e-9))
 
 
 def _check_arrays(detectors: int, scores: Tensor, knots: Tensor, heights: Tensor, slopes: Tensor) -> None:

@@ -1,41 +1,56 @@
 """What a calibration promises, as words and as evidence."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from aidefend._core.evidence import Evidence, Finding, Severity
-from aidefend._core.stats import wilson
+from aidefend._core.stats import Interval, wilson
 from aidefend.validate.calibrating import Facts
 from aidefend.validate.calibration import JointCalibration
 from aidefend.validate.decision import LIMITS
 from aidefend.validate.spec import InputSpec
 
 
-def summarise(facts: Facts, calibration: JointCalibration, mode: str) -> str:
-    """Two lines: what is refused, and how often that happens to clean rows."""
+def summarise(facts: Facts, calibration: JointCalibration, mode: str, rows_a_day: float | None = None) -> str:
+    """What is refused, how often that happens to clean rows, and how many alarms a day that makes."""
     rate = calibration.interval()
-    return (
-        f"guard ({mode}): refuses rows whose combined p-value is at most {facts.alpha:g}; detectors "
+    promise = f"{facts.promise}, 1 - delta = {1 - facts.delta:g}" if _bound(facts) else facts.promise
+    text = (
+        f"guard ({mode}): refuses rows whose combined p-value is at most {facts.alpha:g} ({promise}); detectors "
         f"{', '.join(calibration.names)} fitted on {facts.fit_n} rows, scaled on {facts.reference_n}, "
-        f"calibrated on n={facts.calibration_n}.\n"
+        f"calibrated on n={calibration.n}.\n"
         f"false positives: {rate.value:.3%} on average over calibration sets; with this one, between {rate.low:.3%} "
         f"and {rate.high:.3%} (95 %); the specification refused {facts.refused_n} further calibration rows."
     )
+    if rows_a_day is None:
+        return text
+    alarms = calibration.law.alarms_a_day(rows_a_day)
+    return f"{text}\nfalse alarms a day at {rows_a_day:g} clean rows: {alarms.low:.0f} to {alarms.high:.0f} (95 %)."
 
 
-def calibration_evidence(facts: Facts, calibration: JointCalibration, spec: InputSpec, mode: str) -> Evidence:
-    """Rate of false positives with its interval, and the share of calibration rows that the specification refused."""
+def _bound(facts: Facts) -> bool:
+    return facts.promise == "calibration-conditional"
+
+
+def calibration_evidence(
+    facts: Facts,
+    calibration: JointCalibration,
+    spec: InputSpec,
+    mode: str,
+    rows_a_day: float | None,
+    detected: Mapping[str, tuple[Interval, int]],
+) -> Evidence:
+    """Rate of false positives with its interval, what the specification refused, alarms a day, shares found."""
     setting: dict[str, Any] = {**dataclasses.asdict(facts), "detectors": list(calibration.names), "mode": mode}
-    seen = facts.calibration_n + facts.refused_n
-    false_positives = Finding(
+    setting["follows"] = len(calibration.history)
+    seen = calibration.n + facts.refused_n
+    rate = _finding(
         "guard.false_positive_rate",
         "Clean rows that the detectors refuse: calibrated rate, with its 95 % range for this calibration set",
-        Severity.INFO,
-        *calibration.interval(),
-        n=facts.calibration_n,
-        setting=setting,
-        limits=LIMITS,
-        mapping={"atlas": "AML.M0015"},
+        calibration.interval(),
+        calibration.n,
+        setting,
     )
     refused = Finding(
         "guard.specification_refused_share",
@@ -45,4 +60,19 @@ def calibration_evidence(facts: Facts, calibration: JointCalibration, spec: Inpu
         n=seen,
         setting={"spec": spec.to_dict()},
     )
-    return Evidence([false_positives, refused], {"method": "guard", "seed": facts.seed})
+    found = [rate, refused]
+    if rows_a_day is not None:
+        alarms = calibration.law.alarms_a_day(rows_a_day)
+        traffic = {**setting, "rows_a_day": rows_a_day}
+        found.append(
+            _finding("guard.alarms_a_day", "False alarms a day at this traffic", alarms, calibration.n, traffic)
+        )
+    for name, (share, n) in detected.items():
+        title = f"Strange rows that are refused at the operating point: {name}"
+        found.append(_finding(f"guard.true_positive_rate.{name}", title, share, n, setting))
+    return Evidence(found, {"method": "guard", "seed": facts.seed})
+
+
+def _finding(name: str, title: str, value: Interval, n: int, setting: Mapping[str, Any]) -> Finding:
+    mapping = {"atlas": "AML.M0015"}
+    return Finding(name, title, Severity.INFO, *value, n=n, setting=dict(setting), limits=LIMITS, mapping=mapping)

@@ -1,10 +1,11 @@
-"""What a guard takes from outside: policy, budget, query state, audit log, metrics, and the order in which it asks."""
+"""What a guard takes from outside: policy, budget, monitors, audit log, metrics, and the order in which it asks."""
 
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from aidefend._core.checks import check_kind, refuse
@@ -17,6 +18,7 @@ _METHODS = {
     "log": ("append",),
     "metrics": ("observe",),
     "queries": ("watch",),
+    "drift": ("observe",),
 }
 _LOGGER = logging.getLogger("aidefend.validate")
 _LOGGER.addHandler(logging.NullHandler())  # silent until the application configures logging
@@ -102,6 +104,21 @@ class Queries(Protocol):
         """
 
 
+class DriftAlarm(Protocol):
+    """What a drift monitor says."""
+
+    @property
+    def alarm(self) -> bool:
+        """Calibration no longer holds; once true, true for good."""
+
+
+class Drift(Protocol):
+    """Watches whether served rows are still like the calibration rows."""
+
+    def observe(self, p_values: Tensor) -> DriftAlarm:
+        """Take note of the p-values (n,), n >= 0, in (0, 1], of served rows among all calibration rows."""
+
+
 class Watched(NamedTuple):
     """Why a batch gets no answers, empty if it does, and what the operator should know."""
 
@@ -111,7 +128,7 @@ class Watched(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Collaborators:
-    """The five, each optional, and the name of what they protect."""
+    """The six, each optional, and the name of what they protect."""
 
     policy: Policy | None = None
     budget: Budget | None = None
@@ -119,6 +136,7 @@ class Collaborators:
     metrics: MetricsSink | None = None
     resource: str = "model"
     queries: Queries | None = None
+    drift: Drift | None = None
 
     def __post_init__(self) -> None:
         """A collaborator that cannot do its work is found when the guard is made, not at its first call."""
@@ -162,6 +180,13 @@ class Collaborators:
             return Watched("" if standing.allowed is True else "queries: suspended", str(standing.remark))
         except Exception as error:
             return Watched(failure("queries", error), "")
+
+    def drifted(self, ranks: Tensor | None) -> bool:
+        """Show the drift monitor the p-values of scored rows; whether it has raised its alarm."""
+        if self.drift is None:
+            return False
+        nothing = torch.zeros(0, dtype=torch.float64)
+        return self.drift.observe(nothing if ranks is None else ranks).alarm is not False
 
     def settle(self, admission: "Admission", *, spent: bool) -> None:
         """Commit or refund what was reserved."""

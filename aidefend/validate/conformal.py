@@ -39,7 +39,7 @@ from aidefend.validate.detector_file import read_tensors, write_tensors
 from aidefend.validate.row_reuse import check_not_reused
 
 _SCHEMA = "aidefend.calibration/1"
-_WHOLE = -1
+WHOLE = -1
 
 
 class _Group(NamedTuple):
@@ -141,7 +141,7 @@ class Calibration:
         if (classes is not None) != (mode == "class-conditional"):
             rule = "classes in the mode 'class-conditional', and in no other"
             raise refuse(rule, "classes", classes, "Pass mode= and classes= together")
-        groups = torch.full((len(scores),), _WHOLE) if classes is None else check_labels(classes, len(scores))
+        groups = torch.full((len(scores),), WHOLE) if classes is None else check_labels(classes, len(scores))
         return cls(scores, groups, alpha, mode, delta)
 
     @property
@@ -169,6 +169,10 @@ class Calibration:
         """Which rows are refused: (N,) bool."""
         p = self.p_values(scores, classes)
         return at_most(p, self.alpha) | p.isnan()
+
+    def p_by_count(self) -> Tensor:
+        """The p-value of a score that k of the n calibration scores reach, k = 0 .. n, whatever the class: (n + 1,)."""
+        return p_of_counts(self.n, self.mode, self.delta)
 
     def threshold(self, label: int | None = None) -> float:
         """The score above which a row is refused; of one class in the mode "class-conditional"."""
@@ -265,7 +269,7 @@ class Calibration:
             raise refuse("log with .append()", "log", log, "Pass an AuditLog, or None")
         kept: dict[str, Any] = {"alpha": self.alpha, "mode": self.mode, "delta": self.delta}
         new = self.of(scores, classes=classes, ids=ids, used_ids=used_ids, **kept)
-        entry = {"reason": reason, "before": self._summary(), "after": new._summary()}
+        entry = {"reason": reason, "before": self.summary(), "after": new.summary()}
         if log is not None:
             log.append({"event": "calibration.replaced", **entry})
         return dataclasses.replace(new, history=(*self.history, entry))
@@ -295,7 +299,7 @@ class Calibration:
         return _Group(scores.sort().values, p_of_counts(n, self.mode, self.delta), rank)
 
     def _group(self, label: int | None) -> _Group:
-        key = _WHOLE if label is None else label
+        key = WHOLE if label is None else label
         if key not in self._groups:
             rule = "label to be a calibrated class" if self.mode == "class-conditional" else "no label in this mode"
             raise refuse(rule, "label", label, f"Calibrated classes: {sorted(self._groups)[:20]}")
@@ -306,11 +310,12 @@ class Calibration:
             rule = "classes in the mode 'class-conditional', and in no other"
             raise refuse(rule, "classes", classes, "Pass the predicted classes, or none")
         if classes is None:
-            return torch.full((len(scores),), _WHOLE)
+            return torch.full((len(scores),), WHOLE)
         check_same_rows(("scores", "classes"), len(scores), len(classes))
         return check_labels(classes, len(scores)).cpu()
 
-    def _summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
+        """Size, setting, thresholds and a digest of the scores, as JSON types: what a log keeps of a calibration."""
         thresholds = {str(label): float(own.scores[-own.rank]) for label, own in self._groups.items()}
         data = hashlib.sha256(self.scores.numpy().tobytes() + self.classes.numpy().tobytes()).hexdigest()
         return {"n": self.n, "alpha": self.alpha, "mode": self.mode, "thresholds": thresholds, "digest": data}

@@ -7,9 +7,8 @@ import torch
 from scipy import stats as scipy_stats
 from torch import Tensor
 
-from aidefend._core.checks import check_choice, check_probability
+from aidefend._core.checks import check_choice, check_probability, refuse
 from aidefend._core.stats import Interval
-from aidefend.validate.calibration import least_rows, rank_for
 
 Mode = Literal["marginal", "class-conditional", "calibration-conditional"]
 MODES = ("marginal", "class-conditional", "calibration-conditional")
@@ -63,3 +62,20 @@ def rate_interval(rank: int, n: int, confidence: float) -> Interval:
     """The rate above the rank-th largest of n scores: r / (n + 1), and its range over calibration sets (Beta)."""
     rate = scipy_stats.beta(rank, n + 1 - rank)
     return Interval(rank / (n + 1), float(rate.ppf((1 - confidence) / 2)), float(rate.ppf((1 + confidence) / 2)))
+
+
+def rank_for(alpha: float, n: int) -> int:
+    """The rank r = floor(alpha (n + 1)) >= 1: a row is refused if fewer than r calibration rows are as strange.
+
+    Raises: ConfigurationError: n < 1 / alpha - 1; even the strangest row could not be refused.
+    """
+    rank = math.floor(check_probability(alpha, "alpha") * (n + 1) + 1e-9)
+    if rank < 1:
+        rule = f"at least {least_rows(alpha)} calibration rows for alpha={alpha:g} (n >= 1 / alpha - 1)"
+        raise refuse(rule, "n", n, "Calibrate on more rows, or raise alpha")
+    return rank
+
+
+def least_rows(alpha: float) -> int:
+    """The smallest n with floor(alpha (n + 1)) >= 1."""
+    return max(1, math.ceil(1 / check_probability(alpha, "alpha") - 1 - 1e-9))

@@ -35,6 +35,7 @@ class GuardDecision:
             A batch of over 65,536 rows that is refused as a whole is one row of the report, with id "batch".
         mode: Mode of the guard.
         seconds: Time that the decision took.
+        drifted: The guard's drift monitor has raised its alarm: the rates no longer hold.
     """
 
     accepted: Tensor
@@ -44,6 +45,7 @@ class GuardDecision:
     report: Report
     mode: str
     seconds: float = 0.0
+    drifted: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,6 +59,8 @@ class Verdict:
         reasons: For each row.
         scores, p_values: Name to (N,), NaN where not scored.
         remark: Of the query monitor, for the audit log.
+        ranks: (n,) p-values of the rows that were scored, among all calibration rows: for a drift monitor.
+        drifted: A drift monitor has raised its alarm: calibration no longer holds.
     """
 
     keep: Tensor
@@ -66,6 +70,8 @@ class Verdict:
     scores: Mapping[str, Tensor]
     p_values: Mapping[str, Tensor]
     remark: str = ""
+    ranks: Tensor | None = None
+    drifted: bool = False
 
 
 class Repeated(Sequence[tuple[str, ...]]):
@@ -114,6 +120,7 @@ def decide(x: object, verdict: Verdict, mode: str, parameters: Mapping[str, Any]
         _report(x, verdict, {**parameters, "mode": mode}),
         mode,
         seconds,
+        verdict.drifted,
     )
 
 

@@ -4,29 +4,32 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from aidefend._core.checks import check_choice, refuse
+from aidefend._core.checks import check_choice, check_kind, refuse
 from aidefend._core.errors import InputRejected
 from aidefend._core.evidence import Evidence
 from aidefend._core.modules import Model, find_module
-from aidefend.validate.attackable import AttackableGuard
+from aidefend._core.stats import Interval
+from aidefend.validate.attackable import AttackableGuard, refused_share
 from aidefend.validate.calibrating import Calibrated, calibrate, check_mode
 from aidefend.validate.calibration_record import calibration_evidence, summarise
 from aidefend.validate.collaborators import (
     Admission,
     Budget,
     Collaborators,
+    Drift,
     Log,
     MetricsSink,
     Policy,
     Queries,
     failure,
 )
+from aidefend.validate.conformal_law import Mode as Promise
 from aidefend.validate.decision import GuardDecision, Verdict, decide, refuse_whole
 from aidefend.validate.detector import Detector, unique_names
 from aidefend.validate.features import PassCapture
@@ -36,6 +39,7 @@ from aidefend.validate.logit_scores import Energy
 from aidefend.validate.model_identity import uncompiled
 from aidefend.validate.nearest_neighbours import NearestNeighbours
 from aidefend.validate.outputs import Output
+from aidefend.validate.recalibrating import recalibrated
 from aidefend.validate.settling import Call, settle
 from aidefend.validate.spec import InputSpec, count_rows
 
@@ -48,7 +52,7 @@ class Guard(nn.Module):
 
     Build one with `Guard.calibrate` or `Guard.load`. A call goes through these steps, and stops at the first refusal of
     the whole batch: policy, budget, input specification, one pass of the model with all detectors, query monitor,
-    hardening of the outputs, audit log, settlement of the budget, metrics.
+    hardening of the outputs, drift monitor, audit log, settlement of the budget, metrics.
 
     | mode | refused rows get no answer if they fail | outputs |
     |---|---|---|
@@ -57,10 +61,11 @@ class Guard(nn.Module):
     | shadow | access, budget, faults of the batch (shape, dtype, caps); all else only remarks | as the bare model's |
 
     Guarantee: (1) A clean row that is exchangeable with the calibration rows and satisfies the specification is
-        refused by the detectors with probability floor(alpha (n + 1)) / (n + 1) <= alpha; drift voids it. (2) No input
+        refused by the detectors with probability at most alpha: on average, in each predicted class, or for this very
+        calibration set, as `promise` says (see `Calibration`); drift voids it. (2) No input
         raises, whatever its type or content. Outside mode "shadow", a row that breaks a rule of the specification never
         reaches the model, so it cannot harm its batch mates. A row that makes the model itself raise refuses its whole
-        batch. (3) It fails closed: an exception in policy, budget, query monitor, log, metrics, model, detectors or
+        batch. (3) It fails closed: an exception in policy, budget, monitors, log, metrics, model, detectors or
         hardening refuses every row; the units are returned if the model had not run. (4) Nothing about adversarial
         inputs: an attacker who knows the detectors can pass them. Measure how far with `attackable()`.
     Threads may call one guard at the same time. Verdicts, and the time they take, tell an attacker what passes: give
@@ -114,7 +119,10 @@ class Guard(nn.Module):
         log: Log | None = None,
         metrics: MetricsSink | None = None,
         queries: Queries | None = None,
+        drift: Drift | None = None,
         resource: str = "model",
+        promise: Promise = "marginal",
+        delta: float = 0.05,
         batch_size: int = 256,
     ) -> "Guard":
         """Fit the detectors and calibrate the decision on clean rows.
@@ -145,7 +153,11 @@ class Guard(nn.Module):
             metrics: Has the method of `MetricsSink`.
             queries: Has the method of `Queries`, such as `QueryMonitor`; with one, a call without a principal is
                 refused.
+            drift: Has the method of `Drift`, such as `DriftMonitor(calibration_n=...)`; see `follow`.
             resource: What the policy is asked about (the action is "predict").
+            promise: What holds at alpha, a mode of `Calibration`: "marginal", "class-conditional" (of the predicted
+                classes) or "calibration-conditional" (for this very calibration set).
+            delta: How often the last of these may fail over calibration sets, in (0, 1).
             batch_size: Rows a pass during calibration.
         Returns: An open guard.
         Raises: ConfigurationError: too few rows for alpha (says how many), rows shared with `fit` or `train_ids`, data
@@ -161,9 +173,10 @@ class Guard(nn.Module):
             >>> decision.accepted.tolist(), decision.reasons[1:]
             ([True, False, False], (('input: out of range',), ('input: not finite',)))
         """
-        collaborators = Collaborators(policy, budget, log, metrics, resource, queries)
+        collaborators = Collaborators(policy, budget, log, metrics, resource, queries, drift)
         check_choice(mode, _MODES, "mode")
-        parts = calibrate(model, calibration_loader, spec, detectors, alpha, fit, layer, train_ids, seed, batch_size)
+        rows = (calibration_loader, spec, detectors, alpha, fit, layer, train_ids, seed, batch_size)
+        parts = calibrate(model, *rows, promise, delta)
         return cls(model, parts, mode, output, collaborators)
 
     def forward(self, x: object, principal: str | None = None) -> GuardDecision:
@@ -186,7 +199,7 @@ class Guard(nn.Module):
         except BaseException:  # an interrupt: nothing is delivered, nothing is charged
             self.collaborators.settle(admission, spent=False)
             raise
-        call = Call(principal, admission, spent, time.perf_counter() - started, self._setting())
+        call = Call(principal, admission, spent, time.perf_counter() - started, self._setting(verdict.drifted))
         final = settle(self.collaborators, call, verdict, self._refuse)
         return decide(x, final, self.mode, call.setting, call.seconds)
 
@@ -223,7 +236,11 @@ class Guard(nn.Module):
                     return dataclasses.replace(nothing, reasons=checked.reasons), False
                 step, ran = "model", True
                 watch = functools.partial(self.collaborators.watch, principal)
-                return judge(self._panel(), checked, x.detach() if shadow else checked.x, chosen, watch), True
+                found = judge(self._panel(), checked, x.detach() if shadow else checked.x, chosen, watch)
+                if self.collaborators.drift is None:
+                    return found, True
+                step = "drift"
+                return dataclasses.replace(found, drifted=self.collaborators.drifted(found.ranks)), True
         except Exception as error:
             return self._refuse(rows, failure(step, error)), ran
 
@@ -233,20 +250,87 @@ class Guard(nn.Module):
     def _refuse(self, rows: int, reason: str) -> Verdict:
         return refuse_whole(rows, reason, self._blank, [*self.calibration.names, "combined"])
 
-    def _setting(self) -> dict[str, Any]:
-        return {"alpha": self.facts.alpha, "n": self.facts.calibration_n, "detectors": list(self.calibration.names)}
+    def _setting(self, drifted: bool) -> dict[str, Any]:
+        """What every event and report says of the calibration in force."""
+        facts, calibration = self.facts, self.calibration
+        setting = {"alpha": facts.alpha, "n": calibration.n, "detectors": list(calibration.names)}
+        setting |= {} if facts.promise == "marginal" else {"promise": facts.promise}
+        return setting | ({"drift_alarm": True} if drifted else {})
 
     def attackable(self) -> AttackableGuard:
         """The whole as one differentiable classifier (N, ...) -> (N, K + 1), whose last class is the refusal."""
-        return AttackableGuard(self, self._panel(), self.spec, self.facts.num_classes)
+        return AttackableGuard(self, self._panel, self.spec, self.facts.num_classes)
 
-    def summary(self) -> str:
-        """Two lines: what is refused, and how often that happens to clean rows."""
-        return summarise(self.facts, self.calibration, self.mode)
+    def follow(self, drift: Drift | None) -> None:
+        """Show a drift monitor the p-values of all rows that are scored from now on; None = no longer.
 
-    def to_evidence(self) -> Evidence:
-        """The rate of false positives with its interval, and the share of rows that the specification refused."""
-        return calibration_evidence(self.facts, self.calibration, self.spec, self.mode)
+        The p-values are those of the combined statistic among all calibration rows, whatever the promise, so
+        `DriftMonitor(calibration_n=guard.calibration.n)` fits. Once it raises its alarm, every decision says `drifted`
+        and every event of the log "drift_alarm": the rates no longer hold, until you `recalibrate`.
+        """
+        self.collaborators = dataclasses.replace(self.collaborators, drift=drift)
+
+    def recalibrate(
+        self,
+        calibration_loader: Any,
+        *,
+        reason: str,
+        used_ids: Collection[str] | None = None,
+        drift: Drift | None = None,
+        batch_size: int = 256,
+    ) -> None:
+        """Replace the calibration rows, never the detectors. Logged first, if there is a log; then in force.
+
+        Args:
+            calibration_loader: Clean rows of today, as in `calibrate`; all of them calibrate. Rows that this guard
+                accepted are no sample of clean rows.
+            reason: Why, in words: for the log, and for `calibration.history`.
+            used_ids: Content ids of rows that trained the model or fitted the detectors; rows among them are refused.
+            drift: A new drift monitor; a guard that has one needs one, since the old one watched the old calibration.
+            batch_size: Rows a pass.
+        Raises: ConfigurationError: too few rows for alpha, rows that were used, no reason, no new drift monitor; the
+            old calibration stays in force.
+        Cost: One forward pass over the rows, and the detectors' scores.
+        """
+        collaborators = self.collaborators
+        if (drift is None) != (collaborators.drift is None):
+            rule = "a new drift monitor if and only if the guard has one"
+            raise refuse(rule, "drift", drift, "Pass drift=DriftMonitor(calibration_n=...), or call follow first")
+        given = dataclasses.replace(collaborators, drift=drift)
+        parts, entry = recalibrated(
+            self.model, self._capture, self._parts(), calibration_loader, reason, used_ids, batch_size
+        )
+        if collaborators.log is not None:
+            collaborators.log.append({"event": "guard.recalibrated", "resource": collaborators.resource, **entry})
+        self.facts, self.calibration, self.collaborators = parts.facts, parts.calibration, given
+
+    def detection(self, x: Tensor, confidence: float = 0.95, *, batch_size: int = 256) -> Interval:
+        """Share of strange rows x (N, ...) that mode "enforce" refuses at the operating point, with Wilson's interval.
+
+        Nothing is logged, charged or shown to the monitors.
+        """
+        return refused_share(self.attackable(), x, confidence, batch_size)
+
+    def summary(self, rows_a_day: float | None = None) -> str:
+        """What is refused, how often that happens to clean rows and, at this traffic, the false alarms a day."""
+        return summarise(self.facts, self.calibration, self.mode, rows_a_day)
+
+    def to_evidence(
+        self, rows_a_day: float | None = None, strange: Mapping[str, Tensor] | None = None, *, batch_size: int = 256
+    ) -> Evidence:
+        """The rate of false positives with its interval, the share that the specification refused, alarms, detections.
+
+        Args:
+            rows_a_day: Clean rows a day; None leaves the alarms out.
+            strange: Name to rows (N, ...) that should be refused: what share is, at the operating point.
+            batch_size: Rows a pass over these.
+        """
+        named = check_kind({} if strange is None else strange, Mapping, "strange", "Pass {name: x}")
+        found = {name: (self.detection(x, batch_size=batch_size), len(x)) for name, x in named.items()}
+        return calibration_evidence(self.facts, self.calibration, self.spec, self.mode, rows_a_day, found)
+
+    def _parts(self) -> Calibrated:
+        return Calibrated(self.spec, self.detectors, self.calibration, self.facts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything but the model to one safetensors file: calibration, detectors, specification, output.
@@ -254,8 +338,7 @@ class Guard(nn.Module):
         The collaborators are not written, only that they were there. The file is not signed: sign it like a model.
         Raises: ConfigurationError: a detector or an output is not one of this package.
         """
-        parts = Calibrated(self.spec, self.detectors, self.calibration, self.facts)
-        write_guard(path, parts, self.mode, self.output, self.collaborators)
+        write_guard(path, self._parts(), self.mode, self.output, self.collaborators)
 
     @classmethod
     def load(
@@ -269,6 +352,7 @@ class Guard(nn.Module):
         log: Log | None = None,
         metrics: MetricsSink | None = None,
         queries: Queries | None = None,
+        drift: Drift | None = None,
     ) -> "Guard":
         """The guard back from `save`, around the very model that it was calibrated for.
 
@@ -281,10 +365,11 @@ class Guard(nn.Module):
             log: The same.
             metrics: The same.
             queries: The same.
+            drift: The same.
         Raises: ConfigurationError: another model or other weights, a missing collaborator, another key, a file of
             another kind.
         """
-        given = Collaborators(policy, budget, log, metrics, queries=queries)
+        given = Collaborators(policy, budget, log, metrics, queries=queries, drift=drift)
         parts, mode, output, collaborators = read_guard(path, model, given, output)
         return cls(model, parts, mode, output, collaborators)
 

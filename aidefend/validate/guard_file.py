@@ -27,8 +27,8 @@ from aidefend.validate.reverse_sigmoid import ReverseSigmoid
 from aidefend.validate.spec import InputSpec
 from aidefend.validate.stored import describe_detector, detector_arrays, rebuild_detector, with_prefix
 
-_SCHEMA = "aidefend.guard/1"
-_CALIBRATION = ("scores", "knots", "heights", "slopes")
+_SCHEMA = "aidefend.guard/2"
+_CALIBRATION = ("scores", "knots", "heights", "slopes", "classes")
 _OUTPUTS: dict[str, type[Any]] = {kind.__name__: kind for kind in (LabelOnly, TopK, Rounded, Tempered, ReverseSigmoid)}
 
 
@@ -41,6 +41,7 @@ def write_guard(
         "mode": mode,
         "spec": parts.spec.to_dict(),
         "facts": dataclasses.asdict(parts.facts),
+        "history": list(parts.calibration.history),
         "output": None if output is None else _described_output(output),
         "detectors": [describe_detector(detector, KINDS) for detector in parts.detectors],
         "collaborators": list(collaborators.present()),
@@ -64,7 +65,7 @@ def read_guard(
         check_identity(model, facts.identity)
         parts = Calibrated(
             InputSpec.from_dict(header["spec"]),
-            *_restored(header["detectors"], arrays, facts.alpha),
+            *_restored(header["detectors"], arrays, facts, header["history"]),
             facts,
         )
         mode = check_choice(header["mode"], ("enforce", "monitor", "shadow"), "mode")
@@ -129,8 +130,9 @@ def _without_key(output: KeyedNoise) -> dict[str, Any]:
 
 
 def _restored(
-    described: list[Any], arrays: Mapping[str, Tensor], alpha: float
+    described: list[Any], arrays: Mapping[str, Tensor], facts: Facts, history: list[Any]
 ) -> tuple[tuple[FittedDetector, ...], JointCalibration]:
     detectors = [rebuild_detector(one, with_prefix(arrays, f"detector-{i}/"), KINDS) for i, one in enumerate(described)]
-    fields = {name: arrays[f"calibration/{name}"] for name in _CALIBRATION}
-    return tuple(detectors), JointCalibration(unique_names(detectors), **fields, alpha=alpha)
+    fields: dict[str, Any] = {name: arrays[f"calibration/{name}"] for name in _CALIBRATION}
+    fields |= {"alpha": facts.alpha, "mode": facts.promise, "delta": facts.delta, "history": history}
+    return tuple(detectors), JointCalibration(unique_names(detectors), **fields)

@@ -10,11 +10,10 @@ from torch import Tensor
 from aidefend._core.checks import check_callable, refuse
 from aidefend._core.errors import AidefendError
 from aidefend._core.modules import Model
-from aidefend.validate.calibrating import score_all
 from aidefend.validate.calibration import COMBINED, JointCalibration
 from aidefend.validate.collaborators import Watched, failure
 from aidefend.validate.decision import Verdict, refused_constant
-from aidefend.validate.detector import FittedDetector
+from aidefend.validate.detector import FittedDetector, Rows, score_columns
 from aidefend.validate.features import Outputs, PassCapture
 from aidefend.validate.outputs import Output, harden
 from aidefend.validate.spec import SpecResult
@@ -37,10 +36,14 @@ class Panel:
 
 
 class _Opinion(NamedTuple):
-    """What the detectors say about n rows: numbers by name (n,), which rows they refuse (n,) bool, and why each."""
+    """What the detectors say about n rows: numbers by name (n,), which rows they refuse (n,) bool, and why each.
+
+    `ranks` are the p-values that a drift monitor watches; none if a detector failed.
+    """
 
     scores: dict[str, Tensor]
     p_values: dict[str, Tensor]
+    ranks: Tensor
     strange: Tensor
     remarks: list[str]
 
@@ -82,15 +85,16 @@ def judge(panel: Panel, checked: SpecResult, x: Tensor, rows: Tensor, watch: Wat
     "shadow" do not enforce.
     """
     n = len(x)
-    outputs = panel.capture.run(panel.model, x if len(rows) == n else x[rows])
+    given = x if len(rows) == n else x[rows]
+    outputs = panel.capture.run(panel.model, given)
     healthy = torch.isfinite(outputs.logits).all(dim=1) & torch.isfinite(outputs.features).all(dim=1)
     allowed = checked.accepted[rows]
     usable = allowed & healthy
     scored = rows[usable]
-    opinion = _opinion(panel, _select(outputs, usable))
+    opinion = _opinion(panel, *_select(outputs, given, usable))
     remarks = dict.fromkeys(rows[allowed & ~healthy].tolist(), ("model: output not finite",))
     remarks |= {i: (text,) for i, text in zip(scored[opinion.strange].tolist(), opinion.remarks, strict=True)}
-    watched = watch(x[rows[allowed]], outputs.logits[allowed])
+    watched = watch(given[allowed], outputs.logits[allowed])
     keep = torch.zeros(n, dtype=torch.bool, device=rows.device)
     keep[scored] = ~opinion.strange if not watched.refusal else False
     barred = (watched.refusal,) if watched.refusal else ()
@@ -106,31 +110,37 @@ def judge(panel: Panel, checked: SpecResult, x: Tensor, rows: Tensor, watch: Wat
         {name: _spread(values, scored, n) for name, values in opinion.scores.items()},
         {name: _spread(values, scored, n) for name, values in opinion.p_values.items()},
         watched.remark,
+        opinion.ranks,
     )
 
 
-def _opinion(panel: Panel, outputs: Outputs) -> _Opinion:
+def _opinion(panel: Panel, outputs: Outputs, x: Tensor) -> _Opinion:
     """Scores, p-values and refusals; if a detector fails, every row is refused without numbers."""
     calibration = panel.calibration
     try:
-        scores = score_all(panel.detectors, outputs.features, outputs.logits)
-        joined = calibration.join(scores)
-        p_values = calibration.p_values(scores, joined)
-        strange = calibration.over_threshold(joined) > 0
+        rows = Rows(outputs.features, outputs.logits, x, panel.model)
+        scores = score_columns(panel.detectors, rows).to(calibration.device)
+        joined, p_values, ranks, strange = calibration.judge(scores, outputs.logits.argmax(dim=1))
     except Exception as error:
         n = len(outputs.logits)
         unknown = outputs.logits.new_full((n,), torch.nan, dtype=torch.float64)
         nothing = dict.fromkeys([*calibration.names, COMBINED], unknown)
-        return _Opinion(nothing, nothing, torch.ones_like(unknown, dtype=torch.bool), [failure("detectors", error)] * n)
-    by_name = {name: scores[:, i] for i, name in enumerate(calibration.names)}
-    by_name[COMBINED] = joined
-    lowest = torch.stack([p_values[name] for name in calibration.names], dim=1)[strange].argmin(dim=1)
-    remarks = [f"detector: unlike the calibration data ({calibration.names[i]})" for i in lowest.tolist()]
-    return _Opinion(by_name, p_values, strange, remarks)
+        refused = torch.ones_like(unknown, dtype=torch.bool)
+        return _Opinion(nothing, nothing, unknown[:0], refused, [failure("detectors", error)] * n)
+    names = (*calibration.names, COMBINED)
+    lowest = p_values[:-1, strange].argmin(dim=0).tolist()
+    remarks = [f"detector: unlike the calibration data ({names[i]})" for i in lowest]
+    return _Opinion(
+        dict(zip(names, (*scores.T, joined), strict=True)),
+        dict(zip(names, p_values, strict=True)),
+        ranks,
+        strange,
+        remarks,
+    )
 
 
-def _select(outputs: Outputs, keep: Tensor) -> Outputs:
-    return outputs if bool(keep.all()) else Outputs(outputs.logits[keep], outputs.features[keep])
+def _select(outputs: Outputs, x: Tensor, keep: Tensor) -> tuple[Outputs, Tensor]:
+    return (outputs, x) if bool(keep.all()) else (Outputs(outputs.logits[keep], outputs.features[keep]), x[keep])
 
 
 def _spread(values: Tensor, rows: Tensor, n: int) -> Tensor:

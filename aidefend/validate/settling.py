@@ -1,5 +1,6 @@
 """The end of a call: audit log, settlement of the budget, metrics; what fails here refuses every row."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ def settle(
         try:
             run(collaborators, call, final)
         except Exception as error:
-            final = refuse(len(verdict.reasons), failure(step, error))
+            final = dataclasses.replace(refuse(len(verdict.reasons), failure(step, error)), drifted=verdict.drifted)
             if step != "log":
                 _append_quietly(collaborators, call, final)
     return final

@@ -33,9 +33,9 @@ class Tails(NamedTuple):
 
     def surprises(self, scores: Tensor) -> Tensor:
         """-log P(score >= s) of scores (N, D): (N, D) float64, rising; beyond the ends with the slopes there."""
-        wide = scores.to(self.knots.device).double()
-        each = zip(wide.T, self.knots, self.slopes, strict=True)
-        return torch.stack([_surprise(s.contiguous(), knots, self.heights, slopes) for s, knots, slopes in each], dim=1)
+        s = scores.to(self.knots).T.contiguous()
+        place = torch.searchsorted(self.knots, s.detach(), right=True).sub_(1).clamp_(0, len(self.heights) - 1)
+        return (self.heights[place] + (s - self.knots.gather(1, place)) * self.slopes.gather(1, place)).T
 
 
 def _knots(scores: Tensor, levels: list[float], heights: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,8 +47,3 @@ def _knots(scores: Tensor, levels: list[float], heights: Tensor) -> tuple[Tensor
     excess = (scores[scores > knots[-1]] - knots[-1]).mean().nan_to_num(nan=0.0)
     last = 1 / torch.clamp(excess, min=1e-6 * spread)
     return knots, torch.cat([heights.diff() / knots.diff(), last[None]])
-
-
-def _surprise(scores: Tensor, knots: Tensor, heights: Tensor, slopes: Tensor) -> Tensor:
-    place = (torch.searchsorted(knots, scores.detach(), right=True) - 1).clamp(min=0, max=len(knots) - 1)
-    return heights[place] + (scores - knots[place]) * slopes[place]

@@ -5,6 +5,7 @@ wrong kind. A call may take a value (None where it is a default, 0.5 where a num
 error out that is no `AidefendError`, draw from a global stream or leave a trace on the model.
 """
 
+import functools
 import importlib
 import inspect
 import tempfile
@@ -152,6 +153,12 @@ MODELS = {
 
 def guard():
     return validate.Guard.calibrate(Net(), MANY, detectors=[validate.Energy()], alpha=0.05)
+
+
+@functools.cache
+def one_guard():
+    """The same guard for every call that does not make one."""
+    return guard()
 
 
 def file(name, content=b"x"):
@@ -902,8 +909,20 @@ CALLS = {
             "budget": None,
             "log": None,
             "metrics": None,
+            "drift": None,
             "resource": "model",
+            "promise": "marginal",
+            "delta": 0.1,
         },
+    ),
+    "validate.Guard.recalibrate": (
+        lambda **a: one_guard().recalibrate(**a),
+        lambda: {"calibration_loader": MANY, "reason": "a new camera", "used_ids": None, "drift": None},
+    ),
+    "validate.Guard.detection": (lambda **a: one_guard().detection(**a), lambda: {"x": X, "confidence": 0.9}),
+    "validate.Guard.to_evidence": (
+        lambda **a: one_guard().to_evidence(**a),
+        lambda: {"rows_a_day": 1e4, "strange": {"far": X}},
     ),
     "validate.Guard.call": (lambda **a: guard()(**a), lambda: {"x": X, "principal": None}),
     "validate.Guard.load": (

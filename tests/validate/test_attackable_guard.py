@@ -82,5 +82,5 @@ def test_it_is_a_module_that_stays_in_eval_mode_and_moves_with_its_guard():
     view.train()
     assert not any(module.training for module in view.guard.modules())
     view.double()
-    assert {buffer.dtype for buffer in view.guard.calibration.buffers()} == {torch.float64}
+    assert {buffer.dtype for buffer in view.guard.calibration.buffers()} == {torch.float64, torch.int64}
     assert view.state_dict()["guard.detector_nearest-neighbours.bank"].dtype == torch.float32

@@ -539,7 +539,7 @@ def test_the_summary_and_the_evidence_state_the_calibration():
     facts = guard.facts
     assert (facts.fit_n, facts.reference_n, facts.calibration_n) == (200, 60, 240)
     finding = guard.to_evidence()["guard.false_positive_rate"]
-    assert finding.value == guard.calibration.rank / 241 and finding.low < finding.value < finding.high
+    assert finding.value == pytest.approx(guard.calibration.level) and finding.low < finding.value < finding.high
     assert finding.n == 240 and finding.setting["seed"] == 0 and finding.setting["alpha"] == 0.05
     assert "n=240" in guard.summary() and "0.05" in guard.summary()
     assert guard.to_evidence().to_json() == guard_of().to_evidence().to_json()
