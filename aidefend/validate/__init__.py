@@ -21,7 +21,8 @@ from aidefend.validate.purify import PurifiedModel, Purify
 from aidefend.validate.reconstruction import Reconstruction
 from aidefend.validate.restoration import BitDepth, JPEGLike, MedianFilter, NonLocalMeans, TotalVariation
 from aidefend.validate.reverse_sigmoid import ReverseSigmoid
-from aidefend.validate.spec import InputSpec, SpecResult
+from aidefend.validate.spec import InputSpec
+from aidefend.validate.spec_result import SpecResult
 from aidefend.validate.virtual_logit import ViM
 
 __all__ = [

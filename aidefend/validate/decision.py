@@ -10,6 +10,7 @@ from torch import Tensor
 
 from aidefend._core.batches import content_ids
 from aidefend._core.report import Report
+from aidefend.validate.spec_result import quarantined_rows
 
 LIMITS = (
     "The rate of false positives holds for rows that are exchangeable with the calibration rows: drift voids it. "
@@ -46,6 +47,11 @@ class GuardDecision:
     mode: str
     seconds: float = 0.0
     drifted: bool = False
+
+    @property
+    def quarantined(self) -> Tensor:
+        """(N,) bool: a rule with the policy "quarantine" asks to keep the row aside, for example `x[quarantined]`."""
+        return quarantined_rows(self.reasons, self.accepted)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -41,7 +41,8 @@ from aidefend.validate.nearest_neighbours import NearestNeighbours
 from aidefend.validate.outputs import Output
 from aidefend.validate.recalibrating import recalibrated
 from aidefend.validate.settling import Call, settle
-from aidefend.validate.spec import InputSpec, count_rows
+from aidefend.validate.spec import InputSpec
+from aidefend.validate.spec_header import count_rows
 
 _MODES = ("enforce", "monitor", "shadow")
 _DETECTORS = (Energy(), NearestNeighbours(k=50))

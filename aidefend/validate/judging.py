@@ -16,7 +16,7 @@ from aidefend.validate.decision import Verdict, refused_constant
 from aidefend.validate.detector import FittedDetector, Rows, score_columns
 from aidefend.validate.features import Outputs, PassCapture
 from aidefend.validate.outputs import Output, harden
-from aidefend.validate.spec import SpecResult
+from aidefend.validate.spec_result import SpecResult
 
 Mode = Literal["enforce", "monitor", "shadow"]
 Watch = Callable[[Tensor, Tensor], Watched]

@@ -13,6 +13,7 @@ _CODES = {
     "budget": "budget",
     "queries": "access",
     "input": "specification",
+    "quarantine": "specification",
     "model": "error",
     "detector": "detector",
     "error": "error",

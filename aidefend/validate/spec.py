@@ -1,21 +1,38 @@
 """Hard checks on a batch of tensors: what can be decided for certain, before the model sees anything."""
 
 import dataclasses
-import json
+import math
 import os
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from aidefend._core.checks import check_choice, check_int, check_number, check_path, refuse
-from aidefend._core.storage import pretty_json, write_atomic
+from aidefend._core.checks import check_choice, check_int, check_number, refuse
+from aidefend.validate.batch_schema import tensor_schema
+from aidefend.validate.spec_file import read_spec, spec_fields, write_spec
+from aidefend.validate.spec_header import MOST_ROWS, count_rows, kind_fault, memory_fault
 from aidefend.validate.spec_inference import Size, infer_form
+from aidefend.validate.spec_result import Reasons, SpecResult, refused_batch, remark
+from aidefend.validate.spec_values import (
+    Bound,
+    Limits,
+    bound_pairs,
+    clamp,
+    extremes,
+    finite_rows,
+    flush_subnormals,
+    has_subnormals,
+    knows_subnormals,
+    limits_of,
+    outside,
+    row_extremes,
+    subnormal_rows,
+)
 
-_SCHEMA = "aidefend.input-spec/1"
-_LARGEST_FILE = 1_000_000
-MOST_ROWS = 2**24  # a stride-0 tensor may claim any number of rows; verdicts on it must stay small
+_SCHEMA = "aidefend.input-spec/2"
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -25,42 +42,35 @@ _DTYPES = {
 }
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class SpecResult:
-    """What an `InputSpec` says about one batch.
-
-    Args:
-        fault: Why the batch as a whole was refused, or None. Then no row was looked at.
-        accepted: (N,) bool, True = the row satisfies every rule. After a fault one False is shown N times.
-        reasons: For each row the rules that it breaks; empty after a fault.
-        x: The rows, clipped where the rule says so; None after a fault.
-    """
-
-    fault: str | None
-    accepted: Tensor
-    reasons: tuple[tuple[str, ...], ...]
-    x: Tensor | None
-
-
 @dataclasses.dataclass(frozen=True)
 class InputSpec:
     """The rules that every request must satisfy: a plain dense tensor (N, ...) of known form, size and range.
 
-    Guarantee: `check` never raises and copies nothing before type, layout, shape, caps, dtype, device and memory
-        overlap have been checked from the tensor's own header, so its cost is bounded by the caps whatever arrives. A
-        row that breaks a rule does not change the verdict on another. It says nothing about inputs inside the rules:
-        adversarial examples satisfy them.
+    Guarantee: `check` never raises and copies nothing before kind, layout, shape, caps, dtype, device and memory have
+        been checked from the tensor's own header, so its cost is bounded by the caps whatever arrives. What a tensor
+        subclass or an attribute of a tensor would run is not run. A row that breaks a rule does not change the verdict
+        on another. It says nothing about inputs inside the rules: adversarial examples satisfy them.
+    Refused as a whole: subclasses and parameters; nested, sparse, quantised, meta and complex tensors; conjugate or
+        negative views; tensors that require grad; stride 0, overlapping or missing memory; a wrong shape, dtype or
+        device; too many rows or bytes.
     Args:
         shape: Shape of one row, without N: sizes >= 1, or (smallest, largest) where a size may vary.
         dtype: The exact dtype: float16, bfloat16, float32, float64, uint8, int8 .. int64 or bool.
-        low, high: Closed range of every element, in the units of x; None = no limit. Infinity and NaN always fail.
-        tolerance: Slack of the range as a share of max(1, |low|, |high|), against rounding.
-        out_of_range: "reject" the row, or "clip" finite values into the range and accept it.
+        low, high: Closed range of every element, in the units of x, or a tuple with one limit for each index of the
+            first dimension of a row (columns of a table, channels of an image). None = no limit. Integers (token ids,
+            rows of an embedding) are compared exactly.
+        tolerance: Slack of the range as a share of max(1, |low|, |high|), against rounding; 0 for integers.
+        out_of_range: "reject" the row, "clip" finite values into the range and accept it, or "quarantine": refuse it
+            with a reason that asks to keep it aside.
+        not_finite: "reject" or "quarantine" rows with NaN or infinity.
+        denormals: Numbers too small for the normal form of float32, float64 or bfloat16, with which a processor may be
+            a hundred times slower: "clip" them to 0, "reject" or "quarantine" the row, or "accept".
         max_rows: Largest N, up to 2 ** 24. Too many rows refuse the batch.
         max_bytes: Largest size of the batch in bytes, counted by shape (a stride-0 giant counts in full).
         device: Device type such as "cpu" or "cuda"; None = any device that holds data.
     Raises: ConfigurationError: a rule contradicts itself.
-    Cost: Two vectorised reductions over the batch; a copy only if something is clipped.
+    Cost: One reduction over the batch, and one pass over its bits for denormals; a copy only if something is clipped.
+        More passes only where a row breaks a rule.
     Example:
         >>> spec = InputSpec((2,), low=0.0, high=1.0)
         >>> spec.check(torch.tensor([[0.5, 1.0], [0.5, float("nan")]])).reasons
@@ -69,25 +79,28 @@ class InputSpec:
 
     shape: tuple[Size, ...]
     dtype: torch.dtype = torch.float32
-    low: float | None = None
-    high: float | None = None
+    low: Bound = None
+    high: Bound = None
     tolerance: float = 1e-6
-    out_of_range: Literal["reject", "clip"] = "reject"
+    out_of_range: Literal["reject", "clip", "quarantine"] = "reject"
     max_rows: int = 16_384
     max_bytes: int = 256 * 2**20
     device: str | None = None
+    not_finite: Literal["reject", "quarantine"] = "reject"
+    denormals: Literal["clip", "reject", "quarantine", "accept"] = "clip"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", _checked_shape(self.shape))
         check_choice(self.dtype, tuple(_DTYPES.values()), "dtype")
-        check_choice(self.out_of_range, ("reject", "clip"), "out_of_range")
+        check_choice(self.out_of_range, ("reject", "clip", "quarantine"), "out_of_range")
+        check_choice(self.not_finite, ("reject", "quarantine"), "not_finite")
+        check_choice(self.denormals, ("clip", "reject", "quarantine", "accept"), "denormals")
         check_number(self.tolerance, "tolerance", 0.0, 1.0)
         check_int(self.max_rows, "max_rows", 1, MOST_ROWS)
         check_int(self.max_bytes, "max_bytes")
-        for name, bound in (("low", self.low), ("high", self.high)):
-            if bound is not None:
-                object.__setattr__(self, name, check_number(bound, name))
-        if self.low is not None and self.high is not None and self.low > self.high:
+        for name in ("low", "high"):
+            object.__setattr__(self, name, _checked_bound(getattr(self, name), name, self.shape[0], self.dtype))
+        if any(low > high for low, high in bound_pairs(self.low, self.high) if low is not None and high is not None):
             raise refuse("low <= high", "low", self.low, "Swap the two")
         if self.device is not None and not isinstance(self.device, str):
             raise refuse('device as text such as "cpu"', "device", self.device, "Pass x.device.type, or None for any")
@@ -99,10 +112,13 @@ class InputSpec:
         *,
         margin: float = 0.25,
         tolerance: float = 1e-6,
-        out_of_range: Literal["reject", "clip"] = "reject",
+        out_of_range: Literal["reject", "clip", "quarantine"] = "reject",
         max_rows: int = 16_384,
         max_bytes: int = 256 * 2**20,
         device: str | None = None,
+        not_finite: Literal["reject", "quarantine"] = "reject",
+        denormals: Literal["clip", "reject", "quarantine", "accept"] = "clip",
+        by_column: bool = False,
     ) -> "InputSpec":
         """The tightest rules that trusted data satisfies, with room at the ends of a range that is not a natural one.
 
@@ -112,11 +128,14 @@ class InputSpec:
         Args:
             x: A tensor (N, ...), or any data that `calibration_loader` may be; trusted, finite, not empty.
             margin: Room on each side, as a share of the width that was seen, >= 0.
-            tolerance: As in `InputSpec`.
+            tolerance: As in `InputSpec`, like all that follow but the last.
             out_of_range: As in `InputSpec`.
             max_rows: As in `InputSpec`.
             max_bytes: As in `InputSpec`.
             device: As in `InputSpec`.
+            not_finite: As in `InputSpec`.
+            denormals: As in `InputSpec`.
+            by_column: One range for each index of the first dimension of a row instead of one for all.
         Raises: ConfigurationError: the data is empty, not finite, or mixes dtypes or numbers of dimensions.
         Cost: One pass over the data.
         Example:
@@ -124,8 +143,8 @@ class InputSpec:
             >>> spec.shape, spec.low, spec.high
             ((3,), 0.0, 1.0)
         """
-        shape, dtype, low, high = infer_form(x, margin, tuple(_DTYPES.values()))
-        return cls(shape, dtype, low, high, tolerance, out_of_range, max_rows, max_bytes, device)
+        form = infer_form(x, margin, tuple(_DTYPES.values()), by_column)
+        return cls(*form, tolerance, out_of_range, max_rows, max_bytes, device, not_finite, denormals)
 
     def check(self, x: object) -> SpecResult:
         """Judge one batch. Any object may be passed; nothing raises.
@@ -135,19 +154,17 @@ class InputSpec:
         Returns: Verdicts for each row, or one fault for the whole batch.
         """
         try:
-            fault = self._fault(x)
-        except Exception:  # a tensor whose own header cannot be read
-            fault = "input: cannot be inspected"
-        if fault is not None or not isinstance(x, Tensor):
-            return SpecResult(fault, torch.zeros(1, dtype=torch.bool).expand(count_rows(x)), (), None)
-        return self._check_rows(x.detach())
+            fault = kind_fault(x)
+            if fault is not None or not isinstance(x, Tensor):
+                return refused_batch(fault or "input: not a plain tensor", count_rows(x))
+            plain = Tensor.detach(x)  # without the attributes that were set on x, which could stand for its methods
+            fault = self._fault(plain)
+            return self._check_rows(plain) if fault is None else refused_batch(fault, count_rows(x))
+        except Exception:  # a tensor whose own header or numbers cannot be read
+            return refused_batch("input: cannot be inspected", count_rows(x))
 
-    def _fault(self, x: object) -> str | None:
+    def _fault(self, x: Tensor) -> str | None:
         """Why the batch as a whole is refused, from its header alone, or None."""
-        if type(x) is not Tensor:  # a subclass may run its own code on every access
-            return "input: not a plain tensor"
-        if x.is_nested or x.layout != torch.strided or x.is_quantized or x.device.type == "meta":
-            return "input: not a dense tensor"
         if x.ndim != len(self.shape) + 1 or not all(map(_fits, x.shape[1:], self.shape)):
             return "input: wrong shape"
         if len(x) > self.max_rows:
@@ -158,7 +175,7 @@ class InputSpec:
             return "input: wrong dtype"
         if self.device is not None and x.device.type != self.device:
             return "input: wrong device"
-        return "input: overlapping memory" if _may_overlap(x) else None
+        return memory_fault(x)
 
     def smallest_row(self) -> Tensor:
         """Zeros (1, ...) of the smallest shape that the rules allow, whether or not they lie in the range."""
@@ -166,86 +183,121 @@ class InputSpec:
         return torch.zeros(1, *sizes, dtype=self.dtype)
 
     def clip(self, x: Tensor) -> Tensor:
-        """The rows with the range applied if the rule is "clip", else x itself; differentiable."""
-        if self.out_of_range == "reject" or (self.low is None and self.high is None) or x.dtype == torch.bool:
-            return x
-        return x.clamp(self.low, self.high)
+        """The rows with what the rules clip clipped, else x itself; differentiable."""
+        if self.out_of_range == "clip" and self._limits is not None and x.numel():
+            x = clamp(x, self.low, self.high)
+        return flush_subnormals(x) if self._small(x.detach()) and self.denormals == "clip" else x
+
+    @cached_property
+    def _limits(self) -> Limits | None:
+        """What numbers are compared with; None where every one is fine."""
+        if self.dtype == torch.bool or (self.low is None and self.high is None):
+            return None
+        return limits_of(self.low, self.high, self.dtype, self.tolerance)
 
     def _check_rows(self, x: Tensor) -> SpecResult:
-        if len(x) == 0:
-            return SpecResult(None, torch.zeros(0, dtype=torch.bool, device=x.device), (), x)
-        features = tuple(range(1, x.ndim))
-        low, high = x.amin(features), x.amax(features)  # both carry NaN
-        finite = torch.isfinite(low) & torch.isfinite(high)
-        inside = self._inside(low, high)
-        if self.out_of_range == "clip":
-            ok, inside = finite, inside | finite
-            x = x if bool(self._inside(low, high).all()) else self.clip(x)
-        else:
-            ok = finite & inside
-        if bool(ok.all()):
-            return SpecResult(None, ok, ((),) * len(x), x)
-        remarks = zip(finite.tolist(), inside.tolist(), strict=True)
-        return SpecResult(None, ok, tuple(_row_reasons(*remark) for remark in remarks), x)
+        finite, inside = self._look(x)
+        small = finite and self._small(x)
+        clipped = "clip" if inside else self.out_of_range, "clip" if not small else self.denormals
+        if finite and clipped == ("clip", "clip"):
+            accepted = torch.ones(len(x), dtype=torch.bool, device=x.device)
+            return SpecResult(None, accepted, ((),) * len(x), x if inside and not small else self.clip(x))
+        return self._row_by_row(x)
 
-    def _inside(self, low: Tensor, high: Tensor) -> Tensor:
-        slack = self.tolerance * max(1.0, abs(self.low or 0.0), abs(self.high or 0.0))
-        slack = slack if self.dtype.is_floating_point else 0.0
-        inside = torch.ones_like(low, dtype=torch.bool)
-        if self.dtype != torch.bool and self.low is not None:
-            inside &= low.double() >= self.low - slack
-        if self.dtype != torch.bool and self.high is not None:
-            inside &= high.double() <= self.high + slack
-        return inside
+    def _look(self, x: Tensor) -> tuple[bool, bool]:
+        """Whether all numbers of the batch are finite, and whether they are in range."""
+        if x.numel() == 0 or x.dtype == torch.bool:
+            return True, True
+        if self._limits is None or not isinstance(self._limits[0], list):
+            low, high = extremes(x)
+            least, most = self._limits or (-_LARGEST, _LARGEST)
+            return low >= -_LARGEST and high <= _LARGEST, least <= low and high <= most  # NaN is neither
+        lows, highs = row_extremes(x)
+        lows, highs = lows.amin(0, keepdim=True), highs.amax(0, keepdim=True)
+        return bool(finite_rows(lows, highs)), not bool(outside(lows, highs, self._limits).any())
+
+    def _small(self, x: Tensor) -> bool:
+        return self.denormals != "accept" and knows_subnormals(x.dtype) and x.numel() > 0 and has_subnormals(x)
+
+    def _row_by_row(self, x: Tensor) -> SpecResult:
+        low, high = row_extremes(x)
+        finite = finite_rows(low, high)
+        broken = {remark(self.not_finite, "not finite"): ~finite}
+        if self._limits is not None and self.out_of_range != "clip":
+            rule = remark(self.out_of_range, "out of range")
+            broken[rule] = outside(low, high, self._limits).any(dim=1) & finite
+        if self.denormals in ("reject", "quarantine") and knows_subnormals(x.dtype):
+            broken[remark(self.denormals, "denormal numbers")] = subnormal_rows(x) & finite
+        marks = torch.stack(tuple(broken.values()), dim=1)
+        return SpecResult(None, ~marks.any(dim=1), _reasons(tuple(broken), marks.tolist()), self.clip(x))
 
     def to_dict(self) -> dict[str, Any]:
         """The rules as JSON types."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        lists = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
         sizes = [list(size) if isinstance(size, tuple) else size for size in self.shape]
-        return {"schema": _SCHEMA, **fields, "shape": sizes, "dtype": str(self.dtype).removeprefix("torch.")}
+        return {"schema": _SCHEMA, **lists, "shape": sizes, "dtype": str(self.dtype).removeprefix("torch.")}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "InputSpec":
         """The rules back from `to_dict`; another schema, unknown keys and unknown dtypes are refused."""
-        if not isinstance(data, Mapping) or not isinstance(data.get("schema"), str) or data["schema"] != _SCHEMA:
-            raise refuse(f'schema "{_SCHEMA}"', "data", data, "Pass what InputSpec.to_dict returned")
-        names = {field.name for field in dataclasses.fields(cls)}
-        found = {key: value for key, value in data.items() if key != "schema"}
-        if (
-            set(found) != names
-            or not isinstance(found["dtype"], str)
-            or found["dtype"] not in _DTYPES
-            or not isinstance(found["shape"], list)
-        ):
-            raise refuse(f"the keys {sorted(names)} with a known dtype", "data", data, "Write it with InputSpec.save")
+        found = spec_fields(data, cls, _SCHEMA)
+        if not isinstance(found["dtype"], str) or found["dtype"] not in _DTYPES or not isinstance(found["shape"], list):
+            raise refuse("a list as shape and a known dtype", "data", data, "Write it with InputSpec.save")
         sizes = tuple(tuple(size) if isinstance(size, list) else size for size in found["shape"])
-        return cls(**{**found, "shape": sizes, "dtype": _DTYPES[found["dtype"]]})
+        bounds = {
+            name: tuple(found[name]) if isinstance(found[name], list) else found[name] for name in ("low", "high")
+        }
+        return cls(**{**found, **bounds, "shape": sizes, "dtype": _DTYPES[found["dtype"]]})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the rules as JSON, whole or not at all."""
-        write_atomic(path, pretty_json(self.to_dict()))
+        write_spec(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "InputSpec":
         """The rules back from `save`."""
-        try:
-            with check_path(path).open("rb") as file:
-                data = json.loads(file.read(_LARGEST_FILE))
-        except (OSError, ValueError, RecursionError) as error:
-            raise refuse(
-                "a file written by InputSpec.save", "path", str(path), f"Could not read it ({error})"
-            ) from error
-        if not isinstance(data, dict):
-            raise refuse("a file written by InputSpec.save", "path", str(path), "It holds no JSON object")
-        return cls.from_dict(data)
+        return cls.from_dict(read_spec(path, cls.__name__))
+
+    def to_json_schema(self) -> dict[str, Any]:
+        """A JSON Schema (draft 2020-12) of a batch as nested arrays, for the door of a web service.
+
+        What it accepts, `check` accepts after conversion to `dtype`, and the other way round for rows of these sizes:
+        only the cap in bytes has no counterpart, nor has quarantine, which is a refusal here. JSON has no NaN.
+        """
+        limits = self._limits if self.out_of_range != "clip" else None
+        return tensor_schema(self.shape, self.dtype, limits, self.max_rows, self.denormals in ("reject", "quarantine"))
 
 
-def count_rows(x: object) -> int:
-    """N of a plain tensor (N, ...), at most MOST_ROWS; 1 for anything else, so that nothing refused counts as empty."""
-    try:
-        return min(len(x), MOST_ROWS) if type(x) is Tensor and x.ndim else 1
-    except Exception:
-        return 1
+_LARGEST = float(torch.finfo(torch.float64).max)
+
+
+def _reasons(rules: Reasons, marks: list[list[bool]]) -> tuple[Reasons, ...]:
+    return tuple(tuple(rule for rule, broken in zip(rules, row, strict=True) if broken) for row in marks)
+
+
+def _checked_bound(bound: Any, name: str, size: Size, dtype: torch.dtype) -> Bound:
+    """A number or one for each index of the first dimension, whole where the dtype is."""
+    if bound is None:
+        return None
+    if not isinstance(bound, tuple | list):
+        return _checked_limit(bound, name, dtype)
+    if len(bound) != size:
+        raise refuse(
+            f"{name} with {size} limits, one for each index of shape[0]", name, bound, "Pass one number for all"
+        )
+    return tuple(_checked_limit(value, name, dtype) for value in bound)
+
+
+def _checked_limit(value: Any, name: str, dtype: torch.dtype) -> float:
+    number = check_number(value, name)
+    if dtype.is_floating_point or dtype == torch.bool:
+        return number
+    whole: int = math.ceil(value) if name == "low" else math.floor(value)
+    kind = torch.iinfo(dtype)
+    if (name == "low" and whole > kind.max) or (name == "high" and whole < kind.min):
+        raise refuse(f"{name} that {dtype} can reach", name, value, "Change the limit or the dtype")
+    return whole
 
 
 def _checked_shape(shape: Any) -> tuple[Size, ...]:
@@ -265,21 +317,3 @@ def _size(size: Any) -> Size:
 
 def _fits(actual: int, size: Size) -> bool:
     return size[0] <= actual <= size[1] if isinstance(size, tuple) else actual == size
-
-
-def _may_overlap(x: Tensor) -> bool:
-    """Whether two elements may share memory: true for stride 0, and for what cannot be shown to be free of overlap."""
-    reach = 0
-    for stride, size in sorted(
-        (abs(stride), size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1
-    ):
-        if stride <= reach:
-            return True
-        reach += stride * (size - 1)
-    return False
-
-
-def _row_reasons(finite: bool, inside: bool) -> tuple[str, ...]:
-    if not finite:
-        return ("input: not finite",)
-    return () if inside else ("input: out of range",)

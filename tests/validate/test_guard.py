@@ -543,3 +543,14 @@ def test_the_summary_and_the_evidence_state_the_calibration():
     assert finding.n == 240 and finding.setting["seed"] == 0 and finding.setting["alpha"] == 0.05
     assert "n=240" in guard.summary() and "0.05" in guard.summary()
     assert guard.to_evidence().to_json() == guard_of().to_evidence().to_json()
+
+
+def test_a_row_in_quarantine_is_refused_and_marked():
+    guard = guard_of(spec=InputSpec((6,), low=-20, high=20, out_of_range="quarantine"))
+    x = rows(3, 9)[0]
+    x[1, 0] = 99.0
+    x[2, 0] = float("nan")
+    decision = guard(x)
+    assert decision.accepted.tolist() == [True, False, False]
+    assert decision.quarantined.tolist() == [False, True, False]
+    assert decision.reasons[1] == ("quarantine: out of range",) and not guard("no tensor").quarantined.any()

@@ -1,7 +1,9 @@
 """`InputSpec`: certain checks from the header first, then per row; nothing raises, nothing is copied for a giant."""
 
 import json
+import math
 
+import jsonschema
 import pytest
 import torch
 from hypothesis import given
@@ -67,6 +69,8 @@ def test_a_row_fault_refuses_that_row_alone():
         (torch.zeros(1, 1, 1, 4).expand(3, 1, 4, 4), "input: overlapping memory"),
         (torch.zeros(100).as_strided((3, 1, 4, 4), (8, 16, 4, 1)), "input: overlapping memory"),
         (torch.zeros(1).expand(10**9, 1, 4, 4), "input: too many rows"),
+        (GOOD.clone().requires_grad_(), "input: requires grad"),
+        (torch.imag(torch.conj(torch.complex(GOOD, GOOD))), "input: a conjugate or negative view"),
     ],
 )
 def test_a_batch_fault_refuses_all_rows(x, fault):
@@ -195,6 +199,13 @@ def test_infer_refuses_data_that_shows_no_rule(x, message):
         ({"tolerance": -1.0}, "tolerance"),
         ({"out_of_range": "repair"}, "out_of_range"),
         ({"device": torch.device("cpu")}, "device as text"),
+        ({"not_finite": "clip"}, "not_finite"),
+        ({"denormals": "flush"}, "denormals"),
+        ({"low": (0.0,)}, "low with 2 limits"),
+        ({"high": (1.0, float("nan"))}, "high to be a finite number"),
+        ({"low": (0.0, 3.0), "high": 2.0}, "low <= high"),
+        ({"shape": ((2, 3),), "low": (0.0, 1.0)}, "low with"),
+        ({"dtype": torch.uint8, "low": 300}, "low that torch.uint8 can reach"),
     ],
 )
 def test_contradictory_rules_are_refused(arguments, message):
@@ -203,9 +214,12 @@ def test_contradictory_rules_are_refused(arguments, message):
 
 
 def test_rules_survive_a_file(tmp_path):
-    spec = InputSpec(((2, 4), 3), torch.bfloat16, -1.0, None, 0.01, "clip", 7, 99, "cpu")
+    spec = InputSpec(((2, 4), 3), torch.bfloat16, -1.0, None, 0.01, "clip", 7, 99, "cpu", "quarantine", "reject")
     spec.save(tmp_path / "spec.json")
     assert InputSpec.load(tmp_path / "spec.json") == spec
+    columns = InputSpec((2, 4), torch.int64, (0, -1), (2**53 + 1, 5))
+    columns.save(tmp_path / "spec.json")
+    assert InputSpec.load(tmp_path / "spec.json") == columns
 
 
 @pytest.mark.parametrize(
@@ -234,3 +248,139 @@ def test_a_damaged_file_is_refused(tmp_path, content):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="Could not read it"):
         InputSpec.load(tmp_path / "none.json")
+
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+def test_memory_that_was_taken_away_is_refused_and_never_read():
+    x = torch.zeros(3, 1, 4, 4)
+    x.untyped_storage().resize_(4)  # a read of the rest would end the process
+    assert SPEC.check(x).fault == "input: memory is missing"
+
+
+def test_attributes_of_a_tensor_never_stand_for_its_methods():
+    x = torch.full((3, 1, 4, 4), 9.0)
+    for name in ("aminmax", "amin", "amax", "numel", "stride", "detach", "untyped_storage", "is_conj", "element_size"):
+        setattr(x, name, lambda *_: 0)
+    result = SPEC.check(x)
+    assert not result.accepted.any()
+
+
+def test_a_tensor_inside_a_transformation_is_refused_not_raised():
+    faults = []
+    torch.func.vmap(lambda x: (faults.append(InputSpec((2,)).check(x).fault), x)[1])(torch.zeros(3, 4, 2))
+    assert faults == ["input: cannot be inspected"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_denormals_are_found_by_their_bits_and_normal_numbers_are_not(dtype):
+    tiny = torch.finfo(dtype).tiny
+    x = torch.tensor([[0.0, -0.0], [tiny, 1.0], [-tiny, 1.0], [tiny / 2, 1.0], [1.0, -tiny / 4]], dtype=dtype)
+    for policy, word in (("reject", "input"), ("quarantine", "quarantine")):
+        result = InputSpec((2,), dtype, denormals=policy).check(x)
+        assert result.accepted.tolist() == [True, True, True, False, False]
+        assert result.reasons[3:] == ((f"{word}: denormal numbers",),) * 2
+    flushed = InputSpec((2,), dtype).check(x)
+    assert flushed.accepted.all() and flushed.x.tolist() == [[0, 0], [tiny, 1], [-tiny, 1], [0, 1], [1, 0]]
+    assert x[3, 0] == tiny / 2
+    assert InputSpec((2,), dtype, denormals="accept").check(x).x.data_ptr() == x.data_ptr()
+
+
+def test_small_numbers_of_half_precision_are_ordinary():
+    x = torch.tensor([[2.0**-24, 1.0]], dtype=torch.float16)
+    assert InputSpec((2,), torch.float16, denormals="reject").check(x).accepted.all()
+
+
+def test_a_denormal_beside_a_broken_row_is_still_flushed():
+    x = torch.tensor([[TINY / 2, 1.0], [float("nan"), 1.0]])
+    result = InputSpec((2,)).check(x)
+    assert result.accepted.tolist() == [True, False] and result.x[0].tolist() == [0.0, 1.0]
+
+
+def test_quarantine_refuses_the_row_and_marks_it():
+    spec = InputSpec((1,), low=0.0, high=1.0, out_of_range="quarantine")
+    x = torch.tensor([[0.5], [2.0], [float("nan")]])
+    result = spec.check(x)
+    assert result.accepted.tolist() == [True, False, False]
+    assert result.reasons == ((), ("quarantine: out of range",), ("input: not finite",))
+    assert result.quarantined.tolist() == [False, True, False] and x[result.quarantined].tolist() == [[2.0]]
+    assert not spec.check("no tensor").quarantined.any()
+
+
+def test_limits_by_column():
+    spec = InputSpec((3,), low=(0.0, -5.0, 100.0), high=(1.0, 5.0, 200.0))
+    x = torch.tensor([[0.5, 0.0, 150.0], [0.5, 0.0, 1.0], [150.0, 0.0, 150.0], [0.0, 5.0, 200.0]])
+    assert spec.check(x).accepted.tolist() == [True, False, False, True]
+    clipped = InputSpec((3,), low=spec.low, high=spec.high, out_of_range="clip").check(x)
+    assert clipped.accepted.all() and clipped.x[1:3].tolist() == [[0.5, 0.0, 100.0], [1.0, 0.0, 150.0]]
+    channels = InputSpec((2, 2, 2), low=(0.0, 1.0), high=(1.0, 2.0))
+    image = torch.tensor([0.5, 1.5])[None, :, None, None].repeat(2, 1, 2, 2)
+    image[1, 0, 1, 1] = 1.5
+    assert channels.check(image).accepted.tolist() == [True, False]
+    assert InputSpec.infer(x, by_column=True).high == (187.5, 6.25, 249.75)
+    assert InputSpec.infer(torch.tensor([[1, 9], [3, 4]]), by_column=True).high == (3, 9)
+
+
+def test_indices_are_compared_exactly():
+    spec = InputSpec((1,), torch.int64, 0, 2**53)
+    assert spec.check(torch.tensor([[2**53], [2**53 + 1], [-1]])).accepted.tolist() == [True, False, False]
+    narrow = InputSpec((1,), torch.uint8, -5, 300)  # limits that the dtype cannot hold do not wrap round
+    assert narrow.check(torch.tensor([[0], [255]], dtype=torch.uint8)).accepted.all()
+    clipped = InputSpec((1,), torch.uint8, 0.5, 99.5, out_of_range="clip").check(torch.tensor([[0], [200]]).byte())
+    assert clipped.x.tolist() == [[1], [99]] and clipped.x.dtype == torch.uint8
+
+
+def test_a_limit_that_the_dtype_rounds_accepts_the_rounded_limit():
+    x = torch.tensor([[0.1], [0.11]], dtype=torch.bfloat16)  # 0.1 becomes 0.10009765625
+    assert InputSpec((1,), torch.bfloat16, 0.0, 0.1).check(x).accepted.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        InputSpec((2,), low=-1.0, high=1.0, max_rows=3),
+        InputSpec((2,), low=(-1.0, 0.0), high=(0.0, 1.0), max_rows=3),
+        InputSpec((2,), torch.int64, 0, 5, max_rows=3),
+        InputSpec((2,), torch.uint8, max_rows=3),
+        InputSpec(((1, 2),), torch.float16, max_rows=3),
+        InputSpec((2,), torch.bool, max_rows=3),
+        InputSpec((2,), low=-1.0, high=1.0, denormals="reject", max_rows=3),
+    ],
+)
+def test_the_json_schema_accepts_what_the_check_accepts(spec):
+    judge = jsonschema.Draft202012Validator(spec.to_json_schema())
+    judge.check_schema(judge.schema)
+    numbers = [-0.5, 0.5, 0, 1, 7, -3, 300, 1e-40, 1e39, True, 0.25]
+    both = set()
+    for first in numbers:
+        for second in numbers:
+            for rows in ([[first, second]], [[first]], [[first, second]] * 4):
+                same_kind = len({_kind(value) for row in rows for value in row}) == 1
+                whole = spec.dtype not in (torch.bool,) and not spec.dtype.is_floating_point
+                if not same_kind or (whole and _kind(first) is float):
+                    continue  # what a conversion to the dtype would change is for the schema alone
+                verdict = spec.check(_converted(rows, spec.dtype))
+                accepted = verdict.fault is None and bool(verdict.accepted.all())
+                assert judge.is_valid(rows) == accepted, (rows, verdict)
+                both.add(accepted)
+    assert both == {True, False}
+    assert not judge.is_valid([["nan", 0.5]]) and not judge.is_valid(3) and not judge.is_valid([[None, None]])
+
+
+def _kind(value):
+    return bool if isinstance(value, bool) else float if isinstance(value, float) or math.inf == value else int
+
+
+def _converted(rows, dtype):
+    """Rows as an honest front end converts them: what the dtype cannot hold stays in a type that can."""
+    exact = torch.tensor(rows)
+    if exact.dtype == torch.bool or dtype == torch.bool:
+        return exact
+    if dtype.is_floating_point:
+        return torch.tensor(rows, dtype=dtype) if exact.is_floating_point() else exact.to(dtype)
+    return (
+        exact
+        if bool((exact > torch.iinfo(dtype).max).any() | (exact < torch.iinfo(dtype).min).any())
+        else exact.to(dtype)
+    )

@@ -1,0 +1,37 @@
+"""What a tensor's header tells before one of its numbers is read: kind, layout, size and memory."""
+
+import torch
+from torch import Tensor
+
+MOST_ROWS = 2**24  # a stride-0 tensor may claim any number of rows; verdicts on it must stay small
+
+
+def kind_fault(x: object) -> str | None:
+    """Why x is no plain dense tensor with numbers behind it, or None."""
+    if type(x) is not Tensor:  # a subclass may run its own code on every access
+        return "input: not a plain tensor"
+    if x.is_nested or x.layout != torch.strided or x.is_quantized or x.device.type == "meta":
+        return "input: not a dense tensor"
+    if x.is_conj() or x.is_neg():  # the numbers in memory are not the numbers of the tensor
+        return "input: a conjugate or negative view"
+    return "input: requires grad" if x.requires_grad else None
+
+
+def memory_fault(x: Tensor) -> str | None:
+    """Why the memory of a dense tensor cannot be what it claims, or None."""
+    strides = sorted((abs(stride), size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1)
+    reach = 0
+    for stride, size in strides:
+        if stride <= reach:  # stride 0, or what cannot be shown to be free of overlap
+            return "input: overlapping memory"
+        reach += stride * (size - 1)
+    needed = (x.storage_offset() + reach + 1) * x.element_size() if x.numel() else 0
+    return "input: memory is missing" if x.untyped_storage().nbytes() < needed else None
+
+
+def count_rows(x: object) -> int:
+    """N of a plain tensor (N, ...), at most MOST_ROWS; 1 for anything else, so that nothing refused counts as empty."""
+    try:
+        return min(len(x), MOST_ROWS) if type(x) is Tensor and x.ndim else 1
+    except Exception:
+        return 1
