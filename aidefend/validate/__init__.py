@@ -23,6 +23,7 @@ from aidefend.validate.restoration import BitDepth, JPEGLike, MedianFilter, NonL
 from aidefend.validate.reverse_sigmoid import ReverseSigmoid
 from aidefend.validate.spec import InputSpec
 from aidefend.validate.spec_result import SpecResult
+from aidefend.validate.text_spec import TextSpec
 from aidefend.validate.virtual_logit import ViM
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "Rounded",
     "SpecResult",
     "Tempered",
+    "TextSpec",
     "TopK",
     "TotalVariation",
     "ViM",

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 
 from aidefend._core.checks import refuse
+from aidefend._core.text_traps import trap_masks
 from aidefend.sanitize.schema.columns import KINDS, Column, read_columns, row_hashes
 from aidefend.sanitize.schema.row_records import Known, RowHashes, RowSample
 from aidefend.sanitize.schema.tables import Table
-from aidefend.sanitize.schema.text_traps import trap_masks
 
 MOST_CATEGORIES = 64
 MOST_CLASSES = 10_000

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aidefend.sanitize.schema.text_traps import TRAPS, find_traps, trap_masks
+from aidefend._core.text_traps import TRAPS, find_traps, trap_masks
 
 HONEST = {
     "control": "tabs\tand\r\nnew lines",

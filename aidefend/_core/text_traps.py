@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 
 TRAPS = ("bidi", "control", "homoglyph", "invisible", "mojibake", "replacement", "surrogate")
@@ -20,13 +20,16 @@ _HIDDEN_SELECTOR = re.compile("[\x00-\u2000][\U000e0100-\U000e01ef]")  # ideogra
 _WORD = re.compile(r"[^\W\d_]+")
 _PLAIN = re.compile(r"[\t\n\r\x20-\x7e]*")
 
-# Letters that look like a Latin one in common typefaces (a selection of Unicode TR39 confusables, by script).
+# Letters that look like a Latin one in common typefaces, and that letter (a selection of Unicode TR39 confusables).
 _LOOK_LATIN = {
-    "CYRILLIC": frozenset("аеорсухіјѕԁԛԝһӏьгпАВЕКМНОРСТУХІЈЅԚԜҺӀЗ"),
-    "GREEK": frozenset("ανορυικχΑΒΕΖΗΙΚΜΝΟΡΤΥΧ"),
-    "ARMENIAN": frozenset("ոսօհցքԼՕՍ"),
-    "CHEROKEE": frozenset("ᎠᎡᎢᎪᎬᎳᎷᎻᎾᏀᏃᏚᏞᏟᏢᏦᏴ"),
+    "CYRILLIC": dict(
+        zip("аеорсухіјѕԁԛԝһӏьгпАВЕКМНОРСТУХІЈЅԚԜҺӀЗ", "aeopcyxijsdqwhlbrnABEKMHOPCTYXIJSQWHI3", strict=True)
+    ),
+    "GREEK": dict(zip("ανορυικχΑΒΕΖΗΙΚΜΝΟΡΤΥΧ", "avopuikxABEZHIKMNOPTYX", strict=True)),
+    "ARMENIAN": dict(zip("ոսօհցքԼՕՍ", "nuohgqLOU", strict=True)),
+    "CHEROKEE": dict(zip("ᎠᎡᎢᎪᎬᎳᎷᎻᎾᏀᏃᏚᏞᏟᏢᏦᏴ", "DRTAEWMHOGZSLCPKB", strict=True)),
 }
+_LATIN = str.maketrans({letter: latin for script in _LOOK_LATIN.values() for letter, latin in script.items()})
 _SHORTEST_WORD = 3  # of two letters are formulas and units
 
 
@@ -50,6 +53,40 @@ def trap_masks(texts: Sequence[str | None]) -> dict[str, list[bool]]:
     found = [frozenset() if text is None else find_traps(text) for text in texts]
     occurring: frozenset[str] = frozenset().union(*found)
     return {name: [name in row for row in found] for name in sorted(occurring)}
+
+
+def strip_traps(text: str, names: Collection[str]) -> str:
+    """The text without what the named traps mark: hidden characters go, look-alikes in mixed words become Latin.
+
+    Takes "bidi", "control", "homoglyph" and "invisible". One pass: taking something out can bring a trap about, as
+    when a word becomes mixed, so ask `find_traps` again.
+    Example:
+        >>> strip_traps("p\u0430ypal\u200b", ("homoglyph", "invisible"))
+        'paypal'
+    """
+    if "bidi" in names:
+        text = _BIDI.sub("", text)
+    if "control" in names:
+        text = _CONTROL.sub("", text)
+    if "invisible" in names:
+        text = _without_invisible(text)
+    if "homoglyph" in names:
+        text = _WORD.sub(lambda word: _latin(word.group()), text)
+    return text
+
+
+def _latin(word: str) -> str:
+    return word.translate(_LATIN) if len(word) >= _SHORTEST_WORD and _is_mixed(word) else word
+
+
+def _without_invisible(text: str) -> str:
+    text = _ALWAYS_INVISIBLE.sub("", text)
+    flags = {place for flag in _FLAG_OF_TAGS.finditer(text) for place in range(*flag.span())}
+    text = "".join(letter for i, letter in enumerate(text) if i in flags or not _TAG.match(letter))
+    text = _SELECTORS.sub(lambda run: run.group()[0], text)
+    text = _HIDDEN_SELECTOR.sub(lambda pair: pair.group()[0], text)
+    joins = {match.start() for match in _JOINER.finditer(text) if _joins_nothing(text, match.start())}
+    return "".join(letter for i, letter in enumerate(text) if i not in joins) if joins else text
 
 
 def _invisible(text: str) -> bool:
