@@ -23,6 +23,8 @@ from aidefend.validate.restoration import BitDepth, JPEGLike, MedianFilter, NonL
 from aidefend.validate.reverse_sigmoid import ReverseSigmoid
 from aidefend.validate.spec import InputSpec
 from aidefend.validate.spec_result import SpecResult
+from aidefend.validate.table_columns import Column
+from aidefend.validate.table_spec import TableSpec
 from aidefend.validate.text_spec import TextSpec
 from aidefend.validate.virtual_logit import ViM
 
@@ -32,6 +34,7 @@ __all__ = [
     "BitDepth",
     "Budget",
     "Calibration",
+    "Column",
     "Consistency",
     "Detector",
     "Drift",
@@ -66,6 +69,7 @@ __all__ = [
     "ReverseSigmoid",
     "Rounded",
     "SpecResult",
+    "TableSpec",
     "Tempered",
     "TextSpec",
     "TopK",

@@ -126,16 +126,16 @@ class TextSpec:
         sizes = [len(text if isinstance(text, bytes) else text.encode()) for text in (*texts, *checked.x)]
         room: dict[str, Any] = {"max_bytes": int(max(sizes) * (1 + margin)) or 1}
         if tokenizer is not None:
-            room["max_tokens"] = int(max(_count(tokenizer, text) for text in checked.x) * (1 + margin)) or 1
+            room["max_tokens"] = int(_most_tokens(tokenizer, checked.x) * (1 + margin)) or 1
         accepted: dict[str, Any] = dict.fromkeys(seen, "accept")
         return cls(tokenizer=tokenizer, form=form, max_rows=max_rows, **room, **accepted)
 
-    def check(self, texts: object) -> SpecResult:
+    def check(self, texts: Any) -> SpecResult:
         """Judge a list of str or bytes. Any object may be passed; nothing raises.
 
         Returns: Verdicts; `x` is the list of the accepted texts, clipped and normalised, as str.
         """
-        if not isinstance(texts, list | tuple) or type(texts) not in (list, tuple):
+        if type(texts) not in (list, tuple):
             return refused_batch("input: not a list of texts")
         if len(texts) > self.max_rows:
             return refused_batch("input: too many rows", min(len(texts), MOST_ROWS))
@@ -267,3 +267,14 @@ def _traps(text: str) -> frozenset[str]:
 def _count(tokenizer: Tokenizer, text: str) -> int:
     tokens = tokenizer(text)
     return tokens if isinstance(tokens, int) and not isinstance(tokens, bool) else len(tokens)
+
+
+def _most_tokens(tokenizer: Tokenizer, texts: list[str]) -> int:
+    check_callable(tokenizer, "tokenizer", "Pass a function from a text to its tokens")
+    try:
+        return max(_count(tokenizer, text) for text in texts)
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+        raise refuse(
+            "a tokenizer that takes every text", "tokenizer", found, "Return the tokens or their number"
+        ) from error

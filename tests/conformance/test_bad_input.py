@@ -173,6 +173,10 @@ def saved(thing, name="saved"):
     return path
 
 
+def table_spec():
+    return validate.TableSpec({"a": validate.Column("number")})
+
+
 def new_path():
     return Path(tempfile.mkdtemp()) / "new"
 
@@ -892,6 +896,36 @@ CALLS = {
         lambda: {"data": validate.InputSpec((1, 6, 6)).to_dict()},
     ),
     "validate.InputSpec.load": (validate.InputSpec.load, lambda: {"path": saved(validate.InputSpec((1, 6, 6)))}),
+    "validate.TextSpec": (
+        validate.TextSpec,
+        lambda: {
+            "max_bytes": 99,
+            "min_bytes": 1,
+            "max_tokens": 9,
+            "tokenizer": len,
+            "form": "NFC",
+            "bidi": "clip",
+            "max_rows": 8,
+        },
+    ),
+    "validate.TextSpec.infer": (validate.TextSpec.infer, lambda: {"texts": ["a"], "margin": 0.25, "tokenizer": len}),
+    "validate.TextSpec.from_dict": (validate.TextSpec.from_dict, lambda: {"data": validate.TextSpec().to_dict()}),
+    "validate.TextSpec.load": (validate.TextSpec.load, lambda: {"path": saved(validate.TextSpec())}),
+    "validate.Column": (
+        validate.Column,
+        lambda: {"kind": "number", "low": 0.0, "high": 1.0, "missing": "accept", "out_of_range": "clip"},
+    ),
+    "validate.TableSpec": (
+        validate.TableSpec,
+        lambda: {"columns": {"a": validate.Column("number")}, "extra": "drop", "max_rows": 8},
+    ),
+    "validate.TableSpec.infer": (
+        validate.TableSpec.infer,
+        lambda: {"table": {"a": [1, 2]}, "margin": 0.25, "most_categories": 9, "extra": "drop", "max_rows": 8},
+    ),
+    "validate.TableSpec.to_tensor": (table_spec().to_tensor, lambda: {"x": table_spec().check({"a": [1, 2]}).x}),
+    "validate.TableSpec.from_dict": (validate.TableSpec.from_dict, lambda: {"data": table_spec().to_dict()}),
+    "validate.TableSpec.load": (validate.TableSpec.load, lambda: {"path": saved(table_spec())}),
     "validate.Guard": (
         lambda **a: validate.Guard.calibrate(**a).close(),
         lambda: {
