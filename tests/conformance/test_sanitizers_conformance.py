@@ -1,5 +1,6 @@
 """One list of sanitizing detectors; each line inherits every convention of blocks, sharding and polarity."""
 
+import functools
 import itertools
 import pickle
 
@@ -8,10 +9,12 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from aidefend import AidefendError
+from aidefend import AidefendError, sanitize
 from aidefend.sanitize import (
     ActivationClustering,
     Beatrix,
+    ConfidentLearning,
+    Influence,
     NearDuplicates,
     NeighbourDisagreement,
     Outliers,
@@ -19,7 +22,14 @@ from aidefend.sanitize import (
     SourceEvidence,
     SpectralSignature,
     Spectre,
+    TrainingDynamics,
+    TriggerConsistency,
 )
+
+
+def answers(x):
+    return -(x[:, :1] - 12.0 * torch.arange(3)).square() / 100
+
 
 SANITIZERS = {
     "activation-clustering": ActivationClustering,
@@ -37,8 +47,18 @@ SANITIZERS = {
     "spectre": Spectre,
     "spectre-small-sample": lambda: Spectre(dimensions=3, limit=25),
 }
+EVERY = {  # those that read more than features as well; their own files test the rest of the list on them
+    **SANITIZERS,
+    "confident-learning": ConfidentLearning,
+    "confident-learning-small-sample": lambda: ConfidentLearning(limit=20),
+    "influence": lambda: Influence(cut(with_all(world()), range(30))),
+    "influence-of-a-row-on-itself": Influence,
+    "training-dynamics": TrainingDynamics,
+    "trigger-consistency": lambda: TriggerConsistency(answers, overlays=5),
+}
 OF_GROUPS = [name for name in SANITIZERS if not name.startswith(("beatrix", "near", "outliers", "source"))]
 OF_ONE_KIND_OF_ROW = ("near-duplicates", "source-evidence")  # these judge rows of any class
+every_detector = pytest.mark.parametrize("name", EVERY)
 every_sanitizer = pytest.mark.parametrize("name", SANITIZERS)
 
 
@@ -59,18 +79,23 @@ def block_of(features, labels, start=0):
     return {"ids": ids, "features": features, "labels": labels, "sources": sources}
 
 
+def with_all(block):
+    """The block with all that any detector reads."""
+    features, labels = block["features"], block["labels"]
+    logits = -(features[:, :1] - 12.0 * torch.arange(3)).square()
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    return {**block, "logits": logits, "losses": losses, "x": features}
+
+
 def cut(block, rows):
     rows = torch.as_tensor(rows, dtype=torch.int64)
-    return {
-        "ids": tuple(block["ids"][i] for i in rows.tolist()),
-        "features": block["features"][rows],
-        "labels": block["labels"][rows],
-        "sources": [block["sources"][i] for i in rows.tolist()],
-    }
+    tensors = {name: values[rows] for name, values in block.items() if isinstance(values, torch.Tensor)}
+    ids, sources = (type(block[name])(block[name][i] for i in rows.tolist()) for name in ("ids", "sources"))
+    return {**tensors, "ids": ids, "sources": sources}
 
 
 def fitted(name, *blocks):
-    detector = SANITIZERS[name]()
+    detector = EVERY[name]()
     for block in blocks:
         detector.partial_fit(block)
     return detector
@@ -101,6 +126,45 @@ def test_any_sharding_and_order_gives_the_same_scores(name, order, cuts):
         merged = merged.merge(fitted(name, shard))
     for other in (streamed, merged):
         torch.testing.assert_close(other.score(block), whole, rtol=1e-9, atol=1e-9)
+
+
+def test_every_detector_is_in_the_list():
+    parts = ("partial_fit", "merge", "score")
+    named = [getattr(sanitize, name) for name in sanitize.__all__]
+    detectors = {kind for kind in named if isinstance(kind, type) and all(hasattr(kind, part) for part in parts)}
+    assert {type(make()) for make in EVERY.values()} == detectors
+
+
+@every_detector
+def test_workers_and_one_process_give_the_same_bits(name):
+    """Blocks of a fixed size, fitted anywhere and merged in the order of their ids, are one pass over them."""
+    block = with_all(world())
+    blocks = [cut(block, range(a, a + 15)) for a in range(0, 90, 15)]
+    workers = {}
+    for place in (3, 0, 5, 1, 4, 2):  # finished in any order, and sent back from other processes
+        workers[place] = pickle.loads(pickle.dumps(fitted(name, blocks[place])))
+    reduced = functools.reduce(lambda a, b: a.merge(b), [workers[place] for place in range(6)])
+    one = fitted(name, *blocks)
+    assert torch.equal(reduced.score(block).nan_to_num(-1e9), one.score(block).nan_to_num(-1e9))
+
+
+@every_detector
+@pytest.mark.parametrize("seed", range(3))
+def test_any_sharding_gives_the_same_scores_and_keeps_the_same_rows(name, seed):
+    block = with_all(world())
+    whole = fitted(name, block).score(block)
+    stream = torch.Generator().manual_seed(seed)
+    shards = torch.randperm(90, generator=stream).tensor_split(
+        sorted(torch.randperm(89, generator=stream)[:5].tolist())
+    )
+    merged = functools.reduce(lambda a, b: b.merge(a), [fitted(name, cut(block, rows)) for rows in shards])
+    torch.testing.assert_close(merged.score(block), whole, rtol=1e-9, atol=1e-9, equal_nan=True)
+    values = whole[whole.isfinite()].unique()
+    widest = (values[1:] - values[:-1]).argmax() if len(values) > 1 else 0
+    threshold = float(values[widest : widest + 2].mean()) if len(values) else 0.0
+    assert torch.equal(merged.score(block) <= threshold, whole <= threshold)
+    if name.startswith("confident"):
+        assert torch.equal(merged.issues(block), fitted(name, block).issues(block))
 
 
 @every_sanitizer
