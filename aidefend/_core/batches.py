@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +17,8 @@ from aidefend._core.errors import AidefendError
 from aidefend._core.frames import is_frame, is_stored, with_names
 from aidefend._core.parts import is_map_style, is_pair, is_whole, raw_parts
 from aidefend._core.samples import Samples, tensor_of
+
+_NAMES_AT_ONCE = 65_536  # names that are remembered in full
 
 
 class Batch(NamedTuple):
@@ -42,18 +44,51 @@ class ContentIds:
 
     def __init__(self) -> None:
         self._seen: dict[str, int] = {}
+        self._older: list[np.ndarray[tuple[int], np.dtype[np.uint64]]] = []  # sorted keys of names seen once
 
     def of(self, x: Tensor, y: Tensor | None = None) -> tuple[str, ...]:
         """Ids of the rows of x with their labels; call once for each batch of one pass."""
         names = _hash_rows(x)
         if y is not None:
             names = [f"{name}-{tail[:8]}" for name, tail in zip(names, _hash_rows(y), strict=True)]
-        return tuple(self._with_ordinal(name) for name in names)
+        older = self._known(names)
+        found = tuple(self._with_ordinal(name, int(known)) for name, known in zip(names, older, strict=True))
+        if len(self._seen) > _NAMES_AT_ONCE:
+            self._compact()
+        return found
 
-    def _with_ordinal(self, name: str) -> str:
-        count = self._seen.get(name, 0)
+    def _with_ordinal(self, name: str, older: int) -> str:
+        count = self._seen.get(name, older)
         self._seen[name] = count + 1
         return name if count == 0 else f"{name}#{count}"
+
+    def _known(self, names: Sequence[str]) -> list[bool]:
+        """Which names were seen once, long ago."""
+        if not self._older or not names:
+            return [False] * len(names)
+        keys, found = _keys(names), np.zeros(len(names), dtype=np.bool_)
+        for run in self._older:
+            found |= run[np.searchsorted(run, keys).clip(max=len(run) - 1)] == keys
+        known: list[bool] = found.tolist()
+        return known
+
+    def _compact(self) -> None:
+        """Keep 8 bytes of a name that was seen once; those that came again keep their count.
+
+        Two names share these bytes by chance once in 2 ** 64 pairs; the second then gets an ordinal that it needs not.
+        """
+        run = np.sort(_keys([name for name, count in self._seen.items() if count == 1]))
+        self._seen = {name: count for name, count in self._seen.items() if count > 1}
+        while self._older and len(self._older[-1]) <= 2 * len(run):
+            run = np.sort(np.concatenate([self._older.pop(), run]))
+        if len(run):
+            self._older.append(run)
+
+
+def _keys(names: Sequence[str]) -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":
+    """One word a name: 64 bits of the hash of x, mixed with those of the label."""
+    words = [int(name[:16], 16) ^ int(name[33:41] or "0", 16) * 0x9E3779B97F4A7C15 % 2**64 for name in names]
+    return np.array(words, dtype=np.uint64)
 
 
 def content_ids(x: Tensor, y: Tensor | None = None) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from aidefend.sanitize.beatrix import Beatrix
 from aidefend.sanitize.choose import Detector
 from aidefend.sanitize.confident_learning import ConfidentLearning
 from aidefend.sanitize.election import Certificate
+from aidefend.sanitize.feature_store import FeatureStore
 from aidefend.sanitize.features import Features, extract_features
 from aidefend.sanitize.influence import Influence
 from aidefend.sanitize.kept_sampler import KeptSampler
@@ -24,6 +25,7 @@ from aidefend.sanitize.source_evidence import SourceEvidence, SourceScore
 from aidefend.sanitize.sources import Source, TrustedSources, verify_sources
 from aidefend.sanitize.spectral_signature import SpectralSignature
 from aidefend.sanitize.spectre import Spectre
+from aidefend.sanitize.stream import StreamReport, screen_stream
 from aidefend.sanitize.training_dynamics import TrainingDynamics, Trajectory
 from aidefend.sanitize.trigger_consistency import TriggerConsistency
 
@@ -35,6 +37,7 @@ __all__ = [
     "ConfidentLearning",
     "DatasetSchema",
     "Detector",
+    "FeatureStore",
     "Features",
     "Influence",
     "KeptSampler",
@@ -53,6 +56,7 @@ __all__ = [
     "SourceScore",
     "SpectralSignature",
     "Spectre",
+    "StreamReport",
     "TrainingDynamics",
     "Trajectory",
     "TriggerConsistency",
@@ -64,5 +68,6 @@ __all__ = [
     "robust_loss",
     "screen",
     "screen_batch",
+    "screen_stream",
     "verify_sources",
 ]

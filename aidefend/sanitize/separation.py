@@ -10,12 +10,27 @@ _SMALLEST = 6
 
 def whiten(features: Tensor, dimensions: int = 64) -> Tensor:
     """Rows (n, d) in their principal directions, largest last, each of about unit variance; small ones are damped."""
-    centred = (features - features.mean(dim=0)).double()
+    return whitened(features, whitening(features, dimensions))
+
+
+Whitening = tuple[Tensor, Tensor, Tensor]
+
+
+def whitened(features: Tensor, by: Whitening) -> Tensor:
+    """Rows (n, d) in the directions that `whitening` found in others."""
+    mean, vectors, scale = by
+    found: Tensor = (features - mean).double() @ vectors / scale
+    return found
+
+
+def whitening(features: Tensor, dimensions: int = 64) -> Whitening:
+    """Mean (d,), directions (d, r) and scale (r,) of rows (n, d)."""
+    mean = features.mean(dim=0)
+    centred = (features - mean).double()
     values, vectors = torch.linalg.eigh(centred.T @ centred / max(len(centred), 1))
     values, vectors = values[-dimensions:].clamp(min=0), vectors[:, -dimensions:]
     top = values[-1] if len(values) and values[-1] > 0 else torch.ones((), dtype=torch.float64)
-    whitened: Tensor = centred @ vectors / (values + 0.01 * top).sqrt()
-    return whitened
+    return mean, vectors, (values + 0.01 * top).sqrt()
 
 
 def cut(scores: Tensor, smallest: int = _SMALLEST) -> Tensor:

@@ -177,6 +177,11 @@ def table_spec():
     return validate.TableSpec({"a": validate.Column("number")})
 
 
+@functools.cache
+def store():
+    return sanitize.FeatureStore.write(TensorDataset(X, Y), Net(), new_path(), shard_rows=10)
+
+
 def new_path():
     return Path(tempfile.mkdtemp()) / "new"
 
@@ -601,6 +606,38 @@ CALLS = {
     "sanitize.screen_batch": (
         sanitize.screen_batch,
         lambda: {"batch": {"x": X.numpy(), "y": Y.numpy()}, "state": STATE, "decode": None},
+    ),
+    "sanitize.screen_stream": (
+        sanitize.screen_stream,
+        lambda: {
+            "data": TensorDataset(X, Y),
+            "model": Net(),
+            "path": new_path(),
+            "layer": "head",
+            "detectors": [sanitize.Outliers()],
+            "rows_per_class": 24,
+            "shard_rows": 10,
+            "batch_size": 8,
+            "seed": 0,
+        },
+    ),
+    "sanitize.FeatureStore": (
+        sanitize.FeatureStore.write,
+        lambda: {
+            "data": TensorDataset(X, Y),
+            "model": Net(),
+            "path": new_path(),
+            "layer": "head",
+            "shard_rows": 10,
+            "batch_size": 8,
+            "on_batch": None,
+        },
+    ),
+    "sanitize.FeatureStore.open": (sanitize.FeatureStore.open, lambda: {"path": store().path, "verify": True}),
+    "sanitize.FeatureStore.blocks": (lambda **a: list(store().blocks(**a)), lambda: {"size": 8}),
+    "sanitize.FeatureStore.scores": (
+        lambda **a: store().scores(**a),
+        lambda: {"detector": sanitize.Outliers(), "size": 8},
     ),
     "sanitize.Samples": (
         lambda **a: sanitize.DatasetSchema.infer(sanitize.Samples(**a)),
@@ -1316,6 +1353,7 @@ NO_ARGUMENTS_OR_RESULTS = {  # nothing to get wrong, or made by the library and 
     "sanitize.ScanEvidence",
     "sanitize.ScreenReport",
     "sanitize.SourceScore",
+    "sanitize.StreamReport",
     "sanitize.Trajectory",
     "privacy.LedgerCharge",
     "privacy.Tuned",
