@@ -1,4 +1,4 @@
-"""Tables of other libraries as a stream of column batches: DataFrames, arrow, Parquet, Hugging Face data sets."""
+"""Tables of other libraries as a stream of column batches: DataFrames, arrow, Parquet, Ray and Hugging Face."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ def is_hugging_face(data: Any) -> bool:
 
 
 def is_stored(data: Any) -> bool:
-    """Whether this names or opens tables that are read in parts: Parquet files or folders, arrow data sets, readers."""
+    """Whether this names or opens tables that are read in parts: Parquet files, arrow and Ray data sets, readers."""
     if isinstance(data, str | os.PathLike):
         place = Path(data)
         return place.suffix in _ENDINGS or place.is_dir()
@@ -45,6 +45,9 @@ def column_batches(data: Any, rows: int) -> Iterator[Columns]:
     Raises: ConfigurationError: a column name stands twice, no such file. MissingExtra: pyarrow is not installed.
     """
     for part in _parts(data, rows):
+        if isinstance(part, Mapping):
+            yield Columns(part)
+            continue
         names = [str(name) for name in (part.column_names if hasattr(part, "column_names") else part.columns)]
         if len(set(names)) != len(names):
             raise refuse("each column name once", "data", names, "Rename the columns")
@@ -60,7 +63,7 @@ def _parts(data: Any, rows: int) -> Iterator[Any]:
     """Slices of a table, each a table."""
     if isinstance(data, str | os.PathLike):
         data = _opened(Path(data))
-    if hasattr(data, "iter_batches"):  # pyarrow.parquet.ParquetFile
+    if hasattr(data, "iter_batches"):  # pyarrow.parquet.ParquetFile, ray.data.Dataset
         yield from data.iter_batches(batch_size=rows)
     elif hasattr(data, "read_next_batch"):  # an arrow stream, read once
         yield from _sliced(data, rows)
@@ -126,6 +129,8 @@ def _column_names(data: Any) -> dict[str, bool] | None:
         data = _opened(Path(data))
     if is_hugging_face(data):
         return None if data.features is None else {str(n): not _scalar(kind) for n, kind in data.features.items()}
+    if is_stored(data) and callable(data.schema):  # ray.data.Dataset
+        return widths(next(column_batches(data, 1)))
     if is_stored(data) and hasattr(data, "schema"):
         schema = getattr(data, "schema_arrow", data.schema)
         return {field.name: "list" in str(field.type) or "binary" in str(field.type) for field in schema}

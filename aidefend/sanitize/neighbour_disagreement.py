@@ -1,14 +1,18 @@
 """Neighbour disagreement: a row that lies closer to another class than to the class of its label."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from aidefend._core.checks import check_int
+from aidefend._core.approximate import ApproximateIndex
+from aidefend._core.checks import check_choice, check_int
+from aidefend._core.stats import Interval
 from aidefend.sanitize.block import check_kin, read_block
 from aidefend.sanitize.sample import ClassSample
+
+_APPROXIMATE_FROM = 5000
 
 
 class NeighbourDisagreement:
@@ -25,6 +29,9 @@ class NeighbourDisagreement:
             out.
         limit: Rows a class that are kept as bank, the same for any sharding. Exact while no class is larger.
         seed: Chooses the bank.
+        index: "exact"; or "faiss" for large banks (needs the extra `ann`): classes with at least 5,000 rows in the bank
+            are searched approximately, with at least 95 % of the k nearest found on rows of the bank; `recall()` says
+            what was measured. A class with fewer rows is searched exactly, which is faster there.
     A row whose class has no bank, or with NaN or infinity, scores NaN (no opinion).
     Cost: one N x (C limit) x d matrix product; the bank is held in memory. Fitting is one pass, scoring another.
     Source: after Peri, Gupta, Huang, Fowl, Zhu, Feizi, Goldstein, Dickerson 2020 (deep k-NN). Differs: calibrated
@@ -38,20 +45,36 @@ class NeighbourDisagreement:
         6
     """
 
-    def __init__(self, k: int = 10, limit: int = 2000, seed: int = 0) -> None:
+    def __init__(
+        self, k: int = 10, limit: int = 2000, seed: int = 0, *, index: Literal["exact", "faiss"] = "exact"
+    ) -> None:
         self.k, self.limit, self.seed = check_int(k, "k"), check_int(limit, "limit", 3), check_int(seed, "seed", 0)
+        self.index: Literal["exact", "faiss"] = check_choice(index, ("exact", "faiss"), "index")
         self.sample = ClassSample(limit, seed)
+        self._indices: dict[int, tuple[ApproximateIndex, Tensor]] = {}
 
     def partial_fit(self, block: Mapping[str, Any]) -> "NeighbourDisagreement":
         """Add the rows of a block to the bank; returns self."""
         rows = read_block(block, self._features(), key="view")
         self.sample.add(*rows.finite())
+        self._indices = {}
         return self
+
+    def recall(self) -> dict[int, Interval]:
+        """Of each class that is searched approximately: the share of true neighbours that is found, measured."""
+        banks = {label: self.sample.of(label)[1] for label in self.sample.classes()} if self.index == "faiss" else {}
+        for label, bank in banks.items():
+            if len(bank) >= _APPROXIMATE_FROM:
+                self._indexed(label, bank)
+        return {label: found[0].measured for label, found in self._indices.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_indices": {}}  # made anew where they are needed
 
     def merge(self, other: "NeighbourDisagreement") -> "NeighbourDisagreement":
         """A new detector with the bank of both."""
-        check_kin(self, other, ("k", "limit", "seed"))
-        total = NeighbourDisagreement(self.k, self.limit, self.seed)
+        check_kin(self, other, ("k", "limit", "seed", "index"))
+        total = NeighbourDisagreement(self.k, self.limit, self.seed, index=self.index)
         total.sample = self.sample.merged(other.sample)
         return total
 
@@ -64,22 +87,42 @@ class NeighbourDisagreement:
             if len(bank) < 3:
                 continue
             place = {row_id: i for i, row_id in enumerate(ids)}
-            ratio = self._ratio(rows.features, [place.get(row_id, -1) for row_id in rows.ids], bank)
+            ratio = self._ratio(label, rows.features, [place.get(row_id, -1) for row_id in rows.ids], bank)
             mine = rows.labels == label
             ratios[mine, 0] = ratio[mine]
             ratios[~mine, 1] = torch.minimum(ratios[~mine, 1], ratio[~mine])
         scores = ratios[:, 0] - ratios[:, 1]
         return torch.where(rows.usable & torch.isfinite(scores), scores, torch.nan)
 
-    def _ratio(self, queries: Tensor, place: list[int], bank: Tensor) -> Tensor:
+    def _ratio(self, label: int, queries: Tensor, place: list[int], bank: Tensor) -> Tensor:
         """Log of the distance to the k-th row of one class, relative to the class's own median."""
+        if self.index == "faiss" and len(bank) >= _APPROXIMATE_FROM:
+            index, usual = self._indexed(label, bank)
+            distance = _kth_found(index, queries.nan_to_num(), torch.tensor(place, dtype=torch.int64), self.k)
+            return (distance / usual).clamp(min=1e-12).log()
         usual = kth_distance(bank, bank, self.k, torch.arange(len(bank))).median().clamp(min=1e-12)
         distance = kth_distance(queries, bank, self.k, torch.tensor(place, dtype=torch.int64))
         return (distance / usual).clamp(min=1e-12).log()
 
+    def _indexed(self, label: int, bank: Tensor) -> tuple[ApproximateIndex, Tensor]:
+        """The index of a class and its own median distance, made once after the last row came in."""
+        if label not in self._indices:
+            index = ApproximateIndex(bank, self.k, seed=self.seed)
+            usual = _kth_found(index, bank, torch.arange(len(bank)), self.k).median().clamp(min=1e-12)
+            self._indices[label] = index, usual
+        return self._indices[label]
+
     def _features(self) -> int | None:
         classes = self.sample.classes()
         return self.sample.of(classes[0])[1].shape[1] if classes else None
+
+
+def _kth_found(index: ApproximateIndex, queries: Tensor, place: Tensor, k: int) -> Tensor:
+    """As `kth_distance`, by an index: the k-th of what was found besides the row itself."""
+    distances, rows = index.nearest(queries, k + 1)
+    distances = torch.where(rows == place.unsqueeze(1), torch.inf, distances).sort(dim=1).values[:, :k]
+    found = distances.isfinite().sum(dim=1).clamp(min=1)  # fewer than k where the cells that were searched hold no more
+    return distances.gather(1, found.unsqueeze(1) - 1)[:, 0]
 
 
 def kth_distance(queries: Tensor, bank: Tensor, k: int, place: Tensor, block: int = 2048) -> Tensor:

@@ -115,6 +115,7 @@ def screen(
         "bad_rows": int((~found.usable).sum()),
         "unreadable_rows": len(found.broken),
         "columns": columns_of(dataset),
+        "approximate": _approximate(chosen.detectors),
         "dtype": str(found.x.dtype).removeprefix("torch."),
         "shape": list(found.x.shape[1:]),
         **{name: removals(values, rows.removed) for name, values in sides.items() if values is not None},
@@ -209,6 +210,15 @@ def _control(world: World, scores: Sequence[Tensor], decision: Decision) -> dict
     removed = sum(int(verdict.group.inside.sum()) for verdict in found.poison)
     share = wilson(removed, len(rows))
     return {"quarantined": removed, "n": len(rows), "share": share.value, "low": share.low, "high": share.high}
+
+
+def _approximate(detectors: Mapping[str, Any]) -> dict[str, Any]:
+    """Of detectors that search neighbours approximately: the measured recall of each class."""
+    named = {name: found for name, found in detectors.items() if getattr(found, "index", "exact") == "faiss"}
+    return {
+        name: {str(label): dict(recall._asdict()) for label, recall in found.recall().items()}
+        for name, found in named.items()
+    }
 
 
 def _skipped(found: Features, decision: Decision) -> list[int]:

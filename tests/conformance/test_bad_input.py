@@ -829,7 +829,10 @@ CALLS = {
         lambda records: sanitize.verify_sources(TRUSTED, {"web": records}),
         lambda: {"records": [("r", b"x")]},
     ),
-    "sanitize.NeighbourDisagreement": (sanitize.NeighbourDisagreement, lambda: {"k": 3, "limit": 9, "seed": 0}),
+    "sanitize.NeighbourDisagreement": (
+        sanitize.NeighbourDisagreement,
+        lambda: {"k": 3, "limit": 9, "seed": 0, "index": "exact"},
+    ),
     "privacy.PrivacyConfig": (
         privacy.PrivacyConfig,
         lambda: {

@@ -24,6 +24,7 @@ from aidefend.sanitize import (
     Spectre,
     TrainingDynamics,
     TriggerConsistency,
+    neighbour_disagreement,
 )
 
 
@@ -39,6 +40,7 @@ SANITIZERS = {
     "near-duplicates": lambda: NearDuplicates("features", threshold=0.9),
     "neighbour-disagreement": lambda: NeighbourDisagreement(k=3),
     "neighbour-disagreement-small-bank": lambda: NeighbourDisagreement(k=3, limit=15),
+    "neighbour-disagreement-by-faiss": lambda: NeighbourDisagreement(k=3, index="faiss"),
     "outliers": Outliers,
     "scan": Scan,
     "scan-small-sample": lambda: Scan(dimensions=3, limit=30),
@@ -92,6 +94,12 @@ def cut(block, rows):
     tensors = {name: values[rows] for name, values in block.items() if isinstance(values, torch.Tensor)}
     ids, sources = (type(block[name])(block[name][i] for i in rows.tolist()) for name in ("ids", "sources"))
     return {**tensors, "ids": ids, "sources": sources}
+
+
+@pytest.fixture(autouse=True)
+def small_banks_are_indexed(monkeypatch):
+    """By faiss, where a detector asks for it: else none of these worlds would be large enough."""
+    monkeypatch.setattr(neighbour_disagreement, "_APPROXIMATE_FROM", 20)
 
 
 def fitted(name, *blocks):
