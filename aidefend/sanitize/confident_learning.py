@@ -11,7 +11,8 @@ from aidefend._core.checks import check_int, check_tensor, refuse
 from aidefend.sanitize.block import check_kin, read_block
 from aidefend.sanitize.sample import ClassSample
 
-_SHRINKAGE = 0.3  # of each confusion towards the mean of all: cells of a few rows say little
+_SHRINKAGE = 1.0  # of each confusion towards the mean of all: cells of a few rows say little
+_LARGEST = 0.9  # of a confusion, over the share of right labels of its class
 _PART = 4096  # rows at a time: what a step makes is then still in the cache for the next one
 _FLOOR = 1e-3  # least weight of a class, where the inverse of the confusion gives less
 
@@ -34,7 +35,8 @@ class ConfidentLearning:
     confidence of their class; rare classes and over-confident models keep their own measure that way. Bayes' rule
     turns prediction and confusion into a score in [0, 1], a probability as far as the predictions are calibrated. The
     share of errors in the data follows from the same counts, and `issues` are the rows that score highest, as many as
-    that share.
+    that share, without those whose label is what was predicted. In no class may another label be given as often as the
+    right one: counts that say so, as a few rows of two much confused classes can, are reduced.
 
     Guarantee: none. A row of two classes at once, or of none, looks like an error, too.
     Args:
@@ -86,31 +88,32 @@ class ConfidentLearning:
         return total
 
     @property
-    def threshold(self) -> float:
-        """The score above which a label is taken for wrong: `issues` are the rows beyond it."""
-        return self._noise_model().threshold
-
-    @property
     def error_share(self) -> float:
         """Estimated share of wrong labels in all rows seen, in [0, 1]."""
         return self._noise_model().error_share
 
     def score(self, block: Mapping[str, Any]) -> Tensor:
         """(N,) float64 in [0, 1], up = the label is more likely wrong."""
+        return self._judged(block)[0]
+
+    def issues(self, block: Mapping[str, Any]) -> Tensor:
+        """(N,) bool: the rows whose label is taken for wrong; never one whose label is the prediction itself."""
+        return self._judged(block)[1]
+
+    def _judged(self, block: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         _, logits, labels, usable = self._read(block)
         if not self.counts:
-            return torch.full((len(labels),), torch.nan, dtype=torch.float64)
+            return torch.full((len(labels),), torch.nan, dtype=torch.float64), torch.zeros(
+                len(labels), dtype=torch.bool
+            )
         seen = torch.zeros(logits.shape[1], dtype=torch.bool)
         seen[list(self.counts)] = True
         noise = self._noise_model()
         parts = zip(logits.split(_PART), labels.split(_PART), strict=True)
-        scores = [_wrong(_softmax(part), given, noise) for part, given in parts]
-        return torch.where(usable & seen[labels], torch.cat(scores), torch.nan)
-
-    def issues(self, block: Mapping[str, Any]) -> Tensor:
-        """(N,) bool: the rows whose label is taken for wrong."""
-        scores = self.score(block)
-        return scores > self._noise_model().threshold if self.counts else torch.zeros_like(scores, dtype=torch.bool)
+        scores = torch.cat([_wrong(_softmax(part), given, noise) for part, given in parts])
+        scores = torch.where(usable & seen[labels], scores, torch.nan)
+        contested = logits.gather(1, labels[:, None])[:, 0] < logits.amax(dim=1)
+        return scores, (scores > noise.threshold) & contested
 
     def suggestions(self, block: Mapping[str, Any]) -> Tensor:
         """(N,) int64: the most likely true class, which may be the label."""
@@ -203,4 +206,17 @@ def _confusion(joint: Tensor, seen: list[int]) -> tuple[Tensor, Tensor]:
     by_true = (wrong + torch.diag(joint.diagonal())).T
     masses = by_true.sum(dim=1, keepdim=True)
     confusion = torch.where(masses > 0, by_true / masses.clamp(min=1e-300), torch.eye(size, dtype=torch.float64))
+    confusion = _mostly_right(confusion)
     return confusion, torch.linalg.pinv(confusion)
+
+
+def _mostly_right(confusion: Tensor) -> Tensor:
+    """Errors of each class scaled down until the largest is `_LARGEST` of its right labels; else nothing is known.
+
+    With scale t and errors e: t max(e) <= _LARGEST (1 - t sum(e)). A confusion beyond that is singular near by, and its
+    inverse would call the right labels wrong.
+    """
+    wrong = confusion - torch.diag(confusion.diagonal())
+    scale = (_LARGEST / (wrong.amax(dim=1) + _LARGEST * wrong.sum(dim=1)).clamp(min=1e-12)).clamp(max=1)
+    wrong = wrong * scale[:, None]
+    return wrong + torch.diag(1 - wrong.sum(dim=1))

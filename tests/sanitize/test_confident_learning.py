@@ -61,7 +61,7 @@ def naive(block):
     mean = (joint.sum() - np.trace(joint)) / (k * (k - 1))
     confusion = np.zeros((k, k))
     for true, given in itertools.product(range(k), range(k)):
-        confusion[true, given] = joint[given, true] if true == given else (joint[given, true] + 0.3 * mean) / 1.3
+        confusion[true, given] = joint[given, true] if true == given else (joint[given, true] + mean) / 2
     confusion /= confusion.sum(1, keepdims=True)
     scores = []
     for i in range(n):
@@ -88,9 +88,21 @@ def test_known_noise_is_found_and_measured(rate, kind):
     found = detector.issues(block)
     assert f1(found, wrong) > 0.85
     assert detector.error_share == pytest.approx(rate, abs=0.03)
-    assert float(found.double().mean()) == pytest.approx(detector.error_share, abs=0.005)
+    assert -0.02 < float(found.double().mean()) - detector.error_share < 0.005
+    assert not bool((found & (block["logits"].argmax(1) == block["labels"])).any())
     both = found & wrong
-    assert float((detector.suggestions(block)[both] == true[both]).double().mean()) > 0.9
+    assert float((detector.suggestions(block)[both] == true[both]).double().mean()) > 0.85
+
+
+def test_counts_that_call_labels_mostly_wrong_do_not_turn_the_ranking_around():
+    """Planted: the confusion as counted, whose inverse takes each prediction for its opposite."""
+    true = torch.arange(200) % 2
+    labels = torch.where(torch.arange(200) % 20 < 11, 1 - true, true)  # 55 % are wrong
+    block = block_of(2.0 * torch.nn.functional.one_hot(true, 2).double(), labels)
+    detector = fitted(block)
+    scores, agrees = detector.score(block), labels == true
+    assert detector.error_share > 0.5
+    assert scores[agrees].max() < scores[~agrees].min()
 
 
 def test_the_higher_the_score_the_more_are_wrong():
