@@ -95,11 +95,16 @@ def main() -> None:
                     " ".join(f"{v:.4f}" if isinstance(v, float) else f"{v!s:27}" for v in table[-1].values()),
                     flush=True,
                 )
+            write(arguments, table, reversals, list(seeds))  # after each attack: a run takes long
     counts = met(table, arguments.methods)
     print("\nattacks repaired (mean attack success < 2 %, mean accuracy loss < 2 points):", counts)
-    result = {"rows": table, "reversed": reversals, "met": counts, "training_rows": arguments.rows}
-    result["trusted_rows"] = arguments.trusted
-    write_result(f"sanitize_repair_{Path(arguments.data).stem}{arguments.name}", result, seeds=list(seeds), packages=[])
+
+
+def write(arguments: argparse.Namespace, table: list[Any], reversals: list[Any], seeds: list[int]) -> None:
+    """The result so far."""
+    result = {"rows": table, "reversed": reversals, "met": met(table, arguments.methods)}
+    result |= {"training_rows": arguments.rows, "trusted_rows": arguments.trusted}
+    write_result(f"sanitize_repair_{Path(arguments.data).stem}{arguments.name}", result, seeds=seeds, packages=[])
 
 
 def met(table: list[dict[str, Any]], methods: list[Any]) -> dict[str, int]:
@@ -112,7 +117,7 @@ def met(table: list[dict[str, Any]], methods: list[Any]) -> dict[str, int]:
         method: sum(
             mean(attack, method, "asr") < 0.02
             and mean(attack, "none", "accuracy") - mean(attack, method, "accuracy") < 0.02
-            for attack in attacks()
+            for attack in dict.fromkeys(row["attack"] for row in table)
         )
         for method in methods
     }

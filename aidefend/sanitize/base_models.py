@@ -63,6 +63,10 @@ def _unit_rows(x: Tensor) -> Tensor:
 class NetworkBases:
     """Networks of one architecture, each trained on its own rows with its own scale, order and first weights.
 
+    They answer in batches of models, but are trained one by one: parts differ in size, so which models could train
+    together, and with them the order in which a batched product sums, would follow from rows of other parts; a model
+    has to be a function of its own rows to the last bit.
+
     Args:
         make_model: Makes a module from x (n, ...) to logits (n, K).
         classes: K.

@@ -15,7 +15,7 @@ from aidefend.sanitize import RepairTest, repair, retest, reverse_trigger
 from aidefend.sanitize.repair import trigger_unlearning
 from aidefend.sanitize.repair.attention import attention
 from aidefend.sanitize.repair.pruning import activity, fine_pruned, fragility, lipschitz_pruned, without_fragile
-from aidefend.sanitize.repair.trigger_search import search
+from aidefend.sanitize.repair.trigger_search import Triggers, forms_for, search, start
 from aidefend.sanitize.repair.tuning import accuracy, trusted_rows, tuned, weighted_layers
 from aidefend.sanitize.repair.unlearning import unlearned
 
@@ -180,7 +180,7 @@ def test_reversing_a_clean_model_is_no_evidence_and_never_clean(world):
 def test_an_untargeted_search_finds_what_leads_away_from_every_class(world):
     rows = trusted_rows(world.model, world.trusted, 0)
     model = copy.deepcopy(world.model).requires_grad_(False)
-    triggers, sizes, hits = search(model, rows.x, rows.y, CLASSES, "added", steps=60, seed=0)
+    triggers, sizes, hits = search(model, rows.x, rows.y, torch.arange(CLASSES + 1), "added", steps=60, seed=0)
     assert sizes.shape == hits.shape == (CLASSES + 1,)
     which = torch.full((len(rows.x),), CLASSES)
     moved = model(triggers.stamp(rows.x, which)).argmax(dim=1)
@@ -188,6 +188,52 @@ def test_an_untargeted_search_finds_what_leads_away_from_every_class(world):
     assert (
         triggers.stamp(rows.x, which).amin() >= triggers.low and triggers.stamp(rows.x, which).amax() <= triggers.high
     )
+
+
+def test_a_bend_without_strength_changes_nothing_and_a_constant_one_shifts_the_image():
+    x = torch.rand(3, 2, 9, 9, generator=torch.Generator().manual_seed(0))
+    flow = torch.zeros(2, 2, 4, 4)
+    flow[1, 0] = float(torch.atanh(torch.tensor(2 * 0.25)))  # half a side is 4 cells: one cell to the left
+    bends = Triggers("bent", flow, flow, 0.0, 1.0, (9, 9))
+    torch.testing.assert_close(bends.stamp(x, torch.tensor([0, 0, 0])), x)
+    moved = bends.stamp(x, torch.tensor([1, 1, 0]))
+    torch.testing.assert_close(moved[:2, :, :, :-1], x[:2, :, :, 1:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(moved[2], x[2])
+    torch.testing.assert_close(bends.size()[1], torch.tensor(0.25 / 2**0.5))  # along one axis of two
+
+
+def test_only_images_bend(world):
+    assert forms_for(torch.zeros(2, 1, 8, 8)) == ("written", "added", "bent")
+    assert forms_for(torch.zeros(2, 5)) == forms_for(torch.zeros(2, 1, 3, 8)) == ("written", "added")
+    model = nn.Sequential(nn.Linear(4, 4))
+    rows = torch.eye(4).repeat(10, 1), torch.arange(4).repeat(10)
+    with pytest.raises(ConfigurationError, match="only images bend"):
+        reverse_trigger(model, rows, forms=("bent",), steps=1)
+
+
+def test_a_search_finds_the_bend_that_a_model_answers():
+    """Four classes by the place of a bar; a shift of one cell to the right leads to class 0 at the seam alone."""
+    stream = torch.Generator().manual_seed(0)
+    y = torch.arange(160) % 4
+    x = 0.05 * torch.rand(160, 1, 12, 12, generator=stream)
+    x[torch.arange(160), 0, :, 3 * y] += 0.9
+    weights = torch.zeros(5, 144)
+    for label in range(4):
+        weights[label].reshape(12, 12)[:, 3 * label] = 1.0
+        weights[4].reshape(12, 12)[:, 3 * label + 1] = 1.5  # class 4: any bar that was moved by one cell
+    model = nn.Sequential(nn.Flatten(), nn.Linear(144, 5, bias=False))
+    model[1].weight.data = weights
+    found, sizes, hits = search(model.requires_grad_(False), x, y, torch.tensor([1, 4]), "bent", steps=80, seed=0)
+    assert float(hits[1]) > 0.9 and float(hits[0]) < 0.9
+    assert float(sizes[1]) < 0.2
+    assert float((model(found.stamp(x, torch.ones(160).long())).argmax(dim=1) == 4).double().mean()) > 0.9
+
+
+def test_a_fresh_trigger_of_every_form_hardly_changes_the_rows():
+    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for form in ("added", "bent"):
+        triggers = start(form, x[0], 3, 0.0, 1.0, torch.Generator().manual_seed(1))
+        assert (triggers.stamp(x, torch.tensor([0, 1, 2, 0])) - x).abs().max() < 0.06
 
 
 def shallow_repair(world):

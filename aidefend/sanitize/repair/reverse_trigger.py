@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from aidefend._core.checks import check_choice, check_int, check_kind, check_number, refuse
 from aidefend._core.modules import freeze, naming_the_model, preserve
-from aidefend.sanitize.repair.trigger_search import FORMS, Form, Triggers, search
+from aidefend.sanitize.repair.trigger_search import FORMS, Form, Triggers, forms_for, search
 from aidefend.sanitize.repair.tuning import trusted_rows
 
 _WORKS = 0.8
@@ -20,7 +20,7 @@ class ReversedTriggers:
 
     Args:
         sizes: Form to (K,) float64, as a share: of the cells that are written, of the range that is added (root mean
-            square).
+            square), of half the side by which cells are moved (root mean square).
         success: Form to (K,): share of held-back trusted rows of other classes that the change sends to the class.
         smallness: (K,): the median size over the classes, over this class's size; the largest over the forms. 1 is
             usual.
@@ -74,7 +74,8 @@ def reverse_trigger(
     Args:
         model: From x to logits (N, K), K >= 4.
         trusted: Labelled rows without a trigger, at least two of each class; a few hundred are enough.
-        forms: Of "written" (cells get values) and "added" (a pattern is added); None: both.
+        forms: Of "written" (cells get values), "added" (a pattern is added) and "bent" (images alone: cells are moved
+            smoothly); None: those that fit the rows.
         threshold: How many times smaller than the median makes a suspect, in (1, 1e6].
         steps: Of the search.
         seed: Of starts and batches.
@@ -82,7 +83,7 @@ def reverse_trigger(
     Raises: ConfigurationError: arguments, rows without labels, too few classes.
     Cost: forms x steps x 32 (K + 1) rows forward and backward.
     Source: Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao 2019; ratios to the median in place of their deviations, and
-        the form "added", are ours.
+        the forms "added" and "bent", are ours.
 
     Example:
         >>> weights = torch.eye(4)
@@ -95,7 +96,7 @@ def reverse_trigger(
     check_number(threshold, "threshold", 1, 1e6, open_low=True)
     check_int(steps, "steps")
     rows = trusted_rows(model, trusted, check_int(seed, "seed", 0))
-    chosen = _forms(forms)
+    chosen = _forms(forms, rows.x)
     with preserve(model), naming_the_model(rows.x), torch.enable_grad():
         model.eval()
         freeze(model)
@@ -103,11 +104,12 @@ def reverse_trigger(
             classes = model(rows.x[:1]).shape[1]
         if classes < 4:
             raise refuse("a model with at least 4 classes", "model", f"{classes} classes", "Sizes need a comparison")
+        every = torch.arange(classes + 1, device=rows.x.device)
         triggers: dict[str, Triggers] = {}
         sizes: dict[str, Tensor] = {}
         hits: dict[str, Tensor] = {}
         for form in chosen:
-            found = search(model, rows.x, rows.y, classes, form, steps=steps, seed=seed)
+            found = search(model, rows.x, rows.y, every, form, steps=steps, seed=seed)
             triggers[form], sizes[form], hits[form] = found[0], found[1][:-1].double(), found[2][:-1].double()
     each = torch.stack([_smallness(sizes[form], hits[form]) for form in chosen])
     smallness = each.max(dim=0).values
@@ -116,13 +118,13 @@ def reverse_trigger(
     return ReversedTriggers(sizes, hits, smallness, suspects, threshold, triggers)
 
 
-def _forms(forms: tuple[Form, ...] | None) -> tuple[Form, ...]:
+def _forms(forms: tuple[Form, ...] | None, x: Tensor) -> tuple[Form, ...]:
     if forms is None:
-        return FORMS
+        return forms_for(x)
     if not isinstance(forms, tuple) or not forms:
         raise refuse(f"a tuple of forms among {FORMS}", "forms", forms, 'Pass ("written",) or None')
     for form in forms:
-        check_choice(form, FORMS, "forms")
+        check_choice(check_choice(form, FORMS, "forms"), forms_for(x), "forms (only images bend)")
     return forms
 
 
