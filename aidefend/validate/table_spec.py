@@ -139,11 +139,15 @@ class TableSpec:
         missing values as -1.
         Raises: ConfigurationError: a column of texts, which has no number.
         """
-        if not isinstance(x, Mapping) or set(x) != set(self.columns):
+        arrays = list(x.values()) if isinstance(x, Mapping) and set(x) == set(self.columns) else [None]
+        if any(type(one) is not np.ndarray or one.ndim != 1 or len(one) != len(arrays[0]) for one in arrays):
             raise refuse("the columns that check returned", "x", x, "Pass result.x")
         if texts := [name for name, column in self.columns.items() if column.kind == "text"]:
             raise refuse("columns that are numbers", "columns", texts, "Embed the texts yourself; use result.x")
-        parts = [_numbers(column, x[name]) for name, column in self.columns.items()]
+        try:
+            parts = [_numbers(column, x[name]) for name, column in self.columns.items()]
+        except (KeyError, TypeError) as error:
+            raise refuse("values that check accepted", "x", error, "Pass result.x") from error
         return torch.from_numpy(np.stack(parts, axis=1).astype(np.float32))
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,6 +186,8 @@ class TableSpec:
 
 def _numbers(column: Column, values: Any) -> Any:
     if column.kind in ("number", "integer"):
-        return np.asarray(values, np.float64)
+        if values.dtype not in (np.float64, np.int64):
+            raise refuse("the columns that check returned", "x", values, "Pass result.x")
+        return values.astype(np.float64)
     places = {value: float(i) for i, value in enumerate(column.categories or (False, True))}
-    return np.array([places.get(value, -1.0) for value in values], np.float64)
+    return np.array([-1.0 if value is None else places[value] for value in values.tolist()], np.float64)
