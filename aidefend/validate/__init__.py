@@ -11,6 +11,7 @@ from aidefend.validate.detector_file import load_detector, save_detector
 from aidefend.validate.ensemble import Ensemble, FittedEnsemble
 from aidefend.validate.feature_squeezing import FeatureSqueezing
 from aidefend.validate.guard import Guard
+from aidefend.validate.image_spec import ImageSpec
 from aidefend.validate.keyed_noise import KeyedNoise
 from aidefend.validate.local_dimension import LocalDimension
 from aidefend.validate.logit_scores import GEN, Energy, Entropy, MaxLogit, MaxSoftmax
@@ -47,6 +48,7 @@ __all__ = [
     "FittedInputDetector",
     "Guard",
     "GuardDecision",
+    "ImageSpec",
     "InputSpec",
     "JPEGLike",
     "KeyedNoise",

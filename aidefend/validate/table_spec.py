@@ -140,7 +140,8 @@ class TableSpec:
         Raises: ConfigurationError: a column of texts, which has no number.
         """
         arrays = list(x.values()) if isinstance(x, Mapping) and set(x) == set(self.columns) else [None]
-        if any(type(one) is not np.ndarray or one.ndim != 1 or len(one) != len(arrays[0]) for one in arrays):
+        shapes = {one.shape if type(one) is np.ndarray else () for one in arrays}
+        if len(shapes) != 1 or len(shapes.pop()) != 1:
             raise refuse("the columns that check returned", "x", x, "Pass result.x")
         if texts := [name for name, column in self.columns.items() if column.kind == "text"]:
             raise refuse("columns that are numbers", "columns", texts, "Embed the texts yourself; use result.x")

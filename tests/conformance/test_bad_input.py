@@ -41,6 +41,7 @@ from aidefend import (
 
 ROWS, CLASSES = 24, 3
 KEY = b"0123456789abcdef"
+DOT = b"GIF87a\x01\0\x01\0\x80\0\0\xff\xff\xff\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"
 SCORES = torch.arange(99.0)
 
 
@@ -951,6 +952,14 @@ CALLS = {
     "validate.TextSpec.infer": (validate.TextSpec.infer, lambda: {"texts": ["a"], "margin": 0.25, "tokenizer": len}),
     "validate.TextSpec.from_dict": (validate.TextSpec.from_dict, lambda: {"data": validate.TextSpec().to_dict()}),
     "validate.TextSpec.load": (validate.TextSpec.load, lambda: {"path": saved(validate.TextSpec())}),
+    "validate.ImageSpec": (
+        validate.ImageSpec,
+        lambda: {"formats": ("png",), "mode": "L", "height": 4, "width": (1, 9), "max_bytes": 999, "alpha": "black"},
+    ),
+    "validate.ImageSpec.infer": (validate.ImageSpec.infer, lambda: {"images": [DOT], "margin": 0.25, "max_rows": 8}),
+    "validate.ImageSpec.to_tensor": (validate.ImageSpec().to_tensor, lambda: {"x": [torch.zeros(1, 2, 2).byte()]}),
+    "validate.ImageSpec.from_dict": (validate.ImageSpec.from_dict, lambda: {"data": validate.ImageSpec().to_dict()}),
+    "validate.ImageSpec.load": (validate.ImageSpec.load, lambda: {"path": saved(validate.ImageSpec())}),
     "validate.Column": (
         validate.Column,
         lambda: {"kind": "number", "low": 0.0, "high": 1.0, "missing": "accept", "out_of_range": "clip"},
