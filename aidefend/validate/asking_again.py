@@ -17,7 +17,7 @@ def check_inputs(features: Tensor, x: Tensor | None, model: Model | None) -> tup
     Raises: IncompatibleModel: layers in train mode.
     """
     if x is None or model is None:
-        cure = "Pass x= and model= to score; a Guard that cannot, refuses this detector"
+        cure = "Pass x= and model= to score; a Guard does"
         raise refuse("the inputs and the model", "x" if x is None else "model", None, cure)
     check_tensor(x, "x")
     check_same_rows(("features", "x"), len(features), len(x))

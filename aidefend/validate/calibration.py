@@ -63,6 +63,7 @@ class JointCalibration(nn.Module):
     threshold: Tensor
     ordered: Tensor
     table: Tensor
+    by_place: Tensor
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class JointCalibration(nn.Module):
         self.register_buffer("classes", whole if mode != "class-conditional" or classes is None else classes.long())
         for name in ("joined", "threshold"):
             self.register_buffer(name, None)
-        for name in ("ordered", "table"):
+        for name in ("ordered", "table", "by_place"):
             self.register_buffer(name, None, persistent=False)
         self._derive()
         self.register_load_state_dict_post_hook(_derive_again)  # type: ignore[no-untyped-call]
@@ -147,35 +148,32 @@ class JointCalibration(nn.Module):
             scores: (N, D).
             classes: (N,) predicted classes, which the mode "class-conditional" needs.
         """
-        return self._over(self.join(scores), classes)
+        return self.join(scores).nan_to_num(nan=math.inf) - self._limit(classes)
 
     def judge(self, scores: Tensor, classes: Tensor | None = None) -> Judged:
         """P-values and decision for scores (N, D); see `margin`."""
         joined = self.join(scores)
-        ordered = self.ordered
-        columns = torch.cat([scores.to(ordered).T, joined[None]]).nan_to_num(nan=math.inf)
-        at_least = ordered.shape[1] - torch.searchsorted(ordered, columns.contiguous(), side="left")
-        p_values = (1 + at_least).double() / (ordered.shape[1] + 1)
+        columns = torch.cat([scores.to(self.ordered).T, joined[None]])
+        place = torch.searchsorted(self.ordered, columns, side="left")  # NaN comes last, as the strangest
+        p_values = self.by_place[place]
+        refused = (joined <= self._limit(classes)).logical_not_()
         ranks = p_values[-1]
-        if self.mode == "class-conditional":
-            own = self.law.p_values(joined, classes)
-        else:
-            own = ranks if self.mode == "marginal" else self.table[at_least[-1]]
-        return Judged(joined, torch.cat([p_values[:-1], own[None]]), ranks, self._over(joined, classes) > 0)
+        if self.mode == "marginal":
+            return Judged(joined, p_values, ranks, refused)
+        own = self.law.p_values(joined, classes) if self.mode == "class-conditional" else self.table[place[-1]]
+        return Judged(joined, torch.cat([p_values[:-1], own[None]]), ranks, refused)
 
     def p_values(self, scores: Tensor, classes: Tensor | None = None) -> dict[str, Tensor]:
         """P-value of each detector and of the decision, by name, each (N,) float64."""
         return dict(zip((*self.names, COMBINED), self.judge(scores, classes).p_values, strict=True))
 
-    def _over(self, joined: Tensor, classes: Tensor | None) -> Tensor:
-        """The margin of a joint statistic (N,); a class without calibration rows has a threshold of -infinity."""
-        threshold = self.threshold
-        strange = joined.nan_to_num(nan=math.inf)
+    def _limit(self, classes: Tensor | None) -> Tensor:
+        """The threshold, of each row in the mode "class-conditional": -infinity without calibration rows."""
         if self.mode != "class-conditional":
-            return strange - threshold
+            return self.threshold
         if classes is None:
             raise refuse("classes in the mode 'class-conditional'", "classes", None, "Pass the predicted classes")
-        return strange - threshold[classes.to(threshold.device).clamp(max=len(threshold) - 1)]
+        return self.threshold[classes.to(self.threshold.device).clamp(max=len(self.threshold) - 1)]
 
     def _derive(self) -> None:
         """Everything that follows from the scores."""
@@ -190,7 +188,9 @@ class JointCalibration(nn.Module):
         else:
             self.threshold = joined.new_tensor(self.law.threshold())
         self.ordered = torch.cat([scores.T, joined[None]]).sort(dim=1).values.contiguous()
-        self.table = self.law.p_by_count().to(joined.device)
+        self.table = self.law.p_by_count().flip(0).to(joined.device)
+        counts = torch.arange(len(joined), -1, -1, dtype=torch.float64, device=joined.device)
+        self.by_place = (1 + counts) / (len(joined) + 1)
 
 
 def _derive_again(module: nn.Module, _: object) -> None:

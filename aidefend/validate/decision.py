@@ -1,7 +1,8 @@
 """What a guard answers: a verdict, an output and the reasons for every row."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, overload
 
@@ -32,8 +33,6 @@ class GuardDecision:
         p_values: Name of a detector, and "combined", to (N,) float64 in (0, 1]; NaN where the row was not scored.
         reasons: For each row why the checks object; empty if they do not. In the modes "monitor" and "shadow" a row
             can be accepted and have reasons.
-        report: The same as a `Report`: `keep` is what the checks say in every mode; content ids; scores by detector.
-            A batch of over 65,536 rows that is refused as a whole is one row of the report, with id "batch".
         mode: Mode of the guard.
         seconds: Time that the decision took.
         drifted: The guard's drift monitor has raised its alarm: the rates no longer hold.
@@ -43,10 +42,20 @@ class GuardDecision:
     outputs: Tensor
     p_values: Mapping[str, Tensor]
     reasons: Sequence[tuple[str, ...]]
-    report: Report
     mode: str
     seconds: float = 0.0
     drifted: bool = False
+    _make_report: Callable[[], Report] = dataclasses.field(kw_only=True, repr=False)
+
+    @functools.cached_property
+    def report(self) -> Report:
+        """The same as a `Report`: `keep` is what the checks say in every mode; content ids; scores by detector.
+
+        Made when it is first read: read it before you change x in place, else the rows are numbered and not named by
+        content. A batch of over 65,536 rows that is refused as a whole is one row of the report, with id "batch".
+        Cost: A hash of each row, once.
+        """
+        return self._make_report()
 
     @property
     def quarantined(self) -> Tensor:
@@ -123,15 +132,20 @@ def decide(x: object, verdict: Verdict, mode: str, parameters: Mapping[str, Any]
         verdict.outputs,
         MappingProxyType(dict(verdict.p_values)),
         verdict.reasons,
-        _report(x, verdict, {**parameters, "mode": mode}),
         mode,
         seconds,
         verdict.drifted,
+        _make_report=functools.partial(_report, x, _version(x), verdict, {**parameters, "mode": mode}),
     )
 
 
-def _report(x: object, verdict: Verdict, parameters: Mapping[str, Any]) -> Report:
-    ids, shown = _row_ids(x, verdict), slice(None)
+def _version(x: object) -> int:
+    """How often x was changed in place; -1 where nothing counts that."""
+    return x._version if isinstance(x, Tensor) and not x.is_inference() else -1
+
+
+def _report(x: object, version: int, verdict: Verdict, parameters: Mapping[str, Any]) -> Report:
+    ids, shown = _row_ids(x if _version(x) == version else None, verdict), slice(None)
     if len(ids) != len(verdict.reasons):
         parameters, shown = {**parameters, "rows": len(verdict.reasons)}, slice(0, 1)
     return Report(

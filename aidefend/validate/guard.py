@@ -188,7 +188,7 @@ class Guard(nn.Module):
             principal: Who asks, as verified by your front end.
         Returns: A decision on every row.
         Raises: ConfigurationError: the guard was closed.
-        Cost: One forward pass, two reductions over x, the detectors, one hash of each row.
+        Cost: One forward pass, a reduction over x, the detectors; a hash of each row when `report` is read.
         """
         if self._closed:
             raise refuse("an open guard", "guard", "closed", "Calibrate or load it again")
@@ -231,8 +231,9 @@ class Guard(nn.Module):
                 if any(module.training for module in self._switches):
                     check_mode(self.model)
                 shadow = self.mode == "shadow"
-                chosen = torch.arange(rows, device=x.device) if shadow else checked.accepted.nonzero().flatten()
-                if len(chosen) == 0:
+                every = shadow or bool(checked.accepted.all())
+                chosen = None if every and rows else checked.accepted.nonzero().flatten()
+                if chosen is not None and len(chosen) == 0:
                     nothing = self._refuse(rows, "")
                     return dataclasses.replace(nothing, reasons=checked.reasons), False
                 step, ran = "model", True

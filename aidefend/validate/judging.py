@@ -1,7 +1,8 @@
 """One batch through the specification's survivors, the model and the detectors: a verdict for each row."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -77,48 +78,97 @@ def _answer(logits: Tensor, x: Tensor, output: Output) -> Any:
         raise refuse("output to map logits (N, K) to N rows", "output", found, "Call output(logits)") from error
 
 
-def judge(panel: Panel, checked: SpecResult, x: Tensor, rows: Tensor, watch: Watch) -> Verdict:
-    """The verdict on x (N, ...) after one pass over its rows with these numbers (ascending, at least one).
+def judge(panel: Panel, checked: SpecResult, x: Tensor, rows: Tensor | None, watch: Watch) -> Verdict:
+    """The verdict on x (N, ...) after one pass over its rows with these numbers (ascending, at least one; None = all).
 
     `watch` sees the rows that satisfy the specification, also those that the detectors refuse: an attacker learns from
     both. A detector that fails, and an account that is suspended, refuse every row, which the modes "monitor" and
     "shadow" do not enforce.
     """
-    n = len(x)
-    given = x if len(rows) == n else x[rows]
+    n = x.shape[0]
+    given = x if rows is None else x[rows]
     outputs = panel.capture.run(panel.model, given)
-    healthy = torch.isfinite(outputs.logits).all(dim=1) & torch.isfinite(outputs.features).all(dim=1)
-    allowed = checked.accepted[rows]
-    usable = allowed & healthy
-    scored = rows[usable]
+    allowed = _unless_all(checked.accepted) if panel.mode == "shadow" else None
+    healthy = _healthy(outputs)
+    usable = healthy if allowed is None else allowed if healthy is None else allowed & healthy
     opinion = _opinion(panel, *_select(outputs, given, usable))
-    remarks = dict.fromkeys(rows[allowed & ~healthy].tolist(), ("model: output not finite",))
-    remarks |= {i: (text,) for i, text in zip(scored[opinion.strange].tolist(), opinion.remarks, strict=True)}
-    watched = watch(given[allowed], outputs.logits[allowed])
-    keep = torch.zeros(n, dtype=torch.bool, device=rows.device)
-    keep[scored] = ~opinion.strange if not watched.refusal else False
+    watched = watch(_picked(given, allowed), _picked(outputs.logits, allowed))
+    scored = _numbers(rows, usable, x)
+    remarks = _remarks(opinion, scored, _numbers(rows, None if healthy is None else ~healthy, x), checked)
     barred = (watched.refusal,) if watched.refusal else ()
-    answered = keep if panel.mode == "enforce" else torch.zeros_like(keep)
-    answered[scored if panel.mode == "monitor" else rows[:0]] = True
-    if panel.mode == "shadow":
-        answered[rows] = True
+    keep = _spread(~opinion.strange if not barred else torch.zeros_like(opinion.strange), scored, n, False)
+    answered = _answered(panel.mode, keep, rows, scored)
     return Verdict(
         keep,
         answered,
-        _shown(panel, outputs.logits[answered[rows]], x, answered),
-        tuple(barred + reasons + remarks.get(i, ()) for i, reasons in enumerate(checked.reasons)),
-        {name: _spread(values, scored, n) for name, values in opinion.scores.items()},
-        {name: _spread(values, scored, n) for name, values in opinion.p_values.items()},
+        _shown(panel, outputs.logits, given, rows, answered),
+        _reasons(checked, barred, remarks),
+        {name: _spread(values, scored, n, math.nan) for name, values in opinion.scores.items()},
+        {name: _spread(values, scored, n, math.nan) for name, values in opinion.p_values.items()},
         watched.remark,
         opinion.ranks,
     )
+
+
+def _unless_all(mask: Tensor) -> Tensor | None:
+    """The mask, or None if it holds for every row: then nothing need be picked or copied."""
+    return None if bool(mask.all()) else mask
+
+
+def _healthy(outputs: Outputs) -> Tensor | None:
+    """Which rows have finite outputs and features; None = all. A sum is finite only if every term is."""
+    if math.isfinite((outputs.logits.sum() + outputs.features.sum()).item()):
+        return None
+    return _unless_all(torch.isfinite(outputs.logits).all(dim=1) & torch.isfinite(outputs.features).all(dim=1))
+
+
+def _picked(values: Tensor, mask: Tensor | None) -> Tensor:
+    return values if mask is None else values[mask]
+
+
+def _numbers(rows: Tensor | None, mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Numbers in x of the rows of the pass for which the mask holds; None = all rows of x."""
+    if mask is None:
+        return rows
+    return mask.nonzero().flatten() if rows is None else rows[mask]
+
+
+def _remarks(
+    opinion: _Opinion, scored: Tensor | None, sick: Tensor | None, checked: SpecResult
+) -> dict[int, tuple[str, ...]]:
+    """What model and detectors say against rows, by row number."""
+    found: dict[int, tuple[str, ...]] = {}
+    if opinion.remarks:
+        strange = opinion.strange.nonzero().flatten()
+        numbers = (strange if scored is None else scored[strange]).tolist()
+        found = {i: (text,) for i, text in zip(numbers, opinion.remarks, strict=True)}
+    if sick is not None and sick is not scored:
+        passed = sick[checked.accepted[sick]].tolist()
+        found |= dict.fromkeys((i for i in passed if i not in found), ("model: output not finite",))
+    return found
+
+
+def _reasons(
+    checked: SpecResult, barred: tuple[str, ...], remarks: dict[int, tuple[str, ...]]
+) -> Sequence[tuple[str, ...]]:
+    if not barred and not remarks:
+        return checked.reasons
+    return tuple(barred + tuple(own) + remarks.get(i, ()) for i, own in enumerate(checked.reasons))
+
+
+def _answered(mode: Mode, keep: Tensor, rows: Tensor | None, scored: Tensor | None) -> Tensor:
+    """(N,) bool: the rows that get their output in this mode."""
+    if mode == "enforce":
+        return keep
+    chosen = scored if mode == "monitor" else rows
+    return _spread(keep.new_ones(keep.shape[0] if chosen is None else chosen.shape[0]), chosen, keep.shape[0], False)
 
 
 def _opinion(panel: Panel, outputs: Outputs, x: Tensor) -> _Opinion:
     """Scores, p-values and refusals; if a detector fails, every row is refused without numbers."""
     calibration = panel.calibration
     try:
-        rows = Rows(outputs.features, outputs.logits, x, panel.model)
+        rows = Rows(outputs.features, outputs.logits, x, panel.model, checked=True)
         scores = score_columns(panel.detectors, rows).to(calibration.device)
         joined, p_values, ranks, strange = calibration.judge(scores, outputs.logits.argmax(dim=1))
     except Exception as error:
@@ -128,7 +178,7 @@ def _opinion(panel: Panel, outputs: Outputs, x: Tensor) -> _Opinion:
         refused = torch.ones_like(unknown, dtype=torch.bool)
         return _Opinion(nothing, nothing, unknown[:0], refused, [failure("detectors", error)] * n)
     names = (*calibration.names, COMBINED)
-    lowest = p_values[:-1, strange].argmin(dim=0).tolist()
+    lowest = p_values[:-1, strange].argmin(dim=0).tolist() if bool(strange.any()) else []
     remarks = [f"detector: unlike the calibration data ({names[i]})" for i in lowest]
     return _Opinion(
         dict(zip(names, (*scores.T, joined), strict=True)),
@@ -139,28 +189,30 @@ def _opinion(panel: Panel, outputs: Outputs, x: Tensor) -> _Opinion:
     )
 
 
-def _select(outputs: Outputs, x: Tensor, keep: Tensor) -> tuple[Outputs, Tensor]:
-    return (outputs, x) if bool(keep.all()) else (Outputs(outputs.logits[keep], outputs.features[keep]), x[keep])
+def _select(outputs: Outputs, x: Tensor, keep: Tensor | None) -> tuple[Outputs, Tensor]:
+    return (outputs, x) if keep is None else (Outputs(outputs.logits[keep], outputs.features[keep]), x[keep])
 
 
-def _spread(values: Tensor, rows: Tensor, n: int) -> Tensor:
-    """Values at their rows, NaN elsewhere: (n,)."""
-    if len(rows) == n:
+def _spread(values: Tensor, rows: Tensor | None, n: int, rest: float | bool) -> Tensor:
+    """Values at their rows, `rest` elsewhere: (n,)."""
+    if rows is None:
         return values
-    spread = values.new_full((n,), torch.nan)
+    spread = values.new_full((n,), rest)
     spread[rows] = values
     return spread
 
 
-def _shown(panel: Panel, logits: Tensor, x: Tensor, answered: Tensor) -> Tensor:
+def _shown(panel: Panel, logits: Tensor, given: Tensor, rows: Tensor | None, answered: Tensor) -> Tensor:
     """Outputs of all rows: hardened logits where there is an answer, the constant elsewhere."""
-    hardened = logits
+    chosen = _unless_all(answered if rows is None else answered[rows])
+    hardened = logits = _picked(logits, chosen)
     if panel.output is not None and panel.mode != "shadow":
-        hardened = harden(panel.output, logits, x if len(logits) == len(x) else x[answered])
-    if hardened.shape[1:] != panel.blank.shape or len(hardened) != len(logits):
+        hardened = harden(panel.output, logits, _picked(given, chosen))
+    if hardened.shape[1:] != panel.blank.shape or hardened.shape[0] != logits.shape[0]:
         raise refuse(f"outputs of shape {tuple(panel.blank.shape)} a row", "output", hardened, "Keep shape and order")
-    if len(logits) == len(answered):
+    n = answered.shape[0]
+    if hardened.shape[0] == n:
         return hardened
-    shown = panel.blank.to(hardened).expand(len(answered), *panel.blank.shape).clone()
+    shown = panel.blank.to(hardened).expand(n, *panel.blank.shape).clone()
     shown[answered] = hardened
     return shown

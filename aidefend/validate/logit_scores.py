@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aidefend._core.checks import check_int, check_number
-from aidefend.validate.detector import check_fit, check_wide_logits
+from aidefend.validate.detector import check_fit, check_wide_logits, wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,11 @@ class Energy(_LogitScore):
 
     def score(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """-log sum exp(logits): (N,), higher = stranger."""
-        return -check_wide_logits(features, logits).logsumexp(dim=1)
+        return self.quick_score(features, check_wide_logits(features, logits))
+
+    def quick_score(self, _: Tensor, logits: Tensor) -> Tensor:
+        """As `score`, for logits (N, K) that are known to be finite."""
+        return -wide(logits).logsumexp(dim=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,8 +34,9 @@ class Tails(NamedTuple):
     def surprises(self, scores: Tensor) -> Tensor:
         """-log P(score >= s) of scores (N, D): (N, D) float64, rising; beyond the ends with the slopes there."""
         s = scores.to(self.knots).T.contiguous()
-        place = torch.searchsorted(self.knots, s.detach(), right=True).sub_(1).clamp_(0, len(self.heights) - 1)
-        return (self.heights[place] + (s - self.knots.gather(1, place)) * self.slopes.gather(1, place)).T
+        place = torch.searchsorted(self.knots[:, 1:].contiguous(), s.detach(), right=True)
+        excess = s - self.knots.gather(1, place)
+        return torch.addcmul(self.heights[place], excess, self.slopes.gather(1, place)).T
 
 
 def _knots(scores: Tensor, levels: list[float], heights: Tensor) -> tuple[Tensor, Tensor]:

@@ -100,6 +100,14 @@ def test_decision_and_p_values_agree_exactly():
     torch.testing.assert_close(p_values["a"], conformal_p_values(test[:, 0], calibration.scores[:, 0]))
 
 
+def test_a_score_that_is_nan_is_the_strangest_in_every_number():
+    stream = torch.Generator().manual_seed(3)
+    calibration = JointCalibration.of(("a", "b"), scores(199, stream, 0.5), scores(60, stream, 0.5), ALPHA)
+    judged = calibration.judge(torch.tensor([[math.nan, 0.0], [0.0, math.nan], [math.inf, 0.0]], dtype=torch.float64))
+    assert judged.refused.tolist() == [True] * 3
+    assert judged.ranks.tolist() == [1 / 200] * 3 and judged.p_values[0, 0] == judged.p_values[1, 1] == 1 / 200
+
+
 def test_one_detector_alone_needs_no_reference_and_uses_the_score_itself():
     scores_ = torch.arange(19.0)[:, None]
     calibration = JointCalibration.of(("a",), scores_, scores_[:0], ALPHA)

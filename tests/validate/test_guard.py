@@ -53,6 +53,16 @@ def test_clean_rows_get_the_models_outputs_and_strange_rows_a_constant():
     assert "exchangeable" in report.limits
 
 
+def test_the_report_is_made_when_it_is_read_and_names_no_row_by_what_it_has_become():
+    guard, x = guard_of(), TEST.clone()
+    read, late = guard(x), guard(x)
+    assert read.report.ids == content_ids(x) and read.report is read.report
+    x[0] += 1
+    assert late.report.ids[0] == "row-0" and read.report.ids[0] != "row-0"
+    with torch.inference_mode():
+        assert guard(TEST.clone()).report.ids == content_ids(TEST)
+
+
 def test_a_decision_is_frozen():
     decision = guard_of()(TEST)
     with pytest.raises(AttributeError):

@@ -15,7 +15,6 @@ from aidefend.validate import (
     Energy,
     Ensemble,
     FeatureSqueezing,
-    Guard,
     MedianFilter,
     Reconstruction,
     load_detector,
@@ -197,8 +196,3 @@ def test_an_ensemble_of_features_and_inputs(tmp_path):
     assert torch.equal(scored(load_detector(tmp_path / "detector"), x), score)
     with pytest.raises(ConfigurationError, match="the inputs and the model"):
         fitted.score(torch.zeros(200, 0), logits)
-
-
-def test_a_guard_that_does_not_pass_inputs_on_refuses_such_a_detector_when_it_is_made():
-    with pytest.raises(ConfigurationError, match="the inputs and the model"):
-        Guard.calibrate(MODEL, images(300), detectors=[FeatureSqueezing()], alpha=0.05)
