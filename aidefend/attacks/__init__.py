@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from aidefend.attacks.poisoning import AdaptivePatch as AdaptivePatch
     from aidefend.attacks.poisoning import AllToAll as AllToAll
     from aidefend.attacks.poisoning import Blend as Blend
+    from aidefend.attacks.poisoning import Disguised as Disguised
+    from aidefend.attacks.poisoning import Evading as Evading
     from aidefend.attacks.poisoning import FeatureCollision as FeatureCollision
     from aidefend.attacks.poisoning import GradientMatching as GradientMatching
     from aidefend.attacks.poisoning import LabelConsistent as LabelConsistent
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from aidefend.attacks.poisoning import Sinusoid as Sinusoid
     from aidefend.attacks.poisoning import SourceTargeted as SourceTargeted
     from aidefend.attacks.poisoning import TableTrigger as TableTrigger
+    from aidefend.attacks.poisoning import Trial as Trial
     from aidefend.attacks.poisoning import Warp as Warp
 
 _HOMES = {
@@ -56,7 +59,9 @@ _HOMES = {
     "CarliniWagner": "evasion",
     "ClassInversion": "inversion",
     "DDN": "evasion",
+    "Disguised": "poisoning",
     "EOT": "evasion",
+    "Evading": "poisoning",
     "Extraction": "extraction",
     "ExtractionResult": "extraction",
     "FMN": "evasion",
@@ -78,6 +83,7 @@ _HOMES = {
     "Square": "evasion",
     "TableTrigger": "poisoning",
     "Transfer": "evasion",
+    "Trial": "poisoning",
     "UniversalPerturbation": "evasion",
     "Warp": "poisoning",
 }

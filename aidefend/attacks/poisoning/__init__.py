@@ -4,6 +4,8 @@ from aidefend.attacks.poisoning.adaptive_blend import AdaptiveBlend
 from aidefend.attacks.poisoning.adaptive_patch import AdaptivePatch
 from aidefend.attacks.poisoning.all_to_all import AllToAll
 from aidefend.attacks.poisoning.blend import Blend
+from aidefend.attacks.poisoning.disguised import Disguised
+from aidefend.attacks.poisoning.evading import Evading, Trial
 from aidefend.attacks.poisoning.feature_collision import FeatureCollision
 from aidefend.attacks.poisoning.gradient_matching import GradientMatching
 from aidefend.attacks.poisoning.label_consistent import LabelConsistent
@@ -20,6 +22,8 @@ __all__ = [
     "AdaptivePatch",
     "AllToAll",
     "Blend",
+    "Disguised",
+    "Evading",
     "FeatureCollision",
     "GradientMatching",
     "LabelConsistent",
@@ -30,5 +34,6 @@ __all__ = [
     "Sinusoid",
     "SourceTargeted",
     "TableTrigger",
+    "Trial",
     "Warp",
 ]

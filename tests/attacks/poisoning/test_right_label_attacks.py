@@ -228,7 +228,7 @@ def head_on(body, x, y):
     return nn.Sequential(body, head)
 
 
-@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("together", [pytest.param(False, id="single"), pytest.param(True, marks=pytest.mark.slow)])
 def test_collisions_turn_victims_in_the_transfer_setting(world, together):
     x, y, _, _, clean, _ = world
     body, hits = clean[:7], 0
