@@ -814,6 +814,18 @@ CALLS = {
             "rows": 200,
         },
     ),
+    "sanitize.DatasetSchema.from_pandera": (
+        sanitize.DatasetSchema.from_pandera,
+        lambda: {"schema": {"columns": {"y": {"dtype": "int64"}}}, "label": "y", "unsupported": "list"},
+    ),
+    "sanitize.DatasetSchema.from_great_expectations": (
+        sanitize.DatasetSchema.from_great_expectations,
+        lambda: {
+            "suite": {"expectations": [{"type": "expect_column_to_exist", "kwargs": {"column": "y"}}]},
+            "label": "y",
+            "unsupported": "list",
+        },
+    ),
     "sanitize.DatasetSchema.check": (SCHEMA.check, lambda: {"batch": (X2, Y), "seen": False}),
     "sanitize.DatasetSchema.merge": (SCHEMA.merge, lambda: {"other": SCHEMA}),
     "sanitize.DatasetSchema.expect": (

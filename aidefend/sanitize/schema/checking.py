@@ -9,6 +9,7 @@ from aidefend._core.checks import describe
 from aidefend._core.evidence import Evidence, Finding
 from aidefend.sanitize.schema.columns import Column
 from aidefend.sanitize.schema.comparison import Test, compare, natural_rate
+from aidefend.sanitize.schema.declared import TABLE
 from aidefend.sanitize.schema.drift_tests import holm
 from aidefend.sanitize.schema.facts import Expectation, Fact, Facts, Rules
 from aidefend.sanitize.schema.profile import Mask, Measure, Profile, occurrences
@@ -35,7 +36,7 @@ def check_data(
         _look_at(table, new, rules, facts, reference, seen=seen)
         errors |= table.unreadable
     tests = compare(reference, new.finish(), facts.found) if new.rows else []
-    findings = [*_about_columns(reference, new), *_about_errors(errors, new)]
+    findings = [*_about_columns(reference, expectations, new), *_about_errors(errors, new)]
     findings += _about_facts(facts, reference, expectations, new)
     findings += _about_missing(expectations, facts, new)
     findings += _about_tests(tests, alpha, {(one.id, one.setting.get("column")) for one in findings}, new)
@@ -43,7 +44,7 @@ def check_data(
         findings = [
             Finding("schema.rows", MEASURES["rows"].title, n=0, status="not tested", limits=MEASURES["rows"].limits)
         ]
-    return Evidence(findings, _metadata(reference, new, tests, alpha, digest, seen=seen))
+    return Evidence(findings, _metadata(reference, expectations, new, tests, alpha, digest, seen=seen))
 
 
 def _look_at(table: Table, new: Profile, rules: Rules, facts: Facts, reference: Profile, *, seen: bool) -> None:
@@ -51,7 +52,11 @@ def _look_at(table: Table, new: Profile, rules: Rules, facts: Facts, reference: 
     columns, rows = new.read(table), len(table.places)
     own = occurrences(columns)
     masks: dict[Measure, Mask] = {**own, **rules.broken(columns, facts)}
-    before = None if _lacks_inputs(columns, reference) else _met_before(columns, rows, new, reference, seen=seen)
+    before = (
+        None
+        if not reference.rows or _lacks_inputs(columns, reference)
+        else _met_before(columns, rows, new, reference, seen=seen)
+    )
     known = new.add(columns, own, rows, len(table.unreadable))
     if before is not None:
         masks[("duplicates", "")] = (known.ordinals > 0) & (new.hashes.coverage == 1.0)
@@ -73,11 +78,14 @@ def _met_before(
     return (np.zeros_like(known) if seen else known), other
 
 
-def _about_columns(reference: Profile, new: Profile) -> list[Finding]:
+def _about_columns(reference: Profile, expectations: Mapping[str, Expectation], new: Profile) -> list[Finding]:
     if not new.rows:
         return []
-    missing = [name for name, column in reference.columns.items() if not column.of and name not in new.columns]
+    optional = {name for name, expected in expectations.items() if not expected.required}
+    absent = [name for name, column in reference.columns.items() if not column.of and name not in new.columns]
+    missing = [name for name in absent if name not in optional]
     extra = [name for name, column in new.columns.items() if not column.of and name not in reference.columns]
+    extra = [] if TABLE in optional else extra
     named = [("missing_column", name) for name in missing] + [("extra_column", name) for name in extra]
     return [finding(measure, name, new.rows, new.rows, {}) for measure, name in named]
 
@@ -133,7 +141,14 @@ def _about_tests(tests: list[Test], alpha: float, told: set[tuple[str, Any]], ne
 
 
 def _metadata(
-    reference: Profile, new: Profile, tests: list[Test], alpha: float, digest: str, *, seen: bool
+    reference: Profile,
+    expectations: Mapping[str, Expectation],
+    new: Profile,
+    tests: list[Test],
+    alpha: float,
+    digest: str,
+    *,
+    seen: bool,
 ) -> dict[str, Any]:
     tested = {test.column for test in tests if test.measure in ("drift", "class_balance")}
     silent = sorted(
@@ -142,6 +157,11 @@ def _metadata(
     not_tested = {"drift": silent} if silent else {}
     if seen or _lacks_inputs(dict.fromkeys(new.columns), reference):  # type: ignore[arg-type]  # names suffice
         not_tested["leakage"] = ["the rows are said to be seen" if seen else "columns are missing"]
+    if not reference.rows:
+        not_tested |= {name: ["there are no reference rows"] for name in ("leakage", "duplicates")}
+    unchecked = {name or "the table": list(one.unchecked) for name, one in expectations.items() if one.unchecked}
+    if unchecked:
+        not_tested["imported_rules"] = [f"{name}: {rule}" for name, rules in unchecked.items() for rule in rules]
     return {
         "method": "DatasetSchema.check",
         "schema": digest,

@@ -18,12 +18,18 @@ _SINGLES = 0.05  # share of labels that occur once, above which whole numbers ar
 
 @dataclasses.dataclass(frozen=True)
 class Expectation:
-    """What a person knows of a column; None where nothing is known."""
+    """What a person knows of a column; None where nothing is known.
+
+    `required`: the column has to be there; of the whole table (""): no other column may be. `unchecked`: rules that a
+    person wrote down elsewhere and that are not looked at here.
+    """
 
     low: float | None = None
     high: float | None = None
     values: tuple[str, ...] | None = None
     max_missing: float | None = None
+    required: bool = True
+    unchecked: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from aidefend._core.checks import (
     check_flag,
@@ -19,6 +19,8 @@ from aidefend.sanitize.schema.checking import check_data
 from aidefend.sanitize.schema.columns import MOST_FEATURES
 from aidefend.sanitize.schema.description import describe_profile
 from aidefend.sanitize.schema.facts import Expectation
+from aidefend.sanitize.schema.from_great_expectations import declare_great_expectations
+from aidefend.sanitize.schema.from_pandera import declare_pandera
 from aidefend.sanitize.schema.profile import Profile, Sizes, occurrences
 from aidefend.sanitize.schema.schema_file import load_schema, save_schema, schema_digest
 from aidefend.sanitize.schema.tables import tables
@@ -110,6 +112,54 @@ class DatasetSchema:
         if profile is None or not profile.rows or not profile.columns:
             raise refuse("at least one row that can be read", "batches", "no such row", "Pass data that is not empty")
         return cls(profile.finish(), alpha)
+
+    @classmethod
+    def from_pandera(
+        cls, schema: Any, *, label: str | None = None, unsupported: Literal["refuse", "list"] = "refuse"
+    ) -> "DatasetSchema":
+        """The rules of a pandera schema; there are no reference rows, so that only rules are checked and no drift.
+
+        Taken over: columns (required, strict), dtype, nullable, in_range, isin, equal_to, greater_than, less_than and
+        the two with _or_equal_to, str_length. Beside them infinite numbers and text traps are reported, as always.
+
+        Args:
+            schema: A DataFrameSchema or DataFrameModel, or what `to_json()` gives, as text or dict.
+            label: Column of the labels.
+            unsupported: "refuse" a schema with a rule that has no counterpart here; or "list" these rules under
+                `metadata["not_tested"]["imported_rules"]` of every check, and check the others.
+        Raises: ConfigurationError: no pandera schema of a table; a rule without counterpart, each is named.
+        Example:
+            >>> rules = {"columns": {"age": {"dtype": "int64", "in_range": {"min_value": 0, "max_value": 120}}}}
+            >>> schema = DatasetSchema.from_pandera(rules)
+            >>> [(one.id, one.setting["rows"]) for one in schema.check({"age": [31, 130]}).findings]
+            [('schema.range', [1])]
+        """
+        profile, expectations = declare_pandera(schema).finished(label, unsupported)
+        return cls(profile, expectations=expectations)
+
+    @classmethod
+    def from_great_expectations(
+        cls, suite: Any, *, label: str | None = None, unsupported: Literal["refuse", "list"] = "refuse"
+    ) -> "DatasetSchema":
+        """The rules of a Great Expectations suite; there are no reference rows, so that only rules are checked.
+
+        Taken over: that columns exist (also as a set or list), are not null (with mostly), lie between limits or in a
+        set, have texts of some length, are of a type, and the outer limit of their minimum and maximum.
+
+        Args:
+            suite: Its JSON form, as text or dict, or an object with `to_json_dict()`.
+            label: Column of the labels.
+            unsupported: See `from_pandera`; rules with a condition, or with `mostly` where it is not named above, have
+                no counterpart.
+        Raises: ConfigurationError: no suite; a rule without counterpart, each is named.
+        Example:
+            >>> rule = {"type": "expect_column_values_to_be_in_set", "kwargs": {"column": "c", "value_set": ["a"]}}
+            >>> schema = DatasetSchema.from_great_expectations({"name": "s", "expectations": [rule]})
+            >>> [(one.id, one.setting["rows"]) for one in schema.check({"c": ["a", "b"]}).findings]
+            [('schema.category', [1])]
+        """
+        profile, expectations = declare_great_expectations(suite).finished(label, unsupported)
+        return cls(profile, expectations=expectations)
 
     def merge(self, other: "DatasetSchema") -> "DatasetSchema":
         """The schema of both parts of the data, inferred with the same arguments; neither is changed.

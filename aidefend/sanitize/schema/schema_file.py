@@ -185,11 +185,22 @@ def _expectations(data: Mapping[str, Any]) -> dict[str, Expectation]:
     for name, fields in data.items():
         numbers = {field: None if fields[field] is None else _finite(fields[field]) for field in _NUMBERS}
         values = fields["values"]
-        found[_name(name)] = Expectation(values=None if values is None else tuple(map(_name, values)), **numbers)
+        found[_name(name)] = Expectation(
+            values=None if values is None else tuple(map(_name, values)),
+            required=_flag(fields["required"]),
+            unchecked=tuple(map(_name, fields["unchecked"])),
+            **numbers,
+        )
     return found
 
 
 _NUMBERS = ("low", "high", "max_missing")
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{type(value).__name__} in place of a flag")
+    return value
 
 
 def _name(value: Any) -> str:
