@@ -19,6 +19,10 @@ from aidefend.validate.mahalanobis import Mahalanobis, RelativeMahalanobis
 from aidefend.validate.nearest_neighbours import NearestNeighbours
 from aidefend.validate.outputs import LabelOnly, Rounded, Tempered, TopK
 from aidefend.validate.purify import PurifiedModel, Purify
+from aidefend.validate.queries.monitor import QueryMonitor, QueryStanding
+from aidefend.validate.queries.redis_store import RedisStore
+from aidefend.validate.queries.sqlite_store import SQLiteStore
+from aidefend.validate.queries.store import Capacity, MemoryStore, QueryStore, StoreHealth
 from aidefend.validate.reconstruction import Reconstruction
 from aidefend.validate.restoration import BitDepth, JPEGLike, MedianFilter, NonLocalMeans, TotalVariation
 from aidefend.validate.reverse_sigmoid import ReverseSigmoid
@@ -35,6 +39,7 @@ __all__ = [
     "BitDepth",
     "Budget",
     "Calibration",
+    "Capacity",
     "Column",
     "Consistency",
     "Detector",
@@ -59,6 +64,7 @@ __all__ = [
     "MaxLogit",
     "MaxSoftmax",
     "MedianFilter",
+    "MemoryStore",
     "MetricsSink",
     "NearestNeighbours",
     "NonLocalMeans",
@@ -66,11 +72,17 @@ __all__ = [
     "PurifiedModel",
     "Purify",
     "Queries",
+    "QueryMonitor",
+    "QueryStanding",
+    "QueryStore",
     "Reconstruction",
+    "RedisStore",
     "RelativeMahalanobis",
     "ReverseSigmoid",
     "Rounded",
+    "SQLiteStore",
     "SpecResult",
+    "StoreHealth",
     "TableSpec",
     "Tempered",
     "TextSpec",

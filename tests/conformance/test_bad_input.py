@@ -38,6 +38,7 @@ from aidefend import (
     sanitize,
     validate,
 )
+from tests.validate.query_world import FakeRedis
 
 ROWS, CLASSES = 24, 3
 KEY = b"0123456789abcdef"
@@ -103,6 +104,14 @@ THREAT = Threat("linf", 0.1)
 ATTACK = attacks.PGD(THREAT, 1)
 EVIDENCE = Evidence([Finding("a.b", "t", Severity.HIGH, 0.5, 0.4, 0.6, 10)])
 LOGITS = torch.rand(ROWS, CLASSES + 1, generator=stream(3))
+STREAMS = [(MANY[8 * i : 8 * i + 8], torch.rand(8, CLASSES + 1, generator=stream(4 + i))) for i in range(34)]
+QUERY_OPTIONS = {
+    "store": validate.MemoryStore(),
+    "action": "alert",
+    "delay": (1.0, 2.0),
+    "clock": lambda: 1.0,
+}
+QUERIES = validate.QueryMonitor.calibrate(STREAMS, validate.MemoryStore(), alpha=0.1, key=KEY)
 BLOCK = {"ids": tuple(map(str, range(ROWS))), "features": X.flatten(1), "labels": Y, "x": X}
 
 WRONG = {
@@ -1060,6 +1069,31 @@ CALLS = {
         lambda **a: validate.Guard.load(**a).close(),
         lambda: {"path": saved(guard()), "model": Net()},
     ),
+    "validate.Capacity": (validate.Capacity, lambda: {"principals": 16, "shared": 128}),
+    "validate.MemoryStore": (validate.MemoryStore, lambda: {"capacity": validate.Capacity()}),
+    "validate.SQLiteStore": (
+        lambda **a: validate.SQLiteStore(**a).close(),
+        lambda: {"path": new_path(), "capacity": validate.Capacity()},
+    ),
+    "validate.RedisStore": (
+        validate.RedisStore,
+        lambda: {"client": FakeRedis(), "capacity": validate.Capacity(), "prefix": "queries:"},
+    ),
+    "validate.QueryMonitor": (
+        validate.QueryMonitor,
+        lambda: {"rules": QUERIES._rules, **QUERY_OPTIONS},
+    ),
+    "validate.QueryMonitor.calibrate": (
+        validate.QueryMonitor.calibrate,
+        lambda: {"streams": STREAMS, "alpha": 0.1, "ttl": 60.0, "ring": 16, "seed": 0, "key": KEY, **QUERY_OPTIONS},
+    ),
+    "validate.QueryMonitor.load": (
+        validate.QueryMonitor.load,
+        lambda: {"path": saved(QUERIES), **QUERY_OPTIONS},
+    ),
+    "validate.QueryMonitor.watch": (QUERIES.watch, lambda: {"principal": "a", "x": X, "outputs": LOGITS}),
+    "validate.QueryMonitor.standing": (QUERIES.standing, lambda: {"principal": "a"}),
+    "validate.QueryMonitor.release": (QUERIES.release, lambda: {"principal": "a"}),
     "validate.Energy": (
         validate.Energy().score,
         lambda: {"features": X.flatten(1), "logits": LOGITS},
@@ -1427,7 +1461,9 @@ NO_ARGUMENTS_OR_RESULTS = {  # nothing to get wrong, or made by the library and 
     "validate.AttackableGuard",
     "validate.FittedEnsemble",
     "validate.GuardDecision",
+    "validate.QueryStanding",
     "validate.SpecResult",
+    "validate.StoreHealth",
     "monitor.AccessDecision",
     "monitor.BudgetVerification",
     "monitor.DriftState",
