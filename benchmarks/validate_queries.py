@@ -1,8 +1,8 @@
 """Query monitoring: attacks flagged before they succeed, against benign accounts that are flagged, and what it costs.
 
-python -m benchmarks.validate_queries --mnist mnist.npz --fashion fashion_mnist.npz [--images 16] [--accounts 400]
-A small CNN on each data set. Benign accounts (`benchmarks.query_traffic`) ask about the first half of the test images to
-calibrate and about the second half to be counted; they include video, bursts of a still camera, retries, augmentation,
+python -m benchmarks.validate_queries --mnist mnist.npz --fashion fashion_mnist.npz [--images 16] [--accounts 300]
+A small CNN on each data set. Benign accounts (`benchmarks.query_traffic`) ask about half of the test images to
+calibrate and about the other half to be counted; they include video, bursts of a still camera, retries, augmentation,
 few classes. Attacks run on rows of the second half that the model knows, one account an attack, until their first
 success (a wrong answer inside the threat) or their last query; thresholds never see them. "before" is the share of
 attacks that are flagged before they succeed, or flagged at all if they do not; "survive" is the share that succeeds
@@ -349,7 +349,7 @@ def main() -> None:
     parser.add_argument("--mnist", required=True)
     parser.add_argument("--fashion", required=True)
     parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--accounts", type=int, default=400)
+    parser.add_argument("--accounts", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     result: dict[str, Any] = {"alpha": ALPHA, "most_queries": MOST, "eps": EPS, "accounts": arguments.accounts}

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from aidefend._core.checks import check_tensor, refuse
-from aidefend.validate.calibration import least_rows, rank_for
+from aidefend.validate.conformal_law import least_rows, rank_for
 from aidefend.validate.queries.crowds import Session, join_crowd
 from aidefend.validate.queries.norms import Answered, Array, Norms
 from aidefend.validate.queries.rules import Rules, answer, join, read_rows

@@ -23,7 +23,7 @@ from aidefend._core.checks import (
 )
 from aidefend._core.errors import AidefendError
 from aidefend._core.storage import canonical_json, unique_fields, write_atomic
-from aidefend.validate.calibration import rank_for
+from aidefend.validate.conformal_law import rank_for
 from aidefend.validate.queries.calibrating import calibrate_rules, check_streams, mark, take_note
 from aidefend.validate.queries.crowds import Session
 from aidefend.validate.queries.norms import Array
