@@ -36,6 +36,7 @@ from benchmarks.record import write_result
 
 ALPHA, MOST, LOOKED = 0.01, 600, 300
 EPS = {"mnist": (0.1, 2.0), "fashion_mnist": (0.05, 1.0)}
+KEY = b"a key for reproducible figures.."
 Sequence = tuple[Tensor, bool]
 
 
@@ -162,9 +163,9 @@ def run_data(name: str, path: str, images_count: int, accounts: int, seed: int) 
     days = population(tx[:half], ty[:half], accounts, seed)
     streams = [(queries, model(queries)) for _, queries in days]
     folder = tempfile.mkdtemp()
-    QueryMonitor.calibrate(streams, MemoryStore(), alpha=ALPHA, seed=seed).save(f"{folder}/rules")
+    QueryMonitor.calibrate(streams, MemoryStore(), alpha=ALPHA, seed=seed, key=KEY).save(f"{folder}/rules")
     easy = [stream for (kind, _), stream in zip(days, streams, strict=True) if kind not in ("video", "still camera")]
-    QueryMonitor.calibrate(easy, MemoryStore(), alpha=ALPHA, seed=seed).save(f"{folder}/easy")
+    QueryMonitor.calibrate(easy, MemoryStore(), alpha=ALPHA, seed=seed, key=KEY).save(f"{folder}/easy")
 
     def fresh(rules: str = "rules", clock: Callable[[], float] = lambda: 1.0) -> QueryMonitor:
         return QueryMonitor.load(f"{folder}/{rules}", MemoryStore(), clock=clock)
