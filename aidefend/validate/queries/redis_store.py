@@ -25,6 +25,10 @@ class RedisStore:
         client: A `redis.Redis` (or what behaves like one) without `decode_responses`.
         capacity: See `Capacity`.
         prefix: Of all names in the server.
+    Example:
+        >>> RedisStore("redis://localhost")  # an address goes to RedisStore.connect
+        Traceback (most recent call last):
+        aidefend._core.errors.ConfigurationError: ...
     """
 
     def __init__(self, client: Any, capacity: Capacity | None = None, prefix: str = "aidefend:queries:") -> None:

@@ -55,6 +55,9 @@ class Capacity:
     Args:
         principals: Accounts, 16 or more; each takes at most about 11 kB at the default ring.
         shared: Fingerprints and crowds, 128 or more; nine for a query that is like no other, some 1.2 kB.
+    Example:
+        >>> Capacity(principals=1_000).shared
+        450000
     """
 
     principals: int = 10_000
