@@ -19,13 +19,15 @@ def kind_fault(x: object) -> str | None:
 
 def memory_fault(x: Tensor) -> str | None:
     """Why the memory of a dense tensor cannot be what it claims, or None."""
+    if not x.numel():  # its strides say nothing
+        return None
     strides = sorted((abs(stride), size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1)
     reach = 0
     for stride, size in strides:
         if stride <= reach:  # stride 0, or what cannot be shown to be free of overlap
             return "input: overlapping memory"
         reach += stride * (size - 1)
-    needed = (x.storage_offset() + reach + 1) * x.element_size() if x.numel() else 0
+    needed = (x.storage_offset() + reach + 1) * x.element_size()
     return "input: memory is missing" if x.untyped_storage().nbytes() < needed else None
 
 
