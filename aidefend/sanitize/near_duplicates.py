@@ -8,11 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aidefend._core.approximate import ApproximateIndex
 from aidefend._core.checks import check_choice, check_int, check_items, check_number, check_same_rows, refuse
+from aidefend._core.stats import Interval
 from aidefend.sanitize.block import check_kin, read_block
 from aidefend.sanitize.sketches import BandIndex, BitIndex, min_hashes, perceptual_hashes
 
 By = Literal["auto", "content", "image", "text", "features"]
+_APPROXIMATE_FROM = 5000
+_MOST_ALIKE = 16
 _PERMUTATIONS = 128
 _BAND = 8
 _USUAL = {"content": 1.0, "image": 0.95, "text": 0.8, "features": 0.999}
@@ -34,6 +38,8 @@ class NearDuplicates:
         threshold: Least similarity of near duplicates, in (0, 1]: share of equal bits (at least .75 for images), of
             word triples (at least .5 for text), or cosine. None: .95, .8 and .999.
         seed: Of the text hashes: give each deployment its own, so that nobody can prepare collisions.
+        index: "exact"; or "faiss" for features of many rows (needs the extra `ann`): from 5,000 rows on, each row is
+            compared with the 16 that are likely to be the most alike; `recall()` says what share of them is found.
     A row with NaN or infinity scores NaN (no opinion), and so does every row before `partial_fit`.
     Cost: memory per row: 16 bytes (content), 8 (image), 512 (text), 4 d (features). Time: N log N comparisons, but
         one N x N x d matrix product for features.
@@ -47,12 +53,20 @@ class NearDuplicates:
         ([1.0, 0.0, 1.0], [('a', 'c')])
     """
 
-    def __init__(self, by: By = "auto", threshold: float | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        by: By = "auto",
+        threshold: float | None = None,
+        seed: int = 0,
+        *,
+        index: Literal["exact", "faiss"] = "exact",
+    ) -> None:
         self.by: By = check_choice(by, ("auto", "content", "image", "text", "features"), "by")
         if threshold is not None:
             low = {"image": 0.75, "text": 0.5}.get(by, 0.0)
             threshold = check_number(threshold, "threshold", low, 1.0, open_low=low == 0.0)
         self.threshold, self.seed = threshold, check_int(seed, "seed", 0)
+        self.index: Literal["exact", "faiss"] = check_choice(index, ("exact", "faiss"), "index")
         self._kind: str | None = None if by == "auto" else by
         self._prints: dict[str, np.ndarray] = {}
         self._known: _Known | None = None
@@ -66,10 +80,10 @@ class NearDuplicates:
 
     def merge(self, other: "NearDuplicates") -> "NearDuplicates":
         """A new detector that has seen what both have seen."""
-        check_kin(self, other, ("by", "threshold", "seed"))
+        check_kin(self, other, ("by", "threshold", "seed", "index"))
         if self._kind and other._kind and self._kind != other._kind:
             raise refuse(f"a detector that compares {self._kind}", "other", other._kind, "Name what to compare in by=")
-        total = NearDuplicates(self.by, self.threshold, self.seed)
+        total = NearDuplicates(self.by, self.threshold, self.seed, index=self.index)
         total._kind, total._prints = self._kind or other._kind, {**self._prints, **other._prints}
         return total
 
@@ -107,13 +121,21 @@ class NearDuplicates:
             members.setdefault(root(place), []).append(row_id)
         return sorted(tuple(sorted(group)) for group in members.values() if len(group) > 1)
 
+    def recall(self) -> dict[str, Interval]:
+        """Where features are compared approximately: the share of the most alike rows that is found, measured."""
+        found = self._index().approximate if self._prints else None
+        return {} if found is None else {"features": found.measured}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": None}  # made anew where it is needed
+
     def _threshold(self) -> float:
         usual = _USUAL[self._kind or "features"]
         return (usual if self.threshold is None else self.threshold) - 1e-9
 
     def _index(self) -> "_Known":
         if self._known is None:
-            self._known = _Known(self._prints, self._kind or "features", self._threshold())
+            self._known = _Known(self._prints, self._kind or "features", self._threshold(), self.index)
         return self._known
 
     def _read(self, block: Mapping[str, Any]) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
@@ -141,13 +163,17 @@ class NearDuplicates:
 class _Known:
     """All rows seen, in the order of their ids, ready to be searched."""
 
-    def __init__(self, prints: Mapping[str, np.ndarray], kind: str, threshold: float) -> None:
+    def __init__(self, prints: Mapping[str, np.ndarray], kind: str, threshold: float, index: str) -> None:
         self.ids = sorted(prints)
         self.place = {row_id: place for place, row_id in enumerate(self.ids)}
         self.prints = np.stack([prints[row_id] for row_id in self.ids])
         self.kind, self.threshold = kind, threshold
+        self.approximate: ApproximateIndex | None = None
         if kind == "features":
             self.centre = self.prints.mean(axis=0, dtype=np.float64)
+            if index == "faiss" and len(self.ids) >= _APPROXIMATE_FROM:
+                bank = torch.from_numpy(self.prints - self.centre)
+                self.approximate = ApproximateIndex(bank, _MOST_ALIKE, metric="cosine")
             return
         self.distinct, self.which = np.unique(self.prints, axis=0, return_inverse=True)
         self.which = self.which.reshape(-1)
@@ -158,6 +184,9 @@ class _Known:
 
     def pairs(self, queries: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Query numbers, row numbers and similarities; of rows with one fingerprint two stand for all."""
+        if self.approximate is not None:
+            yield from self._by_index(self.approximate, queries)
+            return
         if self.kind == "features":
             yield from self._by_cosine(queries)
             return
@@ -166,6 +195,16 @@ class _Known:
             yield ours, self.members[first], similarity
             more = self.starts[distinct + 1] - first > 1
             yield ours[more], self.members[first[more] + 1], similarity[more]
+
+    def _by_index(
+        self, index: ApproximateIndex, queries: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        asked = torch.from_numpy(queries - self.centre).nan_to_num()
+        for start in range(0, len(asked), 1024):
+            distances, rows = index.nearest(asked[start : start + 1024], min(_MOST_ALIKE + 1, len(self.ids)))
+            alike = (rows >= 0) & (1 - distances >= self.threshold)
+            ours = alike.nonzero()[:, 0] + start
+            yield ours.numpy(), rows[alike].numpy(), (1 - distances[alike]).clamp(max=1).float().numpy()
 
     def _by_cosine(self, queries: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         bank, asked = (_unit(torch.from_numpy(rows - self.centre)) for rows in (self.prints, queries))

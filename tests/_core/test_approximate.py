@@ -6,7 +6,7 @@ import torch
 from aidefend import ConfigurationError, MissingExtra
 from aidefend._core.approximate import ApproximateIndex
 from aidefend._core.neighbours import k_nearest
-from aidefend.sanitize import NeighbourDisagreement
+from aidefend.sanitize import NearDuplicates, NeighbourDisagreement
 
 pytest.importorskip("faiss")
 
@@ -51,6 +51,19 @@ def test_bad_banks_are_refused(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     with pytest.raises(MissingExtra, match="ann"):
         ApproximateIndex(clusters(100), 3)
+
+
+def test_copies_are_found_by_the_index_as_by_all_pairs():
+    stream = torch.Generator().manual_seed(0)
+    features = torch.randn(6000, 16, generator=stream)
+    copies = torch.randperm(6000, generator=stream)[:200]
+    features[copies[:100]] = features[copies[100:]] * 1.0001
+    block = {"ids": tuple(map(str, range(6000))), "features": features, "labels": torch.zeros(6000, dtype=torch.int64)}
+    exact = NearDuplicates("features").partial_fit(block)
+    quick = NearDuplicates("features", index="faiss").partial_fit(block)
+    assert quick.groups() == exact.groups() and len(exact.groups()) == 100
+    torch.testing.assert_close(quick.score(block), exact.score(block), rtol=1e-4, atol=1e-4)
+    assert exact.recall() == {} and 0 < quick.recall()["features"].value <= 1
 
 
 def test_a_detector_says_how_much_of_it_is_approximate():

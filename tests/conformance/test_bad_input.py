@@ -719,7 +719,10 @@ CALLS = {
         SCREENED.release,
         lambda: {"ids": ["a"], "by": "me", "why": "checked", "log": None},
     ),
-    "sanitize.NearDuplicates": (sanitize.NearDuplicates, lambda: {"by": "image", "threshold": 0.9, "seed": 0}),
+    "sanitize.NearDuplicates": (
+        sanitize.NearDuplicates,
+        lambda: {"by": "image", "threshold": 0.9, "seed": 0, "index": "exact"},
+    ),
     "sanitize.NearDuplicates.partial_fit": (sanitize.NearDuplicates().partial_fit, lambda: {"block": BLOCK}),
     "sanitize.Outliers": (sanitize.Outliers().partial_fit, lambda: {"block": BLOCK}),
     "sanitize.PartitionEnsemble": (

@@ -24,6 +24,7 @@ from aidefend.sanitize import (
     Spectre,
     TrainingDynamics,
     TriggerConsistency,
+    near_duplicates,
     neighbour_disagreement,
 )
 
@@ -38,6 +39,7 @@ SANITIZERS = {
     "beatrix": Beatrix,
     "beatrix-combinations": lambda: Beatrix(powers=2, dimensions=3, limit=25),
     "near-duplicates": lambda: NearDuplicates("features", threshold=0.9),
+    "near-duplicates-by-faiss": lambda: NearDuplicates("features", threshold=0.9, index="faiss"),
     "neighbour-disagreement": lambda: NeighbourDisagreement(k=3),
     "neighbour-disagreement-small-bank": lambda: NeighbourDisagreement(k=3, limit=15),
     "neighbour-disagreement-by-faiss": lambda: NeighbourDisagreement(k=3, index="faiss"),
@@ -59,7 +61,7 @@ EVERY = {  # those that read more than features as well; their own files test th
     "trigger-consistency": lambda: TriggerConsistency(answers, overlays=5),
 }
 OF_GROUPS = [name for name in SANITIZERS if not name.startswith(("beatrix", "near", "outliers", "source"))]
-OF_ONE_KIND_OF_ROW = ("near-duplicates", "source-evidence")  # these judge rows of any class
+OF_ONE_KIND_OF_ROW = ("near-duplicates", "near-duplicates-by-faiss", "source-evidence")  # these judge rows of any class
 every_detector = pytest.mark.parametrize("name", EVERY)
 every_sanitizer = pytest.mark.parametrize("name", SANITIZERS)
 
@@ -99,7 +101,8 @@ def cut(block, rows):
 @pytest.fixture(autouse=True)
 def small_banks_are_indexed(monkeypatch):
     """By faiss, where a detector asks for it: else none of these worlds would be large enough."""
-    monkeypatch.setattr(neighbour_disagreement, "_APPROXIMATE_FROM", 20)
+    for module in (near_duplicates, neighbour_disagreement):
+        monkeypatch.setattr(module, "_APPROXIMATE_FROM", 20)
 
 
 def fitted(name, *blocks):
