@@ -84,16 +84,20 @@ class CalibrationMartingale:
         p = check_tensor(p_values, "p_values", ndim=1, floating=True).double().cpu()
         if bool((p <= 0).any()) or bool((p > 1).any()):
             raise refuse("p_values in (0, 1]", "p_values", p_values, "Pass conformal p-values")
-        for part in _cuts(p, self._count):
-            self._start_anew()
-            hits = (part[:, None] <= self._below).sum(dim=0).double()
-            wins = torch.cat([hits, len(part) - hits])
-            self._log_capital += self._gain(wins, len(part))
-            self._count += len(part)
-            self._capital = self._mixture()
-            if self._alarm_at is None and self._capital >= 1 / self._level:
-                self._alarm_at = self._count
+        with torch.inference_mode(False), torch.no_grad():  # the capital outlives the caller's mode
+            for part in _cuts(p, self._count):
+                self._bet(part)
         return self.state
+
+    def _bet(self, part: Tensor) -> None:
+        self._start_anew()
+        hits = (part[:, None] <= self._below).sum(dim=0).double()
+        wins = torch.cat([hits, len(part) - hits])
+        self._log_capital += self._gain(wins, len(part))
+        self._count += len(part)
+        self._capital = self._mixture()
+        if self._alarm_at is None and self._capital >= 1 / self._level:
+            self._alarm_at = self._count
 
     @property
     def state(self) -> DriftState:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from aidefend._core.batches import in_batches
 from aidefend._core.checks import check_int, check_not_empty, check_tensor
 from aidefend._core.stats import Interval, wilson
+from aidefend.validate.calibrating import rows_a_pass
 from aidefend.validate.detector import Rows, score_columns
 from aidefend.validate.judging import Panel
 from aidefend.validate.spec import InputSpec
@@ -27,19 +28,19 @@ class AttackableGuard(nn.Module):
 
     def __init__(self, guard: nn.Module, panel: Callable[[], Panel], spec: InputSpec, num_classes: int) -> None:
         super().__init__()
-        self.guard, self._panel, self._spec, self.num_classes = guard, panel, spec, num_classes
+        self.guard, self._panel, self.spec, self.num_classes = guard, panel, spec, num_classes
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the whole, differentiable in x."""
         check_tensor(x, "x", finite=False)
-        checked = self._spec.check(x.detach())
+        checked = self.spec.check(x.detach())
         constant = torch.zeros(len(x), self.num_classes + 1, device=x.device)
         constant[:, -1] = 1.0
         rows = checked.accepted.nonzero().flatten()
         if checked.fault is not None or len(rows) == 0:
             return constant
-        panel, given = self._panel(), self._spec.clip(x)
+        panel, given = self._panel(), self.spec.clip(x)
         given = given if len(rows) == len(x) else given[rows]
         outputs = panel.capture.run(panel.model, given)
         healthy = torch.isfinite(outputs.logits).all(dim=1) & torch.isfinite(outputs.features).all(dim=1)
@@ -57,5 +58,5 @@ def refused_share(view: AttackableGuard, x: Tensor, confidence: float, batch_siz
     check_int(batch_size, "batch_size")
     n = check_not_empty(len(x), "x")
     with torch.no_grad():
-        refused = in_batches(view, x, batch_size).argmax(dim=1) == view.num_classes
+        refused = in_batches(view, x, rows_a_pass(view.spec, x, batch_size)).argmax(dim=1) == view.num_classes
     return wilson(int(refused.sum()), n, confidence)

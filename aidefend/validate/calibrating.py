@@ -241,7 +241,8 @@ def _find_layer(
         raise IncompatibleModel("Expected an nn.Module to read features from.", [Offender("", "a callable", cure)])
     if layer is not None:
         return find_module(inner, layer)
-    good, _, _ = _checked(batches[0], spec, device_of(model))
+    first = next(iter(_slices(batches[0], rows_a_pass(spec, batches[0].x, len(batches[0].ids)))))
+    good, _, _ = _checked(first, spec, device_of(model))
     return last_linear(inner, good if len(good) else batches[0].x.to(device_of(model)))
 
 
@@ -265,7 +266,7 @@ def run_rows(
     """One pass over all rows that satisfy the specification."""
     features, logits, labels, inputs, refused = [], [], [], [], 0
     for batch in progress(batches, f"guard: {name}", len(batches)):
-        for part in _slices(batch, batch_size):
+        for part in _slices(batch, rows_a_pass(spec, batch.x, batch_size)):
             x, y, bad = _checked(part, spec, device_of(model))
             refused += bad
             if len(x):
@@ -289,6 +290,12 @@ def run_rows(
         reason = f"{int((~healthy).sum())} of {len(healthy)} clean rows give NaN or infinity"
         raise IncompatibleModel("Expected finite outputs.", [Offender("", reason, "Repair the model or the data")])
     return rows
+
+
+def rows_a_pass(spec: InputSpec, x: Tensor, batch_size: int) -> int:
+    """The batch size, or fewer where the caps on requests are lower: the caps are no reason to refuse a row."""
+    row = max(1, x[:1].numel() * x.element_size())
+    return max(1, min(batch_size, spec.max_rows, spec.max_bytes // row))
 
 
 def _slices(batch: Batch, size: int) -> Iterable[Batch]:

@@ -172,3 +172,11 @@ def test_a_state_that_cannot_be_is_refused_and_changes_nothing(change):
     with pytest.raises(ConfigurationError, match="Expected"):
         watch.load_state_dict({**before, **change})
     assert watch.state_dict() == before
+
+
+def test_a_bet_that_began_under_inference_mode_goes_on_outside():
+    watch, plain = CalibrationMartingale(), CalibrationMartingale()
+    p = torch.linspace(0.01, 1, 100)
+    with torch.inference_mode():
+        watch.observe(p.clone())
+    assert watch.observe(p) == [plain.observe(p), plain.observe(p)][1]

@@ -123,6 +123,19 @@ def test_alarms_detections_and_rates_are_reported():
         guard.detection(TEST[:0])
 
 
+def test_caps_on_requests_bind_neither_calibration_nor_detections():
+    """Planted violation: with one pass over all rows, the caps would refuse clean rows and count as detections."""
+    small = InputSpec((6,), low=-30.0, high=30.0, max_rows=16)
+    row = dataclasses.replace(SPEC, max_bytes=6 * 4 * 10)
+    expected = guard_of()
+    for spec in (small, row):
+        guard = guard_of(spec=spec)
+        torch.testing.assert_close(guard.calibration.scores, expected.calibration.scores)
+        assert guard.detection(TEST).value == expected.detection(TEST).value < 0.2
+        guard.recalibrate(TEST, reason="spring")
+        assert not guard(TEST[:17]).accepted.any()
+
+
 def test_recalibration_is_on_record_before_it_is_in_force():
     recorder = Recorder()
     guard = guard_of(log=recorder)
