@@ -1,0 +1,176 @@
+"""What each output mode takes from a thief and from a membership attacker: clones by query budget, AUC of membership.
+
+python -m benchmarks.validate_outputs --data mnist.npz [--seeds 3] [--quick]
+A small CNN is trained on 2,000 images until it fits them (so that membership shows). Extraction: `Extraction` asks
+about images that the victim was not trained on and fits a copy to the answers, for budgets of 250, 1,000 and 4,000
+rows; the agreement of copy and victim, and the accuracy of the copy, on test images. Membership: `LossThreshold` (loss
+and margin) on the answers to 2,000 members and 2,000 non-members. Two more attackers for the modes that hide numbers:
+averages over 16 neighbours of each image (noise of the input below `NOISE`), where the noise of `KeyedNoise` is drawn
+anew; and labels alone of 16 noisier neighbours (members keep their label more often). The logits themselves are the
+row to compare with. Writes benchmarks/results/validate_outputs_DATA.json.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aidefend._core.stats import roc_auc
+from aidefend.attacks import Extraction, LossThreshold
+from aidefend.validate import KeyedNoise, LabelOnly, ReverseSigmoid, Rounded, Tempered, TopK
+from aidefend.validate.outputs import harden
+from benchmarks.record import write_result
+from benchmarks.sanitize_screen import trained
+
+FIRST_SEED = 1500
+MEMBERS = 2000
+NEIGHBOURS, NOISE, SHAKE = 16, 0.02, 0.3
+MODES: dict[str, Any] = {
+    "logits": None,
+    "LabelOnly": LabelOnly(),
+    "TopK(1)": TopK(1),
+    "TopK(3)": TopK(3),
+    "Rounded(1)": Rounded(1),
+    "Rounded(3)": Rounded(3),
+    "Tempered(4)": Tempered(4.0),
+    "ReverseSigmoid": ReverseSigmoid(),
+    "KeyedNoise(0.5)": KeyedNoise(bytes(range(32)), scale=0.5),
+    "KeyedNoise(2)": KeyedNoise(bytes(range(32)), scale=2.0),
+    "KeyedNoise(2, free)": KeyedNoise(bytes(range(32)), scale=2.0, argmax="free"),
+}
+Answer = Callable[[Tensor], Tensor]
+
+
+def answers_of(model: nn.Module, output: Any) -> Answer:
+    """What a client sees: logits, probabilities, or labels as one-hot rows."""
+
+    def ask(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits = torch.cat([model(part) for part in x.split(1000)])
+        if output is None:
+            return logits
+        shown = harden(output, logits, x)
+        return shown if shown.ndim == 2 else torch.nn.functional.one_hot(shown, logits.shape[1]).float()
+
+    return ask
+
+
+def student(seed: int) -> nn.Module:
+    """Of another architecture than the victim."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))
+
+
+def clones(
+    ask: Answer, model: nn.Module, own: Tensor, test: tuple[Tensor, Tensor], budgets: tuple[int, ...], seed: int
+) -> list[dict[str, float]]:
+    """Agreement and accuracy of the copy for each budget."""
+    found = []
+    for budget in budgets:
+        result = Extraction(student, queries=budget, epochs=15)(ask, own, seed=seed)
+        assert result.student is not None
+        with torch.no_grad():
+            accuracy = float((result.student(test[0]).argmax(dim=1) == test[1]).double().mean())
+        found.append(
+            {"budget": budget, "agreement": result.agreement(model, test[0]).value, "clone_accuracy": accuracy}
+        )
+    return found
+
+
+def averaged(ask: Answer, seed: int) -> Answer:
+    """The mean log-probability over neighbours: what a patient client makes of the answers."""
+
+    def mean(x: Tensor) -> Tensor:
+        stream, total = torch.Generator().manual_seed(seed), torch.zeros(len(x), 10)
+        for _ in range(NEIGHBOURS):
+            total += ask(x + NOISE * torch.randn(x.shape, generator=stream)).clamp(min=1e-6).log()
+        return total / NEIGHBOURS
+
+    return mean
+
+
+def stability(ask: Answer, x: Tensor, y: Tensor, seed: int) -> Tensor:
+    """Share of noisy neighbours that still get the right label: (N,)."""
+    stream, right = torch.Generator().manual_seed(seed), torch.zeros(len(x))
+    for _ in range(NEIGHBOURS):
+        right += ask(x + SHAKE * torch.randn(x.shape, generator=stream)).argmax(dim=1) == y
+    return right / NEIGHBOURS
+
+
+def membership(
+    ask: Answer, inside: tuple[Tensor, Tensor], outside: tuple[Tensor, Tensor], seed: int, logits: bool
+) -> dict[str, float]:
+    """AUC of each attacker; 0.5 = nothing learned."""
+    scores: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "loss": lambda x, y: LossThreshold()(ask, x, y),
+        "margin": lambda x, y: LossThreshold("margin")(ask, x, y),
+        "labels of neighbours": lambda x, y: stability(ask, x, y, seed),
+    }
+    if not logits:
+        mean = averaged(ask, seed)
+        scores["average of neighbours"] = lambda x, y: LossThreshold()(mean, x, y)
+    return {name: roc_auc(score(*inside), score(*outside)).value for name, score in scores.items()}
+
+
+def run(data: dict[str, Any], seed: int, budgets: tuple[int, ...], modes: dict[str, Any]) -> list[dict[str, Any]]:
+    """All modes of one victim."""
+    order = np.random.default_rng(seed).permutation(len(data["train_x"]))[: 2 * MEMBERS + max(budgets)]
+    x = torch.from_numpy(data["train_x"][order]).float().div(255).unsqueeze(1)
+    y = torch.from_numpy(data["train_y"][order]).long()
+    test = torch.from_numpy(data["test_x"][:4000]).float().div(255).unsqueeze(1)
+    labels = torch.from_numpy(data["test_y"][:4000]).long()
+    model = trained(x[:MEMBERS], y[:MEMBERS], seed, epochs=40)
+    inside, outside = (x[:MEMBERS], y[:MEMBERS]), (x[MEMBERS : 2 * MEMBERS], y[MEMBERS : 2 * MEMBERS])
+    table = []
+    for name, output in modes.items():
+        ask = answers_of(model, output)
+        accuracy = float((ask(test).argmax(dim=1) == labels).double().mean())
+        found = clones(ask, model, x[2 * MEMBERS :], (test, labels), budgets, seed)
+        auc = membership(ask, inside, outside, seed, output is None)
+        table.append({"mode": name, "seed": seed, "accuracy": accuracy, "clones": found, "membership": auc})
+        shown = " ".join(f"{one['budget']}: {one['agreement']:.3f}" for one in found)
+        print(f"seed {seed} {name:20} right {accuracy:.3f}  agreement {shown}  {auc}", flush=True)
+    return table
+
+
+def summary(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over seeds."""
+    found = []
+    for name in dict.fromkeys(row["mode"] for row in table):
+        mine = [row for row in table if row["mode"] == name]
+        each = zip(*(row["clones"] for row in mine), strict=True)
+        copies = [{key: statistics.fmean(one[key] for one in same) for key in same[0]} for same in each]
+        auc = {key: statistics.fmean(row["membership"][key] for row in mine) for key in mine[0]["membership"]}
+        accuracy = statistics.fmean(row["accuracy"] for row in mine)
+        found.append({"mode": name, "accuracy": accuracy, "clones": copies, "membership": auc})
+    return found
+
+
+def main() -> None:
+    """Print a line for each mode and seed, then the means."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one seed, two budgets")
+    arguments = parser.parse_args()
+    with np.load(arguments.data) as arrays:
+        data = {name: arrays[name] for name in arrays.files}
+    budgets = (250, 1000) if arguments.quick else (250, 1000, 4000)
+    seeds = [FIRST_SEED + i for i in range(1 if arguments.quick else arguments.seeds)]
+    table = [row for seed in seeds for row in run(data, seed, budgets, MODES)]
+    means = summary(table)
+    print(f"\n{'mode':20} right  agreement of the clone by budget      AUC of membership")
+    for row in means:
+        shown = "  ".join(f"{one['budget']:.0f}: {one['agreement']:.3f}" for one in row["clones"])
+        auc = "  ".join(f"{key} {value:.3f}" for key, value in row["membership"].items())
+        print(f"{row['mode']:20} {row['accuracy']:.3f}  {shown}  {auc}")
+    write_result(f"validate_outputs_{Path(arguments.data).stem}", {"means": means, "rows": table}, seeds=seeds)
+
+
+if __name__ == "__main__":
+    main()
