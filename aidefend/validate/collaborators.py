@@ -151,9 +151,9 @@ class Collaborators:
         """Names of those that are there."""
         return tuple(name for name in _METHODS if getattr(self, name) is not None)
 
-    def admit(self, principal: object, rows: int) -> "Admission":
+    def admit(self, principal: str | None, rows: int) -> "Admission":
         """Authorize, then reserve. Every exception is a refusal."""
-        if not isinstance(principal, str) or not principal:
+        if not principal:
             needed = any(part is not None for part in (self.policy, self.budget, self.queries))
             return Admission("access: no principal" if needed else None)
         step = "policy"
@@ -201,6 +201,11 @@ class Admission:
     refusal: str | None
     reservation: Any = None
     reserved: bool = False
+
+
+def plain_principal(principal: object) -> str | None:
+    """The name as a plain str, without the methods of a subclass; None for anything else, which is nobody."""
+    return str.__str__(principal) if issubclass(type(principal), str) else None
 
 
 def failure(step: str, error: Exception) -> str:

@@ -141,7 +141,12 @@ def decide(x: object, verdict: Verdict, mode: str, parameters: Mapping[str, Any]
 
 def _version(x: object) -> int:
     """How often x was changed in place; -1 where nothing counts that."""
-    return x._version if isinstance(x, Tensor) and not x.is_inference() else -1
+    if type(x) is not Tensor:  # anything else may run its own code when it is asked
+        return -1
+    try:
+        return -1 if Tensor.is_inference(x) else x._version
+    except Exception:  # inside a transformation such as vmap
+        return -1
 
 
 def _report(x: object, version: int, verdict: Verdict, parameters: Mapping[str, Any]) -> Report:
@@ -163,7 +168,7 @@ def _report(x: object, version: int, verdict: Verdict, parameters: Mapping[str, 
 
 def _row_ids(x: object, verdict: Verdict) -> tuple[str, ...]:
     """Content ids of what was judged row by row; plain numbers for a batch that nothing may read."""
-    if not isinstance(verdict.reasons, Repeated) and isinstance(x, Tensor):
-        return content_ids(x.detach())
+    if not isinstance(verdict.reasons, Repeated) and type(x) is Tensor:
+        return content_ids(Tensor.detach(x))
     n = len(verdict.reasons)
     return tuple(f"row-{i}" for i in range(n)) if n <= _MOST_LISTED else ("batch",)

@@ -28,6 +28,7 @@ from aidefend.validate.collaborators import (
     Policy,
     Queries,
     failure,
+    plain_principal,
 )
 from aidefend.validate.conformal_law import Mode as Promise
 from aidefend.validate.decision import GuardDecision, Verdict, decide, refuse_whole
@@ -193,7 +194,7 @@ class Guard(nn.Module):
         if self._closed:
             raise refuse("an open guard", "guard", "closed", "Calibrate or load it again")
         started = time.perf_counter()
-        rows = count_rows(x)
+        rows, principal = count_rows(x), plain_principal(principal)
         admission = self.collaborators.admit(principal, rows)
         try:
             verdict, spent = self._verdict(x, rows, admission, principal)
@@ -226,7 +227,7 @@ class Guard(nn.Module):
         try:
             with torch.no_grad():
                 checked = self.spec.check(x)
-                if checked.fault is not None or checked.x is None or not isinstance(x, Tensor):
+                if checked.fault is not None or checked.x is None or type(x) is not Tensor:
                     return self._refuse(rows, checked.fault or "input: not a plain tensor"), False
                 if any(module.training for module in self._switches):
                     check_mode(self.model)
@@ -238,7 +239,7 @@ class Guard(nn.Module):
                     return dataclasses.replace(nothing, reasons=checked.reasons), False
                 step, ran = "model", True
                 watch = functools.partial(self.collaborators.watch, principal)
-                found = judge(self._panel(), checked, x.detach() if shadow else checked.x, chosen, watch)
+                found = judge(self._panel(), checked, Tensor.detach(x) if shadow else checked.x, chosen, watch)
                 if self.collaborators.drift is None:
                     return found, True
                 step = "drift"

@@ -12,7 +12,8 @@ def kind_fault(x: object) -> str | None:
         return "input: not a plain tensor"
     if x.is_nested or x.layout != torch.strided or x.is_quantized or x.device.type == "meta":
         return "input: not a dense tensor"
-    if x.is_conj() or x.is_neg():  # the numbers in memory are not the numbers of the tensor
+    # by the class, since an attribute that was set on x could stand for its method
+    if Tensor.is_conj(x) or Tensor.is_neg(x):  # the numbers in memory are not the numbers of the tensor
         return "input: a conjugate or negative view"
     return "input: requires grad" if x.requires_grad else None
 

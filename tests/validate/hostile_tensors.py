@@ -36,7 +36,18 @@ def _without_memory(x: Tensor) -> Tensor:
 
 def _with_attributes(x: Tensor) -> Tensor:
     x = x.clone()
-    for name in ("aminmax", "amin", "amax", "numel", "stride", "detach", "is_conj", "untyped_storage", "view"):
+    for name in (
+        "aminmax",
+        "amin",
+        "amax",
+        "numel",
+        "stride",
+        "detach",
+        "is_conj",
+        "is_inference",
+        "untyped_storage",
+        "view",
+    ):
         setattr(x, name, lambda *_: (_ for _ in ()).throw(AssertionError("code of the input ran")))
     return x
 
@@ -72,6 +83,7 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "offset": lambda x: torch.cat([x[:1], x])[1:],
     "buffer": lambda x: nn.Buffer(x.clone()),
     "in inference mode": _inference,
+    "attributes that shadow methods": _with_attributes,
     "shared memory with numpy": lambda x: torch.from_numpy(x.numpy().copy()),
 }
 

@@ -119,6 +119,39 @@ def test_the_whole_guard_takes_any_tensor(kind, guard):
         assert decision.reasons[0][0].startswith("input: ")
 
 
+class Mute:
+    """Any look at it is a failure, even the question of its class."""
+
+    def __getattribute__(self, name):
+        raise AssertionError(f"code of the input ran: {name}")
+
+
+class Loud(str):
+    """A name whose own methods fail."""
+
+    def __bool__(self):
+        raise AssertionError("code of the input ran")
+
+    __hash__ = __len__ = __bool__
+
+
+@pytest.mark.parametrize("mode", ["enforce", "monitor", "shadow"])
+def test_the_guard_never_runs_the_code_of_an_input(mode):
+    with Guard.calibrate(model(), rows(200, 1)[0], detectors=[Energy()], alpha=0.1, mode=mode) as guard:
+        x = rows(3, 7)[0]
+        for thing in (Mute(), HOSTILE["watching subclass"](x), HOSTILE["wrapping subclass"](x)):
+            decision = guard(thing)
+            assert decision.reasons[0] == ("input: not a plain tensor",) and not decision.report.keep.any()
+        shadowed = PLAIN["attributes that shadow methods"](x)
+        assert guard(shadowed).accepted.tolist() == guard(x).accepted.tolist()
+        assert guard(shadowed).report.ids == guard(x).report.ids
+        for principal in (Mute(), Loud("team"), 3, b"team"):
+            assert guard(x, principal=principal).accepted.tolist() == guard(x).accepted.tolist()
+        transformed = []
+        torch.func.vmap(lambda one: (transformed.append(guard(one)), one)[1])(x[:, None])
+        assert transformed[0].reasons[0] == ("input: cannot be inspected",) and not transformed[0].report.keep.any()
+
+
 def judge_bytes(raw):
     started = time.perf_counter()
     for result in (IMAGES.check([raw, raw]), TextSpec(max_bytes=4096).check([raw, raw])):
