@@ -1,6 +1,6 @@
 """Repairs of backdoored models from a few trusted rows, and what reversing says of models with and without a backdoor.
 
-python -m benchmarks.sanitize_repair --data mnist.npz [--seeds 1] [--rows 10000] [--trusted 500] [--methods ...]
+python -m benchmarks.sanitize_repair --data mnist.npz [--seeds 1] [--rows 10000] [--trusted 500] [--methods ...] [--attacks ...]
 A small CNN is trained on poisoned images; every method repairs the same model with the same trusted rows, which are
 drawn from the rest of the training data and carry no trigger. Per attack and method: accuracy and attack success on
 test images, the verdict of `retest` with the true trigger, and seconds; then, for backdoored and for clean models, how
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--trusted", type=int, default=500)
     parser.add_argument("--methods", nargs="*", default=list(get_args(RepairMethod)))
+    parser.add_argument("--attacks", nargs="*", default=["none", *attacks()])
     parser.add_argument("--name", default="", help="added to the name of the result")
     arguments = parser.parse_args()
     with np.load(arguments.data) as arrays:
@@ -84,7 +85,8 @@ def main() -> None:
     seeds, table, reversals = range(FIRST_SEED, FIRST_SEED + arguments.seeds), [], []
     for seed in seeds:
         trusted = trusted_part(data, arguments.rows, arguments.trusted, seed)
-        for name, attack in {"none": None, **attacks()}.items():
+        for name in arguments.attacks:
+            attack = attacks().get(name)
             w = world(data, attack, arguments.rows, seed)
             model = trained(w.x, w.y, seed)
             reversals.append({"attack": name, "seed": seed} | reversed_row(model, trusted, seed))
