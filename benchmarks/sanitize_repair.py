@@ -1,6 +1,7 @@
 """Repairs of backdoored models from a few trusted rows, and what reversing says of models with and without a backdoor.
 
-python -m benchmarks.sanitize_repair --data mnist.npz [--seeds 1] [--rows 10000] [--trusted 500] [--methods ...] [--attacks ...]
+python -m benchmarks.sanitize_repair --data mnist.npz [--seeds 1] [--rows 10000] [--trusted 500] [--methods ...]
+[--attacks ...]
 A small CNN is trained on poisoned images; every method repairs the same model with the same trusted rows, which are
 drawn from the rest of the training data and carry no trigger. Per attack and method: accuracy and attack success on
 test images, the verdict of `retest` with the true trigger, and seconds; then, for backdoored and for clean models, how
