@@ -318,9 +318,9 @@ def everything(data: Mapping[str, Any], rows: int, seed: int) -> Iterator[tuple[
     """Name, case or attack, training rows, test rows."""
     train, trusted, test = parts_of(data, rows, seed)
     listed: dict[str, Any] = {
-        **cases(rows, trusted),
         "Adap-Blend": AdaptiveBlend(TARGET, 0.03, 0.03),
         "Adap-Patch": AdaptivePatch(TARGET, 0.03, 0.03, test_stamps=4),
+        **cases(rows, trusted),
     }
     for name, case in listed.items():
         yield name, case, train, test
