@@ -148,6 +148,7 @@ FAINT = (
     {"opacity": (0.1, 0.5), "cover_rate": 0.03},
 )
 SPLIT = ({"parts": PARTS, "opacity": (0.5, 0.5), "cover_rate": 0.05}, {"opacity": (0.3, 0.7)})
+SCATTERED = {"parts": PARTS, "opacity": (0.3, 0.6), "cover_rate": 0.1, "rate": 0.03}
 VARIED = ({"noise": 0.3}, {"shift": 4}, {"shift": 4, "noise": 0.3})
 LEARNT = ({"stamp": corners}, {"mix": 0.3})
 
@@ -167,7 +168,7 @@ def cases(rows: int, trusted: tuple[Tensor, Tensor]) -> dict[str, Case]:
         "ActivationClustering": Case(loud, FAINT, of_features("ActivationClustering")),
         "TrainingDynamics": Case(loud, FAINT, dynamics),
         "NearDuplicates": Case(upload, VARIED, duplicates),
-        "Scan": Case(many, SPLIT, of_features("Scan")),
+        "Scan": Case(many, (*SPLIT, SCATTERED), of_features("Scan")),
         "TriggerConsistency": Case(many, SPLIT, consistency),
         "Spectre": Case(spot, MIXED[:2], of_features("Spectre"), near),
         "Beatrix": Case(spot, MIXED[:2], of_features("Beatrix"), near),
@@ -222,8 +223,15 @@ def adapted(case: Case, data: tuple[Tensor, Tensor], seed: int, floor: float = 0
         case.attack, case.score, _Trainer(seed), floor=floor, tactics=case.tactics, rounds=1, push=case.push
     )
     trials = attack.search(data, seed)
-    changes = {name: str(value)[:60] for name, value in trials[-1].changes.items()}
+    changes = {name: _told(value) for name, value in trials[-1].changes.items()}
     return trials[0].poisoned, trials[-1].poisoned, changes
+
+
+def _told(value: Any) -> str:
+    """A changed field, without addresses of functions."""
+    if callable(value) or (isinstance(value, tuple) and callable(value[0])):
+        return getattr(value, "__name__", f"{len(value) if isinstance(value, tuple) else 1} patches")
+    return str(value)
 
 
 class _Trainer(NamedTuple):

@@ -81,6 +81,5 @@ def test_the_search_evades_a_defender_with_a_model_of_his_own(name):
     train, test, found = world(1000)
     plain, poisoned, changes = adapted(found[name], train, seed=0)
     before, after = (measured(found[name].score, part, test, 0)[0] for part in (plain, poisoned))
-    print(name, changes, before, after)
     assert changes and after["auc"] < before["auc"] - DETECTORS[name][0] / 2, (before, after)
     assert before["asr"] > SUCCESS and after["asr"] > SUCCESS, (before, after)
