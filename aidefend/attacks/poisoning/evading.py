@@ -120,14 +120,16 @@ class Evading:
 
     def search(self, dataset: Any, seed: int = 0) -> list[Trial]:
         """The plain attack, then every accepted trial: suspicion falls from one to the next."""
-        accepted = [self._tried(dataset, {}, seed)[0]]
+        accepted = [self._tried(dataset, {}, seed)]
         for _ in range(self.rounds):
-            tries = [self._tried(dataset, {**accepted[-1].changes, **tactic}, seed)[0] for tactic in self._tactics]
-            better = [trial for trial in tries if self._improves(trial, accepted[-1])]
+            last = accepted[-1][0]
+            tries = [self._tried(dataset, {**last.changes, **tactic}, seed) for tactic in self._tactics]
+            better = [tried for tried in tries if self._improves(tried[0], last)]
             if not better:
                 break
-            accepted.append(min(better, key=lambda trial: trial.suspicion))
-        return accepted if self.push is None else self._pushed(dataset, accepted, seed)
+            accepted.append(min(better, key=lambda tried: tried[0].suspicion))
+        trials = [trial for trial, _ in accepted]
+        return trials if self.push is None else self._pushed(dataset, trials, accepted[-1][1])
 
     def _improves(self, trial: Trial, last: Trial) -> bool:
         return trial.success >= self.floor and trial.suspicion < last.suspicion
@@ -161,12 +163,11 @@ class Evading:
             answers = in_batches(lambda part: called(model, part, "train(x, y)").argmax(dim=1), marked, 512)
         return float((answers.cpu() == self.attack.target).double().mean())
 
-    def _pushed(self, dataset: Any, accepted: list[Trial], seed: int) -> list[Trial]:
+    def _pushed(self, dataset: Any, accepted: list[Trial], model: Model) -> list[Trial]:
         """Rounds of gradient steps on the pixels of the best disguise, each on a model trained on the last one."""
         last = accepted[-1]
         base, clean, labels = read_rows(dataset, Threat("linf", 0.0, bounds=self.attack.bounds))
         x, y = _rows_of(last.poisoned, self.attack)
-        model = self._judged(last.poisoned, last.changes)[1]
         origin, point, poison = x[last.poisoned.is_poison], x[last.poisoned.is_poison], last.poisoned.is_poison
         for _ in range(self.rounds if len(origin) else 0):
             ours = clean[(labels == self.attack.target) & ~poison]
