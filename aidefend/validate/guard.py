@@ -308,10 +308,7 @@ class Guard(nn.Module):
         self.facts, self.calibration, self.collaborators = parts.facts, parts.calibration, given
 
     def detection(self, x: Tensor, confidence: float = 0.95, *, batch_size: int = 256) -> Interval:
-        """Share of strange rows x (N, ...) that mode "enforce" refuses at the operating point, with Wilson's interval.
-
-        Nothing is logged, charged or shown to the monitors.
-        """
+        """Share of strange rows x (N, ...) that mode "enforce" refuses, with Wilson's interval; nothing is logged."""
         return refused_share(self.attackable(), x, confidence, batch_size)
 
     def summary(self, rows_a_day: float | None = None) -> str:
