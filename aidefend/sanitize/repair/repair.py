@@ -44,9 +44,9 @@ def repair(
     where all cost more, the one with the best accuracy. Nothing about a trigger is asked or used.
 
     Guarantee: none. A repair that lowers the success of one trigger may hide it and not remove it: judge it with
-        `retest`, which trains on and names such repairs "superficial". Measured in `benchmarks/sanitize_repair.py`:
-        "trigger-unlearning" is by far the strongest there; tuning and pruning alone leave most backdoors of small
-        networks. Voided by trusted rows that carry the trigger.
+        `retest`, which trains on and names such repairs "superficial". `benchmarks/sanitize_repair.py` measures all
+        methods; its committed result holds "trigger-unlearning" against one patch alone. Voided by trusted rows that
+        carry the trigger.
     Args:
         model: From x to logits (N, K); it stays as it is.
         trusted: Rows with right labels, at least two of each class; 1 to 5 % of the training data is usual.
@@ -66,7 +66,7 @@ def repair(
         IncompatibleModel: the model does not run on the rows, or has no hidden linear or convolutional layer to prune.
     Cost: up to 5 times `epochs` passes forward and backward over the trusted rows (twice that for "ft-sam" and "nad");
         "anp": 300 batches, two passes each; "i-bau": up to 10 double-backward passes a step; "trigger-unlearning":
-        1,600 batches of 32 (K + 1) rows for each form.
+        at most 800 batches of 32 (K + 1) rows for each form, fewer rows once a class is suspected.
     Source: see the method's own function.
 
     Example:
