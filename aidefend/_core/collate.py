@@ -1,6 +1,7 @@
 """From raw samples to tensors: strictly, or with the bad ones marked and replaced, so that N samples stay N rows."""
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,8 +29,9 @@ class Rows(NamedTuple):
 
 
 def why(error: Exception) -> Failed:
-    """What a person reads about a sample that raised."""
-    return Failed(f"the sample cannot be read ({type(error).__name__}: {error})"[:_LONGEST])
+    """What a person reads about a sample that raised, the same in every run."""
+    said = re.sub(r" at 0x[0-9a-fA-F]+", "", f"{type(error).__name__}: {error}")
+    return Failed(f"the sample cannot be read ({said})"[:_LONGEST])
 
 
 def strict(names: Samples, raw: Any, *, batch: bool) -> Rows:

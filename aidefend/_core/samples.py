@@ -117,6 +117,9 @@ class Samples:
     def labels_of(self, raw: Any, n: int) -> Tensor:
         """Class indices (n,) int64 from indices, one-hot rows, or names of classes."""
         if self.classes is None:
+            if n and not isinstance(raw, Tensor) and isinstance(next(iter(raw), None), str | bytes):
+                cure = "Name all labels in order: Samples(data, classes=[...])"
+                raise refuse("labels as class indices", "y", next(iter(raw)), cure)
             return class_indices(tensor_of(raw), n)
         place = {str(label): i for i, label in enumerate(self.classes)}
         given = raw.tolist() if hasattr(raw, "tolist") else list(raw)

@@ -244,6 +244,17 @@ def test_a_screen_gives_bad_samples_a_row_and_a_reason():
     assert [alone.ids[i] for i in range(57)] == [report.ids[row] for row in good]
 
 
+def test_reasons_hold_no_addresses_and_words_lead_to_classes():
+    def broken(raw):
+        raise OSError(f"cannot read {object()}")
+
+    samples = [{"x": b"1", "y": 0}, {"x": torch.zeros(2), "y": 1}]
+    found = gather(Samples(samples, decode=lambda raw: broken(raw) if isinstance(raw, bytes) else raw), bad="mark")
+    assert found.broken == ((0, "the sample cannot be read (OSError: cannot read <object object>)"),)
+    with pytest.raises(ConfigurationError, match="classes="):
+        gather(frame().assign(label="ant"))
+
+
 def test_names_are_checked():
     for wrong in (
         {"inputs": []},
