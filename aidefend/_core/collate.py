@@ -91,7 +91,7 @@ class Marking:
             return self._one_by_one(self._pairs(raw, error, batch=batch))
         if not self._fits(found):
             return self._one_by_one(self._pairs(raw, None, batch=batch))
-        self._learn([found.x[0]] * bool(len(found.x)), found.y)
+        self._learn(list(found.x[:1]), found.y)
         return self._with_waiting(found)
 
     def _fits(self, rows: Rows) -> bool:

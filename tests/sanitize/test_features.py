@@ -124,7 +124,6 @@ def test_blocks_cover_all_rows_once_and_carry_what_detectors_need():
     ("call", "match"),
     [
         (lambda: extract_features(torch.randn(4, 4), Net()), "samples"),
-        (lambda: extract_features((torch.randn(4, 4), torch.tensor([0, 1, -1, 0])), Net()), "labels >= 0"),
         (lambda: extract_features((torch.randn(4), torch.zeros(4, dtype=torch.int64)), Net()), "at least one feature"),
         (lambda: extract_features(data(), Net(), layer="absent"), "layer to be a module"),
         (lambda: extract_features(data(), Net(), layer=torch.randn(5, 2)), "23 row"),
@@ -147,3 +146,10 @@ def test_a_model_without_a_linear_names_the_cure():
 def test_a_layer_that_is_none_is_refused_and_never_falls_back_to_the_logits(layer):
     with pytest.raises(ConfigurationError, match="layer to be a name, a module, a function or a tensor"):
         extract_features((torch.rand(6, 4), torch.arange(6) % 2), nn.Linear(4, 2), layer=layer)
+
+
+def test_a_label_below_0_costs_its_row_alone():
+    found = extract_features((torch.randn(4, 4), torch.tensor([0, 1, -1, 0])), Net())
+    assert found.usable.tolist() == [True, True, False, True] and "below 0" in found.broken[0][1]
+    with pytest.raises(ConfigurationError, match="below 0"):
+        extract_features((torch.randn(4, 4), torch.full((4,), -1)), Net())

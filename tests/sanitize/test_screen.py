@@ -194,7 +194,7 @@ def test_other_dtypes_are_read(dtype):
         (lambda: screen(torch.randn(9, 2)), "samples of the form|inputs without labels"),
         (lambda: screen((torch.randn(0, 2), torch.zeros(0, dtype=torch.int64))), "at least one sample"),
         (lambda: screen((torch.randn(9, 2), torch.arange(8))), "same number of rows|9"),
-        (lambda: screen((torch.randn(9, 2), torch.arange(9) - 1)), "labels >= 0"),
+        (lambda: screen((torch.randn(9, 2), torch.full((9,), -1))), "below 0"),
         (lambda: screen((torch.randn(9, 2), torch.arange(9)), detectors="all"), "detectors"),
         (lambda: screen((torch.randn(9, 2), torch.arange(9)), detectors=[SpectralSignature]), "detectors"),
         (lambda: screen((torch.randn(9, 2), torch.arange(9)), detectors=NeighbourDisagreement()), "detectors"),
