@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 WINDOW, STEP, KEPT, NEEDED = 20, 50, 50, 25
+LATEST = 50  # queries that one hash is looked up in, so that blank windows do not cost the square of the traffic
 
 
 def fingerprint(row: Tensor, salt: Tensor) -> set[bytes]:
@@ -29,7 +30,7 @@ class Blacklight:
         own = fingerprint(row, self.salt)
         shared: dict[int, int] = {}
         for mark in own:
-            for query in self.owners.get(mark, ()):
+            for query in self.owners.get(mark, ())[-LATEST:]:
                 shared[query] = shared.get(query, 0) + 1
         for mark in own:
             self.owners.setdefault(mark, []).append(self.count)

@@ -1,6 +1,6 @@
 """Query monitoring: attacks flagged before they succeed, against benign accounts that are flagged, and what it costs.
 
-python -m benchmarks.validate_queries --mnist mnist.npz --fashion fashion_mnist.npz [--images 8] [--accounts 300]
+python -m benchmarks.validate_queries [--mnist mnist.npz] [--fashion fashion_mnist.npz] [--images 8] [--short]
 A small CNN on each data set. Benign accounts (`benchmarks.query_traffic`) ask about half of the test images to
 calibrate and about the other half to be counted; they include video, bursts of a still camera, retries, augmentation,
 few classes. Attacks run on rows of the second half that the model knows, one account an attack, until their first
@@ -13,9 +13,7 @@ beside. Writes benchmarks/results/validate_queries.json.
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,15 +24,14 @@ from torch.nn.functional import cross_entropy
 from aidefend import Threat
 from aidefend._core.stats import wilson
 from aidefend.attacks import NES, Extraction, HopSkipJump, Square
-from aidefend.validate import Capacity, MemoryStore, QueryMonitor, SQLiteStore
-from aidefend.validate.queries.trail import Trail
+from aidefend.validate import MemoryStore, QueryMonitor
 from benchmarks.query_attackers import Boundary, record
 from benchmarks.query_attackers_adaptive import WideHopSkipJump, WideNES, WideSquare, interleaved, shifted
 from benchmarks.query_baseline import Blacklight
 from benchmarks.query_traffic import KINDS, population
-from benchmarks.record import write_result
+from benchmarks.record import earlier, write_result
 
-ALPHA, MOST, LOOKED = 0.01, 400, 200
+ALPHA, MOST, LOOKED = 0.01, 400, 100
 EPS = {"mnist": (0.1, 2.0), "fashion_mnist": (0.05, 1.0)}
 KEY = b"a key for reproducible figures.."
 Sequence = tuple[Tensor, bool]
@@ -155,8 +152,10 @@ def show(data: str, arm: str, line: dict[str, Any]) -> dict[str, Any]:
     return line
 
 
-def run_data(result: dict[str, Any], name: str, path: str, images_count: int, accounts: int, seed: int) -> None:
-    """Everything about one data set, into `result`."""
+def run_data(
+    result: dict[str, Any], name: str, path: str, images_count: int, accounts: int, seed: int, short: bool
+) -> None:
+    """Everything about one data set, into `result`; `short` leaves out disguises and easy traffic."""
     x, y, tx, ty = images(path)
     model = trained(x, y, seed)
     half = len(tx) // 2
@@ -164,8 +163,13 @@ def run_data(result: dict[str, Any], name: str, path: str, images_count: int, ac
     streams = [(queries, model(queries)) for _, queries in days]
     folder = tempfile.mkdtemp()
     QueryMonitor.calibrate(streams, MemoryStore(), alpha=ALPHA, seed=seed, key=KEY).save(f"{folder}/rules")
-    easy = [stream for (kind, _), stream in zip(days, streams, strict=True) if kind not in ("video", "still camera")]
-    QueryMonitor.calibrate(easy, MemoryStore(), alpha=ALPHA, seed=seed, key=KEY).save(f"{folder}/easy")
+    easy = (
+        []
+        if short
+        else [stream for (kind, _), stream in zip(days, streams, strict=True) if kind not in ("video", "still camera")]
+    )
+    if not short:
+        QueryMonitor.calibrate(easy, MemoryStore(), alpha=ALPHA, seed=seed, key=KEY).save(f"{folder}/easy")
 
     def fresh(rules: str = "rules", clock: Callable[[], float] = lambda: 1.0) -> QueryMonitor:
         return QueryMonitor.load(f"{folder}/{rules}", MemoryStore(), clock=clock)
@@ -173,7 +177,10 @@ def run_data(result: dict[str, Any], name: str, path: str, images_count: int, ac
     result["accuracy"] = float((model(tx).argmax(dim=1) == ty).float().mean())
     print(f"{name}: accuracy {result['accuracy']:.3f}", flush=True)
     others = population(tx[half:], ty[half:], accounts * 3 // 4, seed + 1)
-    result["benign"] = {rules: benign_shares(name, rules, fresh(rules), others, model) for rules in ("rules", "easy")}
+    result["benign"] = {
+        rules: benign_shares(name, rules, fresh(rules), others, model)
+        for rules in ("rules", "easy")[: 1 if short else 2]
+    }
     known = (model(tx[half:]).argmax(dim=1) == ty[half:]).nonzero().flatten()[:images_count] + half
     victims, truth = tx[known], ty[known]
     monitor = fresh()
@@ -183,13 +190,16 @@ def run_data(result: dict[str, Any], name: str, path: str, images_count: int, ac
     arms: dict[str, list[Sequence]] = dict(plain)
     for arm, attack in adaptive_attacks(*EPS[name], radius).items():
         arms[arm] = sequences(attack, model, victims, truth, seed)
-    for arm in ("square", "hopskipjump"):
+    for arm in () if short else ("square", "hopskipjump"):
         attack = plain_attacks(*EPS[name])[arm]
         arms[f"{arm}, shifted"] = shifted_sequences(attack, model, victims, truth, seed)
     result["arms"] = {
         arm: show(name, arm, summary((one, flag_at(fresh(), one[0], model, lambda i: "eve")[0]) for one in found))
         for arm, found in arms.items()
     }
+    if short:
+        result["blacklight"] = blacklight(name, days[:40], others[:40], arms)
+        return
     result["easy"] = {
         arm: show(
             name,
@@ -199,10 +209,8 @@ def run_data(result: dict[str, Any], name: str, path: str, images_count: int, ac
         for arm, found in plain.items()
     }
     result["disguised"] = disguises(name, plain, model, tx[half:], fresh)
-    result["blacklight"] = blacklight(name, days, others, arms)
-    result["cost"] = cost(name, folder, streams)
+    result["blacklight"] = blacklight(name, days[:40], others[:40], arms)
     if name == "mnist":
-        result["flood"] = flood()
         result["extraction"] = extraction(model, tx[half:], fresh, seed)
 
 
@@ -253,7 +261,7 @@ def blacklight(
     peaks = sorted((store.hits(queries)[-1] for _, queries in days[:100]), reverse=True)
     allowed = peaks[int(ALPHA * (len(peaks) + 1)) - 1]
     store = Blacklight(784, 1)
-    benign = [store.hits(queries)[-1] for _, queries in others[:100]]
+    benign = [store.hits(queries)[-1] for _, queries in others]
     found: dict[str, Any] = {
         "allowed_hits": allowed,
         "benign_first_hit": wilson(sum(peak > 0 for peak in benign), len(benign)),
@@ -267,46 +275,6 @@ def blacklight(
             line = summary(zip(known, at, strict=True))
             found[f"{label}: {arm}"] = show(name, f"blacklight, {label}: {arm}", line)
     return found
-
-
-def cost(name: str, folder: str, streams: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Microseconds of processor time for a call of one row, and bytes an account holds."""
-    x, outputs = (torch.cat(parts)[:600] for parts in zip(*streams, strict=True))
-    found: dict[str, Any] = {}
-    for label, make in (("memory", MemoryStore), ("sqlite", lambda: SQLiteStore(f"{folder}/state"))):
-        monitor = QueryMonitor.load(f"{folder}/rules", make())
-        spent = []
-        for i in range(len(x)):
-            start = time.process_time_ns()
-            monitor.watch(f"account-{i % 6}", x[i : i + 1], outputs[i : i + 1])
-            spent.append((time.process_time_ns() - start) / 1000)
-        found[f"{label}_microseconds"] = [statistics.median(spent), float(np.quantile(spent, 0.99))]
-        start = time.process_time_ns()
-        for i in range(0, len(x), 50):
-            monitor.watch("batches", x[i : i + 50], outputs[i : i + 50])
-        found[f"{label}_microseconds_in_50"] = (time.process_time_ns() - start) / 1000 / len(x)
-        monitor.close()
-    monitor = QueryMonitor.load(f"{folder}/rules", MemoryStore())
-    monitor.watch("a", x, outputs)
-    size = monitor._store.run(lambda session: session.get("principals", monitor._name("a")), 0.0, 1.0)
-    found["bytes_full_account"], found["file_bytes"] = len(size or b""), Path(f"{folder}/state").stat().st_size
-    print(f"{name}: cost: {found}", flush=True)
-    return found
-
-
-def flood() -> dict[str, Any]:
-    """A million fresh accounts against a store of 10,000 with one suspect in it."""
-    store, state = MemoryStore(Capacity()), Trail.new(10).to_bytes()
-    store.run(lambda session: session.put("principals", b"suspect", state, 1), 0.0, 86_400.0)
-    for i in range(1_000_000):
-        name = i.to_bytes(16, "big")
-        store.run(lambda session, name=name: session.put("principals", name, state), 1.0, 86_400.0)
-    health = store.health()
-    kept = store.run(lambda session: session.get("principals", b"suspect"), 1.0, 86_400.0) is not None
-    assert kept
-    assert health.principals == 10_000
-    assert health.evidence_lost == 0
-    return {"accounts": health.principals, "evicted": health.evicted, "suspect_kept": kept}
 
 
 def extraction(model: nn.Module, natural: Tensor, fresh: Callable[..., QueryMonitor], seed: int) -> dict[str, Any]:
@@ -346,17 +314,21 @@ def extraction(model: nn.Module, natural: Tensor, fresh: Callable[..., QueryMoni
 def main() -> None:
     """Print a line for each arm and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mnist", required=True)
-    parser.add_argument("--fashion", required=True)
+    parser.add_argument("--mnist")
+    parser.add_argument("--fashion")
+    parser.add_argument("--short", action="store_true")
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--accounts", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    result: dict[str, Any] = {"alpha": ALPHA, "most_queries": MOST, "eps": EPS, "accounts": arguments.accounts}
+    settings = {"alpha": ALPHA, "most_queries": MOST}
+    result: dict[str, Any] = settings | earlier("validate_queries", settings)
     for name, path in (("mnist", arguments.mnist), ("fashion_mnist", arguments.fashion)):
-        result[name] = {}
+        if path is None:
+            continue
+        result[name] = {"eps": EPS[name], "accounts": arguments.accounts, "images": arguments.images}
         try:
-            run_data(result[name], name, path, arguments.images, arguments.accounts, arguments.seed)
+            run_data(result[name], name, path, arguments.images, arguments.accounts, arguments.seed, arguments.short)
         finally:  # what was measured is kept
             write_result("validate_queries", result, seeds=[arguments.seed])
 
