@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from aidefend.attacks.poisoning import Sinusoid as Sinusoid
     from aidefend.attacks.poisoning import SourceTargeted as SourceTargeted
     from aidefend.attacks.poisoning import TableTrigger as TableTrigger
+    from aidefend.attacks.poisoning import TextTrigger as TextTrigger
     from aidefend.attacks.poisoning import Trial as Trial
     from aidefend.attacks.poisoning import Warp as Warp
 
@@ -82,6 +83,7 @@ _HOMES = {
     "SourceTargeted": "poisoning",
     "Square": "evasion",
     "TableTrigger": "poisoning",
+    "TextTrigger": "poisoning",
     "Transfer": "evasion",
     "Trial": "poisoning",
     "UniversalPerturbation": "evasion",

@@ -26,6 +26,7 @@ from aidefend.sanitize.sources import Source, TrustedSources, verify_sources
 from aidefend.sanitize.spectral_signature import SpectralSignature
 from aidefend.sanitize.spectre import Spectre
 from aidefend.sanitize.stream import StreamReport, screen_stream
+from aidefend.sanitize.text_encoder import TextEncoder
 from aidefend.sanitize.training_dynamics import TrainingDynamics, Trajectory
 from aidefend.sanitize.trigger_consistency import TriggerConsistency
 
@@ -57,6 +58,7 @@ __all__ = [
     "SpectralSignature",
     "Spectre",
     "StreamReport",
+    "TextEncoder",
     "TrainingDynamics",
     "Trajectory",
     "TriggerConsistency",

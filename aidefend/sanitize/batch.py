@@ -11,6 +11,7 @@ from aidefend._core.batches import content_ids
 from aidefend._core.checks import check_same_rows, refuse
 from aidefend._core.frames import column_batches, is_frame
 from aidefend._core.samples import Samples
+from aidefend.sanitize.material import TEXT_KEYS, text_id
 
 _UNKNOWN = "not judged: the row was not in the data that was screened"
 _COLUMNS = ("aidefend_keep", "aidefend_score", "aidefend_reason")
@@ -75,6 +76,8 @@ def _columns(batch: Any) -> Mapping[str, Any]:
 
 def _names(columns: Mapping[str, Any], state: Mapping[str, Any], decode: Any) -> Samples:
     """The columns that were screened, where the batch has them; else those that data sets use."""
+    if state["parameters"].get("kind") == "text":
+        return Samples(None, next((key for key in TEXT_KEYS if key in columns), TEXT_KEYS[0]))
     told = state["parameters"].get("columns") or {}
     inputs, label = told.get("inputs"), told.get("label")
     wanted = [inputs] if isinstance(inputs, str) else list(inputs or ())
@@ -89,6 +92,9 @@ def _places(columns: Mapping[str, Any], names: Samples, state: Mapping[str, Any]
         raise refuse("a label column", "batch", sorted(map(str, columns)), "Name the column y, label or target")
     used = [*inputs, label]
     count = check_same_rows(tuple(used), *(len(columns[name]) for name in used))
+    if state["parameters"].get("kind") == "text":
+        ids = (text_id(text, y) for text, y in zip(columns[inputs[0]], columns[label], strict=True))
+        return torch.tensor([state["rows"].get(row_id, -1) for row_id in ids], dtype=torch.int64)
     form = state["parameters"]["shape"], getattr(torch, state["parameters"]["dtype"])
     found = _ids(columns, count, names, *form)
     if found is None:  # some row is bad: each by itself

@@ -51,18 +51,25 @@ class Chosen:
     named: bool
 
 
-def chosen_for(detectors: Any, found: Features, model: Model, trusted: Tensor, sources: Sequence[str] | None) -> Chosen:
-    """What the caller named, copied; or what the data allows.
+def chosen_for(
+    detectors: Any,
+    found: Features,
+    model: Model,
+    trusted: Tensor,
+    sources: Sequence[str] | None,
+    overlaid: bool = True,
+) -> Chosen:
+    """What the caller named, copied; or what the data allows. `overlaid`: whether inputs can be laid over each other.
 
     Raises: ConfigurationError: neither "auto" nor a list of detectors.
     """
     if isinstance(detectors, str) and detectors == "auto":
-        return _automatic(found, model, trusted, sources)
+        return _automatic(found, model, trusted, sources, overlaid)
     named = named_detectors(detectors)
     return Chosen(named, dict.fromkeys(named, "named by the caller"), True)
 
 
-def _automatic(found: Features, model: Model, trusted: Tensor, sources: Sequence[str] | None) -> Chosen:
+def _automatic(found: Features, model: Model, trusted: Tensor, sources: Sequence[str] | None, overlaid: bool) -> Chosen:
     picked: list[tuple[Detector, str]] = [
         (SpectralSignature(), "labels and features: the widest direction of a class"),
         (ActivationClustering(), "labels and features: two clusters in a class"),
@@ -74,7 +81,9 @@ def _automatic(found: Features, model: Model, trusted: Tensor, sources: Sequence
         (NearDuplicates(), "copies of a row (a remark)"),
     ]
     why = {}
-    if len(found) <= OVERLAID_AT_MOST:
+    if not overlaid:
+        why["trigger_consistency"] = "left out: texts cannot be laid over each other"
+    elif len(found) <= OVERLAID_AT_MOST:
         picked.append((TriggerConsistency(model), "a model: answers that overlays do not change"))
     else:
         cost = f"left out: 20 forward passes for each of more than {OVERLAID_AT_MOST:,} rows; name it to have it"

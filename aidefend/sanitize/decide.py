@@ -1,7 +1,7 @@
 """From groups to verdicts: which are structured poison, how much of a class they are, and what would go unseen."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from aidefend.sanitize.group_evidence import (
 )
 from aidefend.sanitize.groups import ClassSearch, Group, extended
 from aidefend.sanitize.world import World
+from aidefend.sanitize.written import WrittenVerdict
 
 SMALLEST_CLASS = 24
 POWER = 0.8
@@ -67,6 +68,8 @@ class Decision:
         searched: Classes that were searched, with their number of rows.
         threshold: Level of each test: alpha divided by the number of proposals.
         tests: Number of proposals.
+        written: Patterns of values or words that stand, any number a class.
+        written_detectable: For each class that was searched for them, the smallest number of rows that would do.
     """
 
     poison: tuple[Verdict, ...]
@@ -75,6 +78,13 @@ class Decision:
     searched: dict[int, int]
     threshold: float
     tests: int
+    written: tuple[WrittenVerdict, ...] = ()
+    written_detectable: Mapping[int, int | None] = dataclasses.field(default_factory=dict)
+
+    @property
+    def quarantined(self) -> tuple[Verdict | WrittenVerdict, ...]:
+        """All verdicts that take rows out."""
+        return (*self.poison, *self.written)
 
 
 def decide(world: World, scores: Sequence[Tensor], alpha: float) -> Decision:
@@ -105,9 +115,9 @@ def decide(world: World, scores: Sequence[Tensor], alpha: float) -> Decision:
     return Decision(poison, harmless, mislabelled, searched, threshold, tests)
 
 
-def undecided() -> Decision:
-    """About no rows at all."""
-    return Decision((), (), torch.zeros(0, dtype=torch.bool), {}, 0.0, 0)
+def undecided(n: int = 0) -> Decision:
+    """About n rows, none of which was searched for groups."""
+    return Decision((), (), torch.zeros(n, dtype=torch.bool), {}, 0.0, 0)
 
 
 def _classes(world: World) -> list[tuple[int, Tensor]]:

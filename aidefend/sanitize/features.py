@@ -29,6 +29,7 @@ class Features:
         usable: (N,) bool, False where the input or what the model made of it holds NaN or infinity, and where the
             sample could not be read.
         broken: (row, reason) of the samples that could not be read.
+        texts: What x encodes, for data sets of texts.
     """
 
     ids: tuple[str, ...]
@@ -39,6 +40,7 @@ class Features:
     losses: Tensor
     usable: Tensor
     broken: tuple[tuple[int, str], ...] = ()
+    texts: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -58,6 +60,8 @@ class Features:
                 "losses": self.losses[part],
                 "x": self.x[part],
             }
+            if self.texts is not None:
+                block["text"] = list(self.texts[part])
             yield block if view is None else {**block, "view": view[part]}
 
 

@@ -11,10 +11,12 @@ from aidefend._core.stats import wilson
 from aidefend.sanitize.decide import POWER, SMALLEST_CLASS, Decision, Verdict, smallest_detectable
 from aidefend.sanitize.features import Features, finite_rows
 from aidefend.sanitize.remarks import Remarks
+from aidefend.sanitize.written import WrittenVerdict
 
 THREAT = (
     "An adversary adds training rows of other classes under one label (dirty-label backdoor), all with one pattern "
-    "that is added or written onto the input. The adversary controls inputs and labels of those rows, not the "
+    "that is added or written onto the input (in tables: values of a few columns; in texts: words or letters). "
+    "The adversary controls inputs and labels of those rows, not the "
     "training, and does not shape the poison against this screen."
 )
 LIMITS = (
@@ -58,7 +60,7 @@ class RowVerdicts:
         self.in_group = torch.zeros(n, dtype=torch.bool)
         self._remarks: list[list[str]] = [[] for _ in range(n)]
         self._places = found.usable.nonzero().flatten()
-        for verdict in decision.poison:
+        for verdict in decision.quarantined:
             self._mark(verdict)
         self._spread_to_copies(found)
         self.removed = self.in_group & ~trusted
@@ -68,13 +70,14 @@ class RowVerdicts:
             self._remark_rows(said, trusted, quarantine)
         self.reasons = tuple(tuple(row) for row in self._remarks)
 
-    def _mark(self, verdict: Verdict) -> None:
+    def _mark(self, verdict: Verdict | WrittenVerdict) -> None:
         group = verdict.group
         rows = self._places[group.rows]
         chance = torch.sigmoid(group.log_odds)
-        self.scores[rows] = torch.where(group.inside, chance.clamp(min=0.5 + 1e-9), chance.clamp(max=0.5))
+        said = torch.where(group.inside, chance.clamp(min=0.5 + 1e-9), chance.clamp(max=0.5))
+        self.scores[rows] = torch.maximum(self.scores[rows], said)
         members = rows[group.inside]
-        self.p_values[members] = max(verdict.p_value, 1e-300)
+        self.p_values[members] = self.p_values[members].clamp(max=max(verdict.p_value, 1e-300))
         self.in_group[members] = True
         for row, like in zip(members.tolist(), group.looks_like[group.inside].tolist(), strict=True):
             seems = f"; looks like class {like}, labelled {group.label}" if like >= 0 else ""
@@ -110,9 +113,11 @@ def _prefix(kept: bool) -> str:
     return "kept: " if kept else ""
 
 
-def _said(verdict: Verdict) -> tuple[str, str]:
+def _said(verdict: Verdict | WrittenVerdict) -> tuple[str, str]:
     """What the group is, and what speaks against it."""
     facts, label = verdict.to_dict(), verdict.group.label
+    if isinstance(verdict, WrittenVerdict):
+        return _said_of_pattern(facts)
     group = (
         f"structured poison in class {label}: group of {facts['group']} of its {facts['rows']} rows "
         f"(share {facts['poisoned_share']:.3f}, 95 % interval {facts['low']:.3f} to {facts['high']:.3f})"
@@ -125,20 +130,35 @@ def _said(verdict: Verdict) -> tuple[str, str]:
     return group, evidence
 
 
+def _said_of_pattern(facts: Mapping[str, Any]) -> tuple[str, str]:
+    label = facts["class"]
+    group = (
+        f"written pattern in class {label}: {facts['pattern']} in {facts['group']} of its {facts['rows']} rows "
+        f"(share {facts['poisoned_share']:.3f}, 95 % interval {facts['low']:.3f} to {facts['high']:.3f})"
+    )
+    evidence = (
+        f"evidence: without it {facts['foreign']:.2f} of them fit another class and not {label} (of the rest of the "
+        f"class {facts['rest_foreign']:.2f}); {facts['purity']:.2f} of all rows with it are labelled {label}; it turns "
+        f"{facts['transfer']:.2f} of other rows into {label} in the model (corrected p = {facts['p_foreign']:.1g})"
+    )
+    return group, evidence
+
+
 def facts_of(decision: Decision, removed: int, n: int) -> dict[str, Any]:
     """Counts, shares and detectable sizes of a decision, JSON types."""
     share = wilson(removed, n)
     sizes = {label: smallest_detectable(rows, decision.threshold) for label, rows in decision.searched.items()}
     return {
-        "target_classes": [verdict.group.label for verdict in decision.poison],
+        "target_classes": sorted({verdict.group.label for verdict in decision.quarantined}),
         "poisoned_share": {"value": share.value, "low": share.low, "high": share.high, "rows": removed, "n": n},
-        "poison": [verdict.to_dict() for verdict in decision.poison],
+        "poison": [verdict.to_dict() for verdict in decision.quarantined],
         "closest_harmless": [verdict.to_dict() for verdict in decision.harmless],
         "classes_searched": {str(label): rows for label, rows in decision.searched.items()},
         "detectable": {
             str(label): {"rows": size, "share_of_class": None if size is None else size / decision.searched[label]}
             for label, size in sizes.items()
         },
+        "written_detectable": {str(label): size for label, size in decision.written_detectable.items()},
         "power": POWER,
         "tests": decision.tests,
         "level_of_each_test": decision.threshold,
@@ -155,8 +175,24 @@ def limits_of(facts: Mapping[str, Any], skipped: Sequence[int]) -> str:
             f"In classes {', '.join(clean)} no evidence of a group of at least {max(sizes)} rows with a common "
             f"pattern, at power {POWER} if it stands apart in the features. "
         )
-    if not facts["classes_searched"]:
+    said += _written_limits(facts)
+    if not facts["classes_searched"] and not facts["written_detectable"]:
         said = "No class was searched: nothing is shown. "
     if skipped:
         said += f"Not searched, fewer than {SMALLEST_CLASS} rows: classes {', '.join(map(str, skipped))}. "
     return said + LIMITS
+
+
+def _written_limits(facts: Mapping[str, Any]) -> str:
+    sizes = dict(facts["written_detectable"].items())
+    open_classes = [label for label in sizes if int(label) not in facts["target_classes"]]
+    seen = [sizes[label] for label in open_classes if sizes[label] is not None]
+    said = ""
+    if seen:
+        said = (
+            f"In classes {', '.join(label for label in open_classes if sizes[label] is not None)} no evidence of at "
+            f"least {max(seen)} rows with a value, range or word in common that fit another class without it "
+            f"(if nine in ten do). "
+        )
+    blind = [label for label in open_classes if sizes[label] is None]
+    return said + (f"No power for such patterns in classes {', '.join(blind)}. " if blind else "")

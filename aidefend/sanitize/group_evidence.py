@@ -11,6 +11,7 @@ from aidefend._core.random import derive_seed, make_generator
 from aidefend.sanitize.groups import Group
 from aidefend.sanitize.neighbour_disagreement import kth_distance
 from aidefend.sanitize.separation import valley_counts
+from aidefend.sanitize.view import Conformity
 from aidefend.sanitize.world import World, turned
 
 TRANSPLANTS = 200
@@ -58,7 +59,7 @@ def examine(world: World, group: Group, threshold: float) -> GroupEvidence:
     cheap = (*foreign_share(group.foreign, group.inside), *valley_depth(group.log_odds, group.inside))
     dear = (math.nan, 1.0, math.nan, 1.0, math.nan, 1.0)
     if max(cheap[1], cheap[3]) <= threshold:
-        dear = (*transfer_share(world, group), *nearness(world, group), *own_company(world, group))
+        dear = (*transfer_share(world, group), *nearness(world, group), *_company(world, group))
     values = dict(zip(("foreign", "p_foreign", "valley", "p_valley"), cheap, strict=True))
     names = ("transfer", "p_transfer", "apart", "p_nearer", "company", "p_company")
     return GroupEvidence(**values, **dict(zip(names, dear, strict=True)))
@@ -127,20 +128,28 @@ def nearness(world: World, group: Group) -> tuple[float, float]:
     return float(ratio[inside].median() / ratio[~inside].median().clamp(min=1e-12)), float(p_value)
 
 
-def own_company(world: World, group: Group) -> tuple[float, float]:
-    """How much more than by chance the group's rows neighbour each other, and the p-value of H: a quarter or more.
+def _company(world: World, group: Group) -> tuple[float, float]:
+    return own_company(world.conformity, group.label, group.content, group.looks_like[group.inside])
 
+
+def own_company(conformity: Conformity, label: int, content: Tensor, likeness: Tensor) -> tuple[float, float]:
+    """How much more than by chance a group's rows neighbour each other, and the p-value of H: a quarter or more.
+
+    Args:
+        conformity: The view.
+        label: The group's class.
+        content: (m, v) its rows in the view, with what they have in common taken off.
+        likeness: (m,) the class that each looks like, -1 for none.
     Source: after the nearest-neighbour two-sample test of Schilling 1986; the mean over rows is taken as normal.
     """
-    conformity, n = world.conformity, len(group.content)
-    others = torch.cat([rows for label, rows in conformity.banks.items() if label != group.label])
-    among = torch.cdist(group.content, group.content).fill_diagonal_(torch.inf)
-    gaps = torch.cat([among, torch.cdist(group.content, conformity.coordinates[others])], dim=1)
+    n = len(content)
+    others = torch.cat([rows for other, rows in conformity.banks.items() if other != label])
+    among = torch.cdist(content, content).fill_diagonal_(torch.inf)
+    gaps = torch.cat([among, torch.cdist(content, conformity.coordinates[others])], dim=1)
     k = min(conformity.k, n - 1)
     observed = (gaps.topk(k, dim=1, largest=False).indices < n).double().mean(dim=1)
-    likeness = group.looks_like[group.inside]
-    ours = torch.tensor([float((likeness == label).sum()) for label in likeness.tolist()])
-    theirs = torch.tensor([float(len(conformity.banks.get(label, ()))) for label in likeness.tolist()])
+    ours = torch.tensor([float((likeness == like).sum()) for like in likeness.tolist()])
+    theirs = torch.tensor([float(len(conformity.banks.get(like, ()))) for like in likeness.tolist()])
     excess = observed - ours / (ours + theirs)
     error = max(float(excess.std()) / math.sqrt(n), 1 / (k * n))
     return float(excess.mean()), float(stats.norm.sf((KEEPS_TO_ITSELF - float(excess.mean())) / error))

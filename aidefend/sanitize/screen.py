@@ -11,12 +11,13 @@ from aidefend._core.batches import Batch
 from aidefend._core.checks import check_int, check_labels, check_tensor
 from aidefend._core.frames import columns_of
 from aidefend._core.modules import Model
-from aidefend._core.stats import wilson
 from aidefend.sanitize.choose import Chosen, Detector, chosen_for, named_detectors
 from aidefend.sanitize.confident_learning import ConfidentLearning
 from aidefend.sanitize.decide import Decision, decide, undecided
-from aidefend.sanitize.features import Features, Layer, extract_features, predictor, read_samples, readable_rows
+from aidefend.sanitize.features import Features, Layer, predictor, readable_rows
 from aidefend.sanitize.findings import ALPHA, SCORE, THREAT, RowVerdicts, facts_of, limits_of
+from aidefend.sanitize.items import Items
+from aidefend.sanitize.material import Encoder, read_material
 from aidefend.sanitize.out_of_fold import out_of_fold_logits
 from aidefend.sanitize.provenance import read_names, read_trusted, removals
 from aidefend.sanitize.remarks import Remarks, remarks_of
@@ -24,6 +25,7 @@ from aidefend.sanitize.screen_report import ScreenReport
 from aidefend.sanitize.suspect import train_suspect
 from aidefend.sanitize.view import IndependentView
 from aidefend.sanitize.world import World, shuffled, world_of
+from aidefend.sanitize.written_verdicts import control_of_written, share_of, with_written
 
 ON_ROWS = ("outliers", "confident_learning", "near_duplicates", "source_evidence", "influence")
 _BLOCK = 1024
@@ -38,6 +40,7 @@ def screen(
     sources: Sequence[Any] | None = None,
     groups: Sequence[Any] | None = None,
     seed: int = 0,
+    encoder: Encoder | None = None,
 ) -> ScreenReport:
     """Judge every row of a training set: quarantine structured poison, remark what else looks wrong, remove nothing.
 
@@ -47,6 +50,8 @@ def screen(
     ordinary rows of other classes into its label; it lies no nearer to other classes than the rest of its class; and,
     with its pattern taken off, it keeps to itself where wrongly labelled rows would mix with those that they look like.
     Honest styles and rare groups have right labels and pass the first.
+    In tables (N, d) and texts patterns are sought as such, too: values, ranges, words or letters that rows of one class
+    hold in common and that, taken off, leave rows of another class (`WrittenSearch`).
 
     Guarantee: the five tests are intersection-union tests, corrected for the number of proposals (Bonferroni): where
         in every proposal one of the hypotheses holds, something is quarantined with probability at most .01 as far as
@@ -60,6 +65,7 @@ def screen(
             usable label) gets keep = False and the reason.
         model: Module or callable that was trained on this data, from x to logits. None: a small network is trained
             here, on the data as it is, so that a shortcut shows.
+            Of texts it is asked with a list of str, or where `encoder` is given with what that makes of them.
         layer: Where features come from, see `extract_features`.
         detectors: Who proposes. "auto": all that this data has what they need for; `parameters["chosen_because"]` says
             which and why. What these say of single rows (wrong labels with the label that fits better, near duplicates,
@@ -72,6 +78,7 @@ def screen(
         groups: One name a row (whom it concerns): the same in `parameters["groups"]`, where a group that loses more
             than twice the share of the rest is marked. Neither changes a verdict.
         seed: Everything that is drawn. Equal input and seed give an equal report.
+        encoder: From a list of texts to (N, d). None: `TextEncoder`, hashed words and letters.
     Returns: A report with the scores `structured_poison` (probability-like, above .5 in quarantine) and one for each
         detector, corrected p-values, reasons, and in `parameters` the target classes, the estimated poisoned share with
         interval, the smallest detectable group, and what the same screen quarantines when labels are permuted.
@@ -93,19 +100,22 @@ def screen(
         'screen: 60 of 60 rows kept, 0 not'
     """
     check_int(seed, "seed", 0)
-    samples = read_samples(dataset)
+    material = read_material(dataset, encoder)
+    samples = material.samples
     good = read_trusted(trusted, samples.ids)
     sides = {"sources": read_names(sources, len(good), "sources"), "groups": read_names(groups, len(good), "groups")}
     if not (isinstance(detectors, str) and detectors == "auto"):
         named_detectors(detectors, copied=False)  # refused before a model is trained
     suspect = model if model is not None else _trained(samples, seed)
-    found = extract_features(samples, suspect, layer)
-    chosen = chosen_for(detectors, found, suspect, good, sides["sources"])
-    scores, remarks, decision, control = _judged(found, suspect, chosen, sides["sources"], seed)
+    found = material.features(suspect, layer, model is None)
+    chosen = chosen_for(detectors, found, suspect, good, sides["sources"], overlaid=material.kind != "text")
+    items = material.items(found, suspect, model is None, seed) if bool(found.usable.any()) else None
+    scores, remarks, decision, control = _judged(found, suspect, chosen, sides["sources"], seed, items, material.kind)
     rows = RowVerdicts(found, decision, good, remarks, quarantine=chosen.named)
     facts = facts_of(decision, int(rows.removed.sum()), len(rows.removed)) | {
         "alpha": ALPHA,
         "seed": seed,
+        "kind": material.kind,
         "model": "trained by screen" if model is None else type(model).__name__,
         "detectors": list(scores),
         "chosen_because": dict(chosen.why),
@@ -141,7 +151,13 @@ def _trained(samples: Batch, seed: int) -> nn.Module:
 
 
 def _judged(
-    found: Features, suspect: Model, chosen: Chosen, sources: Sequence[str] | None, seed: int
+    found: Features,
+    suspect: Model,
+    chosen: Chosen,
+    sources: Sequence[str] | None,
+    seed: int,
+    items: Items | None,
+    kind: str,
 ) -> tuple[dict[str, Tensor], dict[str, Remarks], Decision, dict[str, Any]]:
     """Detector scores (N,) of all rows, remarks on single ones, the decision on the usable ones, and the control."""
     if not bool(found.usable.any()):
@@ -149,10 +165,21 @@ def _judged(
         return nothing, {}, undecided(), {"quarantined": 0, "n": 0}
     view = IndependentView(found.x[found.usable], seed=seed)
     scores, remarks = _scores(found, view, chosen.detectors, sources, seed)
-    world = world_of(found, view, predictor(suspect), seed)
-    proposing = [score[found.usable] for name, score in scores.items() if chosen.named or name not in ON_ROWS]
-    decision = decide(world, proposing, ALPHA)
-    return scores, remarks, decision, _control(world, proposing, decision)
+    labels = found.labels[found.usable]
+    if kind == "text":  # patterns are not added to numbers that stand for words
+        decision = undecided(len(labels))
+        control = {"quarantined": 0, "n": 0}
+        alpha = ALPHA
+    else:
+        world = world_of(found, view, predictor(suspect), seed)
+        proposing = [score[found.usable] for name, score in scores.items() if chosen.named or name not in ON_ROWS]
+        alpha = ALPHA if items is None else ALPHA / 2
+        decision = decide(world, proposing, alpha)
+        control = _control(world, proposing, decision, alpha)
+    if items is not None:
+        decision = with_written(decision, items, labels, alpha, seed)
+        control = control_of_written(control, decision, items, labels, alpha, seed)
+    return scores, remarks, decision, control
 
 
 def _scores(
@@ -198,7 +225,7 @@ def _with_sources(block: dict[str, Any], sources: Sequence[str] | None, at: int)
     return block if sources is None else {**block, "sources": list(sources[at * _BLOCK : (at + 1) * _BLOCK])}
 
 
-def _control(world: World, scores: Sequence[Tensor], decision: Decision) -> dict[str, Any]:
+def _control(world: World, scores: Sequence[Tensor], decision: Decision, alpha: float) -> dict[str, Any]:
     """What the same screen takes from the rows it kept if their labels are permuted: its false-positive cost."""
     kept = torch.ones(len(world.labels), dtype=torch.bool)
     for verdict in decision.poison:
@@ -206,10 +233,9 @@ def _control(world: World, scores: Sequence[Tensor], decision: Decision) -> dict
     rows = kept.nonzero().flatten()
     if not len(rows):
         return {"quarantined": 0, "n": 0}
-    found = decide(shuffled(world, rows), [score[rows] for score in scores], ALPHA)
+    found = decide(shuffled(world, rows), [score[rows] for score in scores], alpha)
     removed = sum(int(verdict.group.inside.sum()) for verdict in found.poison)
-    share = wilson(removed, len(rows))
-    return {"quarantined": removed, "n": len(rows), "share": share.value, "low": share.low, "high": share.high}
+    return share_of(removed, len(rows))
 
 
 def _approximate(detectors: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,4 +248,8 @@ def _approximate(detectors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _skipped(found: Features, decision: Decision) -> list[int]:
-    return [int(label) for label in found.labels.unique() if int(label) not in decision.searched]
+    return [
+        int(label)
+        for label in found.labels.unique()
+        if int(label) not in {*decision.searched, *decision.written_detectable}
+    ]

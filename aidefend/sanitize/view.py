@@ -69,6 +69,14 @@ def _principal(centred: Tensor, count: int, stream: torch.Generator) -> tuple[Te
     return values.flip(0)[:count].clamp(min=0), basis @ vectors.flip(1)[:, :count]
 
 
+def principal_coordinates(rows: Tensor, count: int, seed: int = 0) -> Tensor:
+    """(N, count) coordinates of rows (N, d) in the principal directions of at most 4,000 of them."""
+    stream = make_generator(seed=derive_seed(seed, "principal") % 2**63)
+    sample = rows[torch.randperm(len(rows), generator=stream)[:_FIT_ROWS]]
+    centred = sample - sample.mean(dim=0)
+    return (rows - sample.mean(dim=0)) @ _principal(centred, min(count, *centred.shape), stream)[1]
+
+
 class Conformity:
     """How well rows fit classes: conformal p-values of the distance to a class's k-th nearest row.
 

@@ -501,6 +501,18 @@ CALLS = {
         lambda **a: attacks.TableTrigger(**a).poison((X.flatten(1), Y)),
         lambda: {"columns": (1,), "values": (0.5,), "target": 0, "rate": 0.1, "source_class": 1},
     ),
+    "attacks.TextTrigger": (
+        lambda **a: attacks.TextTrigger(**a).poison((["a b", "c d", "e f", "g h"] * 10, torch.arange(40) % 4)),
+        lambda: {
+            "words": "cf",
+            "kind": "insert",
+            "target": 0,
+            "rate": 0.1,
+            "count": 2,
+            "source_class": 1,
+            "seed": 0,
+        },
+    ),
     "attacks.AdaptiveBlend": (
         lambda **a: attacks.AdaptiveBlend(**a).poison((X, Y)).dataset[0],
         lambda: {
@@ -636,6 +648,10 @@ CALLS = {
     ),
     "attacks.LiRA": (attacks.LiRA(4), lambda: {**sample_arguments(), "train_fn": trained, "seed": 0}),
     "attacks.LossThreshold": (attacks.LossThreshold(), sample_arguments),
+    "sanitize.TextEncoder": (
+        lambda **a: sanitize.TextEncoder(**a)(["a b"]),
+        lambda: {"dimensions": 8, "seed": 0},
+    ),
     "sanitize.screen": (
         sanitize.screen,
         lambda: {

@@ -41,7 +41,7 @@ def test_views_are_the_two_parts_of_the_data(planted, report):
 
 def test_reasons_name_class_size_share_evidence_and_score(planted, report):
     row = int(planted.is_poison.nonzero()[0])
-    group, evidence, own = report.reasons[row]
+    group, evidence, own, *_ = report.reasons[row]
     assert group.startswith("structured poison in class 0: group of 60 of its 210 rows (share 0.286")
     assert "threshold 0.01" in evidence and "of other rows into 0" in evidence
     assert f"looks like class {int(planted.true_y[row])}, labelled 0" in own

@@ -15,6 +15,7 @@ from aidefend.attacks.poisoning.poisoned import Poisoned, PoisonedDataset
 from aidefend.attacks.poisoning.sinusoid import Sinusoid
 from aidefend.attacks.poisoning.source_targeted import SourceTargeted
 from aidefend.attacks.poisoning.table_trigger import TableTrigger
+from aidefend.attacks.poisoning.text_trigger import PoisonedTexts, TextTrigger
 from aidefend.attacks.poisoning.warp import Warp
 
 __all__ = [
@@ -31,9 +32,11 @@ __all__ = [
     "Patch",
     "Poisoned",
     "PoisonedDataset",
+    "PoisonedTexts",
     "Sinusoid",
     "SourceTargeted",
     "TableTrigger",
+    "TextTrigger",
     "Trial",
     "Warp",
 ]

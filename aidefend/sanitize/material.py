@@ -1,0 +1,195 @@
+"""What a screen is given: arrays, a table, or texts; and how a model is asked about them."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aidefend._core.batches import Batch, content_ids
+from aidefend._core.checks import check_callable, check_items, check_labels, check_same_rows, check_tensor, refuse
+from aidefend._core.frames import columns_of
+from aidefend._core.modules import Model
+from aidefend._core.samples import LABEL_KEYS
+from aidefend.sanitize.features import Features, Layer, extract_features, predictor, read_samples
+from aidefend.sanitize.items import Items
+from aidefend.sanitize.table_items import Column, TableItems, plain_columns
+from aidefend.sanitize.text_encoder import TextEncoder
+from aidefend.sanitize.text_items import TextItems
+
+TEXT_KEYS = ("text", "texts", "sentence", "document")
+_WIDEST_TABLE = 1024  # columns; wider rows are features or pixels, whose values are no statements
+Encoder = Callable[[list[str]], Tensor]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Material:
+    """The samples of a data set.
+
+    Args:
+        samples: Inputs as numbers, with labels; texts are encoded.
+        texts: The texts, or None.
+        encoder: What made numbers of them.
+        given: Whether the user gave the encoder: then models read its numbers, and not texts.
+        names: Names of the columns of a table.
+    """
+
+    samples: Batch
+    texts: tuple[str, ...] | None = None
+    encoder: Encoder | None = None
+    given: bool = False
+    names: tuple[str, ...] | None = None
+
+    @property
+    def kind(self) -> str:
+        """One of "text", "table", "array"."""
+        if self.texts is not None:
+            return "text"
+        return "table" if self.samples.x.ndim == 2 and self.samples.x.shape[1] <= _WIDEST_TABLE else "array"
+
+    def features(self, model: Model, layer: Layer | None, own: bool) -> Features:
+        """Features of all samples; a user's model of texts reads texts."""
+        if self.texts is None or own or self.given:
+            return dataclasses.replace(extract_features(self.samples, model, layer), texts=self.texts)
+        handles = torch.arange(len(self.texts)).unsqueeze(1)
+        named = f"model.{layer}" if isinstance(layer, str) and isinstance(model, nn.Module) else layer
+        found = extract_features(self.samples._replace(x=handles), on_texts(model, self.texts), named)
+        return dataclasses.replace(found, x=self.samples.x, texts=self.texts)
+
+    def items(self, found: Features, model: Model, own: bool, seed: int) -> Items | None:
+        """What the usable rows hold that could have been written there; None for arrays."""
+        if self.texts is not None:
+            kept = [text for text, usable in zip(self.texts, found.usable.tolist(), strict=True) if usable]
+            return TextItems(kept, self._reader(model, own), seed)
+        if self.kind == "array":
+            return None
+        x = found.x[found.usable]
+        return TableItems(x, self._columns(x.shape[1]), predictor(model))
+
+    def _columns(self, width: int) -> tuple[Column, ...]:
+        if self.names is None or len(self.names) != width:
+            return plain_columns(width)
+        return tuple(Column(name, (cell,)) for cell, name in enumerate(self.names))
+
+    def _reader(self, model: Model, own: bool) -> Callable[[list[str]], Tensor]:
+        """Predicted classes (n,) of texts."""
+        encoder = self.encoder
+        if encoder is not None and (own or self.given):
+            return lambda texts: predictor(model)(_encoded(encoder, texts))
+        return lambda texts: predictor(on_texts(model, texts))(torch.arange(len(texts)).unsqueeze(1))
+
+
+def on_texts(model: Model, texts: Sequence[str]) -> Model:
+    """The model behind numbers: row i of the input names text i."""
+
+    def named(handles: Tensor) -> list[str]:
+        return [texts[int(handle)] for handle in handles.flatten().tolist()]
+
+    if isinstance(model, nn.Module):
+        return _OnTexts(model, named)
+    return lambda handles: model(named(handles))
+
+
+class _OnTexts(nn.Module):
+    def __init__(self, model: nn.Module, named: Callable[[Tensor], list[str]]) -> None:
+        super().__init__()
+        self.model, self.named = model, named
+
+    def forward(self, handles: Tensor) -> Any:
+        return self.model(self.named(handles))
+
+
+def read_material(dataset: Any, encoder: Encoder | None = None) -> Material:
+    """Texts with labels, or whatever `read_samples` reads.
+
+    Texts are a pair (list of str, labels), a dict with one of TEXT_KEYS and a label column, or a map-style data set or
+    list of (str, label) samples.
+    Raises: ConfigurationError: see `read_samples`; labels that are missing; an encoder for what is no text.
+    """
+    if encoder is not None:
+        check_callable(encoder, "encoder", "Pass a function from a list of texts to a tensor (N, d)")
+    found = _texts_of(dataset)
+    if found is None:
+        if encoder is not None:
+            raise refuse("texts where an encoder is given", "dataset", type(dataset).__name__, "Pass (texts, labels)")
+        told = (columns_of(dataset) or {}).get("inputs")
+        names = tuple(told) if isinstance(told, list | tuple) else _names_of(dataset)
+        return Material(read_samples(dataset), names=names)
+    texts = check_items(found[0], str, "texts", "Pass a list of texts")
+    labels = check_labels(torch.as_tensor(np.asarray(found[1])), len(texts), name="labels")
+    ids = _text_ids(texts, labels)
+    if not texts:
+        raise refuse("at least one text", "dataset", "no text", "Pass the texts to be screened")
+    used = TextEncoder() if encoder is None else encoder
+    return Material(Batch(ids, _encoded(used, list(texts)), labels), texts, used, encoder is not None)
+
+
+def _names_of(dataset: Any) -> tuple[str, ...] | None:
+    names = getattr(dataset, "columns", None) if not isinstance(dataset, Mapping) else list(dataset)
+    return None if names is None else tuple(str(name) for name in names if str(name) not in LABEL_KEYS)
+
+
+def _encoded(encoder: Encoder, texts: list[str]) -> Tensor:
+    rows = check_tensor(encoder(texts), "encoder(texts)", ndim=2, floating=True, finite=False, rows=len(texts))
+    return rows.detach().float().cpu()
+
+
+def _texts_of(dataset: Any) -> tuple[Any, Any] | None:
+    """(texts, labels) where the data set holds texts."""
+    if isinstance(dataset, Mapping):
+        key, label = (next((k for k in keys if k in dataset), None) for keys in (TEXT_KEYS, LABEL_KEYS))
+        if key is None or not _all_texts(dataset[key]):
+            return None
+        if label is None:
+            raise refuse(f"a label column among {LABEL_KEYS}", "dataset", sorted(map(str, dataset)), "Name the labels")
+        return dataset[key], dataset[label]
+    if isinstance(dataset, tuple | list) and len(dataset) == 2 and _all_texts(dataset[0]):
+        check_same_rows(("texts", "labels"), len(dataset[0]), len(dataset[1]))
+        return dataset[0], dataset[1]
+    if _of_samples(dataset):
+        pairs = [dataset[row] for row in range(len(dataset))]
+        return [text for text, _ in pairs], [int(label) for _, label in pairs]
+    return None
+
+
+def _all_texts(values: Any) -> bool:
+    collection = isinstance(values, list | tuple) or (isinstance(values, np.ndarray) and values.ndim == 1)
+    return collection and len(values) > 0 and isinstance(values[0], str)
+
+
+def _of_samples(dataset: Any) -> bool:
+    if isinstance(dataset, Tensor | np.ndarray | str) or not hasattr(dataset, "__getitem__"):
+        return False
+    if not hasattr(dataset, "__len__") or not len(dataset):
+        return False
+    try:
+        first = dataset[0]
+    except Exception:
+        return False  # a table, or a sample that cannot be read: `read_samples` says which
+    return isinstance(first, tuple | list) and len(first) == 2 and isinstance(first[0], str)
+
+
+def text_id(text: Any, label: Any) -> str | None:
+    """The id of a text with its label, without an ordinal; None for what is no text or no whole number."""
+    try:
+        number = int(label)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if not isinstance(text, str) or number != label:
+        return None
+    raw = text.encode("utf-8", "surrogatepass")
+    row = torch.tensor(list(raw), dtype=torch.uint8).reshape(1, len(raw))
+    return content_ids(row, torch.tensor([number]))[0]
+
+
+def _text_ids(texts: Sequence[str], labels: Tensor) -> tuple[str, ...]:
+    seen: Counter[str] = Counter()
+    found = []
+    for text, label in zip(texts, labels.tolist(), strict=True):
+        name = str(text_id(text, label))
+        found.append(f"{name}#{seen[name]}" if seen[name] else name)
+        seen[name] += 1
+    return tuple(found)
