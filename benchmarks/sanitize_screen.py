@@ -47,18 +47,28 @@ class World:
 
 def attacks() -> dict[str, Any]:
     """What is planted, by name; None is clean data."""
+    square = poisoning.Patch(size=4).stamp
     return {
         "clean": None,
         "patch 10 %": poisoning.Patch(TARGET, 0.1),
         "patch 1 %": poisoning.Patch(TARGET, 0.01),
         "patch 0.5 %": poisoning.Patch(TARGET, 0.005),
+        "patch 0.3 %": poisoning.Patch(TARGET, 0.003),
         "blend 10 %": poisoning.Blend(TARGET, 0.1),
         "blend 5 %": poisoning.Blend(TARGET, 0.05),
         "blend 1 %": poisoning.Blend(TARGET, 0.01),
+        "blend 0.3 %": poisoning.Blend(TARGET, 0.003),
         "sinusoid 5 %": poisoning.Sinusoid(TARGET, 0.05),
+        "sinusoid 1 %": poisoning.Sinusoid(TARGET, 0.01),
         "sinusoid 8 %, right labels": poisoning.Sinusoid(TARGET, 0.08, 0.5, clean_label=True),
         "warp 10 %": poisoning.Warp(TARGET, 0.1, 1.5),
-        "all to all 10 %": poisoning.AllToAll(poisoning.Patch(size=4).stamp, 10, 0.1),
+        "warp 5 %": poisoning.Warp(TARGET, 0.05, 1.5),
+        "warp 1 %": poisoning.Warp(TARGET, 0.01, 1.5),
+        "all to all 10 %": poisoning.AllToAll(square, 10, 0.1),
+        "all to all 5 %": poisoning.AllToAll(square, 10, 0.05),
+        "adaptive blend": poisoning.AdaptiveBlend(TARGET, 0.01, 0.01),
+        "adaptive patch": poisoning.AdaptivePatch(TARGET, 0.01, 0.02),
+        "source targeted": poisoning.SourceTargeted(poisoning.Patch().stamp, TARGET, 1, 0.02, 0.02),
     }
 
 

@@ -11,14 +11,15 @@ from torch import Tensor
 from aidefend._core.random import derive_seed, make_generator
 from aidefend._core.stats import wilson
 from aidefend.sanitize.group_evidence import (
+    MANY_TURNED,
     MOSTLY_FOREIGN,
-    MOSTLY_TURNED,
     TRANSPLANTS,
     GroupEvidence,
     examine,
     more_than,
 )
 from aidefend.sanitize.groups import ClassSearch, Group, extended
+from aidefend.sanitize.trigger import FORMS
 from aidefend.sanitize.world import World
 from aidefend.sanitize.written import WrittenVerdict
 
@@ -28,16 +29,21 @@ _FOUND_SHARE = 0.95
 _SEARCH_ROWS = 3000
 _FURTHER = 0.01
 _AS_STRONG = 0.8
+_KIN = 0.7  # half of the energy in common
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Verdict:
-    """One group with its evidence, the p-value corrected for all proposals of the screen, and the decision."""
+    """One group with its evidence, the p-value corrected for all proposals of the screen, and the decision.
+
+    `kin`: the trigger was proven in another class, so two of the five hypotheses were not asked again.
+    """
 
     group: Group
     evidence: GroupEvidence
     p_value: float
     poison: bool
+    kin: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types: the class, the estimated poisoned share of its rows with interval, and the evidence."""
@@ -51,6 +57,7 @@ class Verdict:
             "low": share.low,
             "high": share.high,
             "poison": self.poison,
+            "proven_in_another_class": self.kin,
             "looks_like": {str(label): count for label, count in enumerate(likeness) if count},
             "p_value": self.p_value,
             **self.evidence._asdict(),
@@ -93,7 +100,8 @@ def decide(world: World, scores: Sequence[Tensor], alpha: float) -> Decision:
     Args:
         world: The data.
         scores: Detector scores (N,) over the same rows; they propose groups.
-        alpha: Chance of quarantining anything where each proposal is harmless in at least one of the five ways.
+        alpha: Chance of quarantining anything where each proposal is harmless in at least one of the five ways
+            (of three ways for groups whose trigger was proven in another class).
     """
     stream = make_generator(seed=derive_seed(world.seed, "sample") % 2**63)
     groups: list[Group] = []
@@ -108,7 +116,7 @@ def decide(world: World, scores: Sequence[Tensor], alpha: float) -> Decision:
         mislabelled[seen] = search.mislabelled()
         tests += search.proposed
     threshold = alpha / max(tests, 1)
-    verdicts = [_judged(world, group, threshold, tests) for group in groups]
+    verdicts = _with_kin([_judged(world, group, threshold, tests) for group in groups], threshold, tests)
     by_class = [mine for label in searched if (mine := _strongest_first(verdicts, label))]
     poison = tuple(_whole(world, _joined(mine)) for mine in by_class if mine[0].poison)
     harmless = tuple(mine[0] for mine in by_class if not mine[0].poison)
@@ -130,6 +138,28 @@ def _classes(world: World) -> list[tuple[int, Tensor]]:
 def _judged(world: World, group: Group, threshold: float, tests: int) -> Verdict:
     evidence = examine(world, group, threshold)
     return Verdict(group, evidence, min(1.0, evidence.p_value * tests), evidence.p_value <= threshold)
+
+
+def _with_kin(verdicts: list[Verdict], threshold: float, tests: int) -> list[Verdict]:
+    """The verdicts, where a trigger that was proven in one class need not be proven again in another.
+
+    All-to-all poison is a small group in every class, all with one pattern. A group that carries it is foreign, stands
+    apart and mixes with what it looks like; how often its trigger turns rows, and which part of the class is the
+    stranger, is known from the other class.
+    """
+    proven = [verdict.group for verdict in verdicts if verdict.poison]
+    found = []
+    for verdict in verdicts:
+        evidence, group = verdict.evidence, verdict.group
+        kin = [other for other in proven if other.label != group.label and not verdict.poison]
+        carries = evidence.p_kin <= threshold and any(_alike(group, other) for other in kin)
+        p_value = min(1.0, evidence.p_kin * tests)
+        found.append(dataclasses.replace(verdict, p_value=p_value, poison=True, kin=True) if carries else verdict)
+    return found
+
+
+def _alike(group: Group, other: Group) -> bool:
+    return group.trigger.likeness(other.trigger) >= _KIN
 
 
 def _strongest_first(verdicts: Sequence[Verdict], label: int) -> list[Verdict]:
@@ -177,7 +207,7 @@ def smallest_detectable(n: int, threshold: float) -> int | None:
     Assumes that a proposal hits the group, that it is apart from the class in the features (nothing in between, 80 % of
     it at its peak), and that 95 % of its rows are recognised as foreign and 95 % of transplants turned.
     """
-    if _power(TRANSPLANTS, MOSTLY_TURNED, threshold / 2) < POWER:
+    if _power(TRANSPLANTS, MANY_TURNED, threshold / (FORMS + 1)) < POWER:
         return None
     fits = (size for size in range(6, n // 2 + 1) if _power(size, MOSTLY_FOREIGN, threshold) >= POWER)
     return next((size for size in fits if 0.5 ** int(0.8 * size) <= threshold), None)

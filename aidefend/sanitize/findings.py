@@ -14,16 +14,18 @@ from aidefend.sanitize.remarks import Remarks
 from aidefend.sanitize.written import WrittenVerdict
 
 THREAT = (
-    "An adversary adds training rows of other classes under one label (dirty-label backdoor), all with one pattern "
-    "that is added or written onto the input (in tables: values of a few columns; in texts: words or letters). "
-    "The adversary controls inputs and labels of those rows, not the "
-    "training, and does not shape the poison against this screen."
+    "An adversary puts training rows of other classes under one or more wrong labels (dirty-label backdoor), with a "
+    "pattern that is added or written onto the input, in parts or fainter than at the test, or with a smooth "
+    "displacement of pictures (in tables: values of a few columns; in texts: words or letters). The adversary "
+    "controls inputs and labels of those rows, and inputs of rows with right labels (covers), not the training, and "
+    "does not shape the poison against this very screen."
 )
 LIMITS = (
-    "A kept row is not shown to be clean. Not looked for: poison with correct labels, triggers that warp or depend on "
-    "the input (no common additive pattern), wrong labels without a pattern (remarked, not quarantined), poison spread "
-    "over many labels, groups below the stated size, and poison whose features are kept beside the clean ones by cover "
-    "rows (trigger with right labels). The model's features belong to the adversary as far as the poison shaped them."
+    "A kept row is not shown to be clean. Not looked for: poison with correct labels, triggers that depend on the "
+    "input beyond one pattern or one displacement, wrong labels without a pattern (remarked, not quarantined), and "
+    "groups below the stated size. A displacement of few rows (about 1 % of the data) and poison that leaves no gap in "
+    "the model's features go unseen. Cover rows (trigger with right labels) are kept: without the poison they teach no "
+    "shortcut. The model's features belong to the adversary as far as the poison shaped them."
 )
 SCORE = "structured_poison"
 ALPHA = 0.01

@@ -1,5 +1,6 @@
 """Five hypotheses under which a group is harmless. A group is called poison only if all of them fall."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -8,15 +9,17 @@ from scipy import stats
 from torch import Tensor
 
 from aidefend._core.random import derive_seed, make_generator
-from aidefend.sanitize.groups import Group
+from aidefend.sanitize.bend import Bend
+from aidefend.sanitize.groups import SHAPING, Group, bend_of
 from aidefend.sanitize.neighbour_disagreement import kth_distance
 from aidefend.sanitize.separation import valley_counts
+from aidefend.sanitize.trigger import FORMS
 from aidefend.sanitize.view import Conformity
 from aidefend.sanitize.world import World, turned
 
 TRANSPLANTS = 200
 MOSTLY_FOREIGN = 0.6
-MOSTLY_TURNED = 1 / 2
+MANY_TURNED = 1 / 3
 KEEPS_TO_ITSELF = 1 / 4
 
 
@@ -27,8 +30,9 @@ class GroupEvidence(NamedTuple):
         foreign: Share of the group that fits another class and not its own; `p_foreign`: of H: at most six
             in ten, or no more than in the rest of its class.
         valley: Rows between the group and the rest, as share of those at the thinner peak; `p_valley`: of H: no gap.
-        transfer: Share of ordinary rows of other classes that the group's trigger turns into the class, NaN where the
-            two other tests made it needless; `p_transfer`: of H: at most half.
+        transfer: Share of ordinary rows of other classes that the group's trigger turns into the class in its best
+            form (added, added twice, written, bent), NaN where the two other tests made it needless; `p_transfer`: of
+            H: at most a third in any form (Bonferroni).
         apart: Median distance of its rows to the nearest other class over that inside the group, as share of the same
             for the rest of the class; NaN where the other tests made it needless; `p_nearer`: of H: the group lies no
             nearer to other classes than the rest of its class does. Of two parts it tells which is the stranger.
@@ -53,13 +57,23 @@ class GroupEvidence(NamedTuple):
         """Of H: the group is harmless in at least one of the five ways (intersection-union test)."""
         return max(self.p_foreign, self.p_valley, self.p_transfer, self.p_nearer, self.p_company)
 
+    @property
+    def p_kin(self) -> float:
+        """The same without transfer and nearness, for a group whose trigger was proven in another class."""
+        return max(self.p_foreign, self.p_valley, self.p_company)
+
 
 def examine(world: World, group: Group, threshold: float) -> GroupEvidence:
     """All five tests; the dearer three only where the two cheaper ones leave the group suspect."""
     cheap = (*foreign_share(group.foreign, group.inside), *valley_depth(group.log_odds, group.inside))
     dear = (math.nan, 1.0, math.nan, 1.0, math.nan, 1.0)
     if max(cheap[1], cheap[3]) <= threshold:
-        dear = (*transfer_share(world, group), *nearness(world, group), *_company(world, group))
+        bend = bend_of(world, group.label, group.rows[group.inside], group.looks_like[group.inside])
+        straight = group
+        if bend is not None:
+            content = world.view.coordinates(bend.taken_off(world.x[group.rows[group.inside]]))
+            straight = dataclasses.replace(group, content=content)
+        dear = (*transfer_share(world, group, bend), *nearness(world, group), *_company(world, straight))
     values = dict(zip(("foreign", "p_foreign", "valley", "p_valley"), cheap, strict=True))
     names = ("transfer", "p_transfer", "apart", "p_nearer", "company", "p_company")
     return GroupEvidence(**values, **dict(zip(names, dear, strict=True)))
@@ -84,8 +98,8 @@ def valley_depth(log_odds: Tensor, inside: Tensor) -> tuple[float, float]:
     return between / max(peak, 1), float(stats.binom.cdf(between, between + peak, 0.5)) if peak else 1.0
 
 
-def transfer_share(world: World, group: Group) -> tuple[float, float]:
-    """Share of ordinary rows that the trigger turns into the class, added or written, and its p-value. H: at most half.
+def transfer_share(world: World, group: Group, bend: Bend | None = None) -> tuple[float, float]:
+    """Share of ordinary rows that the trigger turns into the class, and its p-value. H: at most a third, in each form.
 
     The rows are of the classes that the group looks like, in the same proportions; none of them shaped the trigger.
     """
@@ -94,9 +108,15 @@ def transfer_share(world: World, group: Group) -> tuple[float, float]:
     free[group.matched] = False
     free[world.probes] = False
     likeness = group.looks_like[group.inside & group.foreign]
+    if bend is not None:
+        free[torch.cat([bank[:SHAPING] for bank in world.conformity.banks.values()])] = False
     rows = drawn_like(likeness[likeness >= 0], world.labels, free, stream)
-    count = int(turned(world, world.x[rows], [group.trigger], group.label)[0].sum(dim=1).max())
-    return count / max(len(rows), 1), min(1.0, 2 * more_than(MOSTLY_TURNED, count, len(rows)))
+    counts = turned(world, world.x[rows], [group.trigger], group.label)[0].sum(dim=1).tolist()
+    if bend is not None and len(rows):
+        moved = world.predict(bend.put_on(world.x[rows])) == group.label
+        counts.append(int((moved & (world.predict(world.x[rows]) != group.label)).sum()))
+    p_value = more_than(MANY_TURNED, max(counts), len(rows))
+    return max(counts) / max(len(rows), 1), min(1.0, (FORMS + 1) * p_value)
 
 
 def drawn_like(likeness: Tensor, labels: Tensor, free: Tensor, stream: torch.Generator) -> Tensor:

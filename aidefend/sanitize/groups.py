@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from aidefend._core.random import derive_seed, make_generator
+from aidefend.sanitize.bend import Bend
 from aidefend.sanitize.separation import (
     bisections,
     cut,
@@ -19,11 +20,13 @@ from aidefend.sanitize.separation import (
     whiten,
 )
 from aidefend.sanitize.trigger import Trigger
-from aidefend.sanitize.view import p_values
+from aidefend.sanitize.view import p_values, standardised
 from aidefend.sanitize.world import World, turned
 
+SHAPING = 100
 _TYPICAL = 0.05
 _DEVELOPED = 3
+_SHARPENED = 2
 _WORTH_DEVELOPING = 0.25
 
 
@@ -65,6 +68,7 @@ class ClassSearch:
         self.view = world.conformity.coordinates[rows]
         self.among = torch.cdist(self.view, self.view).fill_diagonal_(torch.inf)
         self.elsewhere, self.nearest = world.conformity.others(self.view, label)
+        self.beside = world.conformity.matched(self.view, label)
         self.proposed = 0
 
     def groups(self, scores: Sequence[Tensor]) -> list[Group]:
@@ -99,22 +103,31 @@ class ClassSearch:
         return [side for side in sides if self._large_enough(side)]
 
     def _ranked(self, sides: list[Tensor]) -> list[Tensor]:
-        """The few proposals to develop, settled: those that stand apart and whose pattern turns most probes.
+        """The few proposals to develop, settled: foreign ones that stand apart and whose pattern turns most probes.
 
         Poison often falls into several clusters that share one pattern, so the union of those that work is among them.
-        Proposals whose pattern turns less than a quarter of the probes are left: they could not turn a majority later.
+        Proposals whose pattern turns less than a quarter of the probes are left: they could not turn a third later.
         """
         settled = self._settled(sides)
         rates = self._probed(settled)
-        top = max(rates, default=0.0)
-        if top < _WORTH_DEVELOPING:
+        if max(rates, default=0.0) < _WORTH_DEVELOPING:
             return []
-        works = [side for side, rate in zip(settled, rates, strict=True) if rate >= 0.8 * top]
+        worth = [rate * self._foreign_without_offset(side) for side, rate in zip(settled, rates, strict=True)]
+        top = max(worth)
+        works = [side for side, value in zip(settled, worth, strict=True) if value >= 0.8 * top]
         union = self._settled([torch.stack(works).any(dim=0)])
-        rated = [*zip(settled, rates, strict=True), *((side, top) for side in union)]
-        rated = [pair for pair in rated if pair[1] >= _WORTH_DEVELOPING]
+        rated = [(s, v) for s, v, rate in zip(settled, worth, rates, strict=True) if rate >= _WORTH_DEVELOPING]
+        rated += [(side, top) for side in union]
         rated.sort(key=lambda pair: (-pair[1] * self._gap(pair[0]), -int(pair[0].sum())))
         return [side for side, _ in rated[:_DEVELOPED]]
+
+    def _foreign_without_offset(self, side: Tensor) -> float:
+        """Share of the side that fits another class better than the rest of its own, less its common offset."""
+        conformity, view = self.world.conformity, self.view[side]
+        offset = (view - conformity.coordinates[self.beside[side]].mean(dim=1)).mean(dim=0)
+        fits = self.elsewhere.clone()
+        fits[side] = conformity.others(view - offset, self.label)[0]
+        return float(self._foreign(side, fits)[side].double().mean())
 
     def _settled(self, sides: list[Tensor]) -> list[Tensor]:
         """Each side settled in the features; equal ones once."""
@@ -129,7 +142,7 @@ class ClassSearch:
 
     def _probed(self, sides: list[Tensor]) -> list[float]:
         """For each side the share of probes that its pattern turns: of all, or of those that look like it if more."""
-        world, matched = self.world, self.world.conformity.matched(self.view, self.label)[:, 0]
+        world, matched = self.world, self.beside[:, 0]
         ours, theirs = world.x[self.rows].float(), world.x[matched].float()
         triggers = [Trigger.between(ours[side], theirs[side].mean(dim=0)) for side in sides]
         probes = world.probes[world.labels[world.probes] != self.label]
@@ -142,16 +155,29 @@ class ClassSearch:
         return rates
 
     def _developed(self, side: Tensor) -> list[Group]:
-        """The group whose edge features and common pattern agree on, and the one that the pattern alone would cut."""
+        """The group whose edge features and common pattern agree on, and the one that the pattern alone would cut.
+
+        Twice: a sharper group tells its pattern better, and the pattern the group's edge.
+        """
         group = self._described(side, self.points)
-        amounts = amounts_of(self.world, self.rows, group.trigger)
-        points = torch.cat([self.points, amounts], dim=1)
-        inverse, found = inverse_covariance(points), [group]
-        for start in (side, cut(amounts[:, 0]), cut(amounts[:, 1])):
-            settled = settle(points, start, inverse)
-            if settled is not None and self._large_enough(settled):
-                found.append(self._described(settled, points))
+        found = [group]
+        amounts = amounts_of(self.world, self.label, self.rows, group.trigger)
+        for start in (cut(amounts[:, 0]), cut(amounts[:, 1]), side):
+            found += self._settled_with(start, amounts)
+        for _ in range(_SHARPENED):
+            group = found[-1]
+            amounts = amounts_of(self.world, self.label, self.rows, group.trigger, self._bend(group))
+            found += self._settled_with(group.inside, amounts)
         return found
+
+    def _settled_with(self, side: Tensor, amounts: Tensor) -> list[Group]:
+        """The side settled in the features and the amounts of a trigger, if it survives."""
+        points = torch.cat([self.points, amounts], dim=1)
+        settled = settle(points, side, inverse_covariance(points))
+        return [self._described(settled, points)] if settled is not None and self._large_enough(settled) else []
+
+    def _bend(self, group: Group) -> Bend | None:
+        return bend_of(self.world, self.label, self.rows[group.inside], group.looks_like[group.inside])
 
     def _described(self, inside: Tensor, points: Tensor) -> Group:
         trigger, offset, matched = self._common(inside)
@@ -187,17 +213,46 @@ class ClassSearch:
         return int(side.sum()) >= 6 and int((~side).sum()) > self.world.conformity.k + 1
 
 
-def amounts_of(world: World, rows: Tensor, trigger: Trigger) -> Tensor:
-    """(n, 2): how much of the trigger's pattern is in each row, and how exactly its spot is hit, standardised."""
-    x = world.x[rows]
-    return torch.stack([world.view.amount(x, trigger.pattern), trigger.hit(x)], dim=1)
+def amounts_of(world: World, label: int, rows: Tensor, trigger: Trigger, bend: Bend | None = None) -> Tensor:
+    """(n, 3 or 4), standardised, of rows of one class.
+
+    How much of the pattern is in each row, how exactly its spot is hit, how strange it is to its class; and with a bend
+    how much nearer to other classes it comes if it is bent back.
+    """
+    x, conformity = world.x[rows], world.conformity
+    columns = [world.view.amount(x, trigger.pattern), trigger.hit(x), conformity.strangeness(rows, label)]
+    if bend is not None:
+        there, back = conformity.coordinates[rows], world.view.coordinates(bend.taken_off(x))
+        far, near = (conformity.distance_elsewhere(points, label).clamp(min=1e-12) for points in (there, back))
+        columns.append(standardised((far / near).double().log()))
+    return torch.stack(columns, dim=1)
+
+
+def bend_of(world: World, label: int, rows: Tensor, looks_like: Tensor) -> Bend | None:
+    """The displacement that explains a group of rows better than an added pattern does; None where none does.
+
+    Each class that the group looks like gives a pair of means: of its own rows, and of the group's rows like it.
+    """
+    if not Bend.possible(world.x):
+        return None
+    x, sources, aims, weights = world.x[rows].float(), [], [], []
+    for other, bank in world.conformity.banks.items():
+        like = looks_like == other
+        if bool(like.any()) and other != label:
+            sources.append(world.x[bank[:SHAPING]].float().mean(dim=0))
+            aims.append(x[like].mean(dim=0))
+            weights.append(float(like.sum()))
+    if not sources:
+        return None
+    bend = Bend.between(torch.stack(sources), torch.stack(aims), torch.tensor(weights))
+    return bend if bend.left < bend.left_by_adding else None
 
 
 def extended(world: World, group: Group, rows: Tensor) -> Group:
     """The group on all rows of its class, where the search saw a sample: each is judged by the group's discriminant."""
     if len(rows) == len(group.rows):
         return group
-    points = torch.cat([whiten(world.features[rows]), amounts_of(world, rows, group.trigger)], dim=1)
+    points = torch.cat([whiten(world.features[rows]), amounts_of(world, group.label, rows, group.trigger)], dim=1)
     place = torch.searchsorted(rows, group.rows)
     direction, offset = discriminant(points[place], group.inside, inverse_covariance(points[place]))
     odds = points @ direction + offset

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+FORMS = 3
 _SPOT = 0.05
 _FEW = 4
 
@@ -46,9 +47,18 @@ class Trigger:
         """Rows (n, ...) with the pattern added, inside the range of the data and in its dtype."""
         return _like(torch.clamp(x.float() + self.pattern, low.float(), high.float()), x)
 
+    def forms(self, x: Tensor, low: Tensor, high: Tensor) -> list[Tensor]:
+        """The rows with the pattern added, added twice, and written: adaptive poison is fainter in training."""
+        twice = dataclasses.replace(self, pattern=2 * self.pattern)
+        return [self.added(x, low, high), twice.added(x, low, high), self.written(x)]
+
     def written(self, x: Tensor) -> Tensor:
         """Rows (n, ...) with the group's mean written into the spot, in their dtype."""
         return _like(torch.where(self.spot, self.values, x.float()), x)
+
+    def likeness(self, other: "Trigger") -> float:
+        """Cosine between two patterns, 0 where one of them is empty."""
+        return float(torch.nn.functional.cosine_similarity(self.pattern.flatten(), other.pattern.flatten(), dim=0))
 
     def hit(self, x: Tensor) -> Tensor:
         """(n,) float64, how exactly rows hold the written values, on a log scale, in standard deviations."""

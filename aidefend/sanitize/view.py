@@ -51,8 +51,13 @@ class IndependentView:
         shift = (self._scaled(pattern.unsqueeze(0)) - self._scaled(zero))[0]
         weights = shift - self._filter @ (self._variances / self._damping * (self._filter.T @ shift))
         amount = torch.cat([self._scaled(part) @ weights for part in x.split(1024)]).double()
-        spread = amount.std(correction=0)
-        return (amount - amount.mean()) / spread if spread > 0 else torch.zeros_like(amount)
+        return standardised(amount)
+
+
+def standardised(values: Tensor) -> Tensor:
+    """Values (n,) less their mean, in standard deviations; zeros where all are equal."""
+    spread = values.std(correction=0)
+    return (values - values.mean()) / spread if spread > 0 else torch.zeros_like(values)
 
 
 def _principal(centred: Tensor, count: int, stream: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -114,6 +119,19 @@ class Conformity:
                 which = torch.where(p > best, other, which)
                 best = torch.maximum(best, p)
         return best, which
+
+    def strangeness(self, rows: Tensor, label: int) -> Tensor:
+        """(n,) float64: log distance of rows of the data to their own class over that to the nearest other one.
+
+        In standard deviations; both distances are those of the k-th row of the class's bank, a row itself left out.
+        """
+        bank, points = self.banks[label], self.coordinates[rows]
+        order = bank.argsort()
+        place = torch.searchsorted(bank[order], rows).clamp(max=len(bank) - 1)
+        own = torch.where(bank[order][place] == rows, order[place], -1)
+        within = kth_distance(points, self.coordinates[bank], self.k, own)
+        beyond = self.distance_elsewhere(points, label).clamp(min=1e-12)
+        return standardised((within.clamp(min=1e-12) / beyond).double().log())
 
     def distance_elsewhere(self, points: Tensor, label: int) -> Tensor:
         """Distance (n,) of points (n, v) to the k-th row of the nearest class other than `label`."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aidefend._core.random import derive_seed, make_generator
 from aidefend.sanitize.features import Features
-from aidefend.sanitize.trigger import Trigger
+from aidefend.sanitize.trigger import FORMS, Trigger
 from aidefend.sanitize.view import Conformity, IndependentView
 
 Predict = Callable[[Tensor], Tensor]
@@ -80,16 +80,16 @@ def _probes(labels: Tensor, seed: int) -> Tensor:
 
 
 def turned(world: World, x: Tensor, triggers: Sequence[Trigger], label: int) -> list[Tensor]:
-    """For each trigger (2, n) bool, added and written: rows predicted as `label` with it that were not without.
+    """For each trigger (3, n) bool, one row a form: rows predicted as `label` with it that were not without.
 
     A row that is `label` without it counts as not turned, which makes the share of turned rows a cautious one.
-    Cost: one forward pass of x, and two more for each trigger.
+    Cost: one forward pass of x, and three more for each trigger.
     """
     if not len(x):
-        return [torch.zeros(2, 0, dtype=torch.bool) for _ in triggers]
+        return [torch.zeros(FORMS, 0, dtype=torch.bool) for _ in triggers]
     eligible = world.predict(x) != label
     found = []
     for trigger in triggers:
-        both = world.predict(torch.cat([trigger.added(x, world.low, world.high), trigger.written(x)]))
-        found.append((both.reshape(2, len(x)) == label) & eligible)
+        moved = world.predict(torch.cat(trigger.forms(x, world.low, world.high)))
+        found.append((moved.reshape(FORMS, len(x)) == label) & eligible)
     return found

@@ -126,10 +126,10 @@ def test_company_is_near_zero_for_a_random_part_of_a_class_and_high_for_a_cluste
     here, group = world(planted), group_of(planted, planted.is_poison)
     ones = (planted.y == 1).nonzero().flatten()[:60]
     drawn = here.conformity.coordinates[ones] + 1e-3
-    random_part = dataclasses.replace(group, content=drawn, looks_like=torch.ones_like(group.looks_like))
-    cluster = dataclasses.replace(group, content=drawn * 0.01 + 9)
-    assert abs(own_company(here, random_part)[0]) < 0.15 and own_company(here, random_part)[1] < 1e-4
-    assert own_company(here, cluster)[0] > 0.5 and own_company(here, cluster)[1] > 0.99
+    near = own_company(here.conformity, 0, drawn, torch.ones(60, dtype=torch.int64))
+    apart = own_company(here.conformity, 0, drawn * 0.01 + 9, group.looks_like[group.inside])
+    assert abs(near[0]) < 0.15 and near[1] < 1e-4
+    assert apart[0] > 0.5 and apart[1] > 0.99
 
 
 def test_transplants_go_to_the_classes_that_the_group_looks_like_and_to_no_row_that_shaped_it():
@@ -150,9 +150,9 @@ def test_rows_of_the_class_itself_do_not_count_as_turned():
     shift = 9.0 * (torch.arange(20) < 3)
     trigger = Trigger.between(shift.expand(2, 20), torch.zeros(20))
     zero, one = (planted.x[planted.y == c][:10] for c in (0, 1))
-    shares = turned(here, torch.cat([zero, one]), [trigger], 0)[0].double().reshape(2, 2, 10).mean(dim=2)
-    assert shares.tolist() == [[0.0, 1.0], [0.0, 1.0]]
-    assert turned(here, zero[:0], [trigger], 0)[0].shape == (2, 0)
+    shares = turned(here, torch.cat([zero, one]), [trigger], 0)[0].double().reshape(3, 2, 10).mean(dim=2)
+    assert shares.tolist() == [[0.0, 1.0]] * 3
+    assert turned(here, zero[:0], [trigger], 0)[0].shape == (3, 0)
 
 
 def test_shuffled_worlds_keep_inputs_and_class_sizes():

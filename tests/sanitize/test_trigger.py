@@ -47,3 +47,17 @@ def test_no_difference_is_no_trigger():
     x = torch.rand(3, 5)
     assert not bool(trigger.spot.any()) and torch.equal(trigger.written(x), x)
     assert trigger.hit(x).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_likeness_is_the_cosine_of_the_patterns_and_zero_for_an_empty_one():
+    here = Trigger.between(torch.tensor([[3.0, 4.0]] * 2), torch.zeros(2))
+    there = Trigger.between(torch.tensor([[4.0, 3.0]] * 2), torch.zeros(2))
+    nothing = Trigger.between(torch.zeros(2, 2), torch.zeros(2))
+    assert here.likeness(there) == pytest.approx(0.96) and here.likeness(nothing) == 0.0
+
+
+def test_forms_are_the_pattern_once_and_twice_inside_the_range_and_the_values():
+    trigger = Trigger.between(torch.tensor([[0.3, 0.0]] * 2), torch.zeros(2))
+    once, twice, written = trigger.forms(torch.tensor([[0.5, 0.5]]), torch.zeros(2), torch.ones(2))
+    assert once.tolist() == [[pytest.approx(0.8), 0.5]] and twice.tolist() == [[1.0, 0.5]]
+    assert written.tolist() == [[pytest.approx(0.3), 0.5]]
