@@ -45,6 +45,19 @@ class Features:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def gradient_parts(self) -> tuple[Tensor, Tensor]:
+        """The two factors of each row's gradient of the loss by the last layer: errors (N, K) and inputs (N, d + 1).
+
+        The gradient by (weights, bias) is `torch.outer(errors[i], inputs[i])`; inner products of rows i and j are
+        `(errors[i] @ errors[j]) * (inputs[i] @ inputs[j])`, without the matrix. Right where `features` are what the last
+        linear layer reads, as they are by default. NaN in rows that are not usable or whose label has no logit.
+        """
+        errors = torch.softmax(self.logits, dim=1)
+        known = self.usable & (self.labels < self.logits.shape[1])
+        errors[known, self.labels[known]] -= 1
+        errors[~known] = torch.nan
+        return errors, torch.cat([self.features, torch.ones(len(self), 1)], dim=1)
+
     def blocks(self, size: int = 1024, view: Tensor | None = None) -> Iterator[dict[str, Any]]:
         """The rows as blocks for detectors; `view` (N, v) goes along as an independent view."""
         check_int(size, "size")

@@ -45,6 +45,7 @@ class RowVerdicts:
         trusted: (N,) bool, rows that are never quarantined for what a group of theirs is, or for a remark.
         remarks: What detectors say of single rows.
         quarantine: Whether a remark quarantines its row.
+        most: Largest share of the usable rows of a class that is removed; the most suspicious go first.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class RowVerdicts:
         remarks: Mapping[str, Remarks] = MappingProxyType({}),
         *,
         quarantine: bool = False,
+        most: float = 1.0,
     ) -> None:
         n = len(found)
         self.scores = torch.where(found.usable, 0.0, torch.nan).double()
@@ -66,11 +68,26 @@ class RowVerdicts:
             self._mark(verdict)
         self._spread_to_copies(found)
         self.removed = self.in_group & ~trusted
+        self.spared = self._capped(found, most)
         self.keep = found.usable & ~self.removed
         self._remark(found, decision, trusted)
         for said in remarks.values():
             self._remark_rows(said, trusted, quarantine)
         self.reasons = tuple(tuple(row) for row in self._remarks)
+
+    def _capped(self, found: Features, most: float) -> dict[int, list[int]]:
+        """Rows beyond the cap, by class: they are kept, and say so."""
+        spared: dict[int, list[int]] = {}
+        for label in found.labels[self.removed].unique().tolist():
+            mine = (self.removed & (found.labels == label)).nonzero().flatten()
+            allowed = int(most * int((found.usable & (found.labels == label)).sum()))
+            beyond = mine[self.scores[mine].argsort(descending=True, stable=True)][allowed:].sort().values
+            if len(beyond):
+                spared[int(label)] = beyond.tolist()
+                self.removed[beyond] = False
+        for row in (row for rows in spared.values() for row in rows):
+            self._remarks[row].append(f"kept: more than {most:.2f} of its class would go")
+        return spared
 
     def _mark(self, verdict: Verdict | WrittenVerdict) -> None:
         group = verdict.group

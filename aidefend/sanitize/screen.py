@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from aidefend._core.batches import Batch
-from aidefend._core.checks import check_int, check_labels, check_tensor
+from aidefend._core.checks import check_int, check_labels, check_number, check_tensor
 from aidefend._core.frames import columns_of
 from aidefend._core.modules import Model
 from aidefend.sanitize.choose import Chosen, Detector, chosen_for, named_detectors
@@ -41,6 +41,7 @@ def screen(
     groups: Sequence[Any] | None = None,
     seed: int = 0,
     encoder: Encoder | None = None,
+    max_removed: float = 0.75,
 ) -> ScreenReport:
     """Judge every row of a training set: quarantine structured poison, remark what else looks wrong, remove nothing.
 
@@ -82,6 +83,8 @@ def screen(
             than twice the share of the rest is marked. Neither changes a verdict.
         seed: Everything that is drawn. Equal input and seed give an equal report.
         encoder: From a list of texts to (N, d). None: `TextEncoder`, hashed words and letters.
+        max_removed: Largest share of a class that structured poison takes out, in (0, 1]; the least suspicious rows
+            beyond it are kept, with a reason, and counted in `parameters["cap"]`.
     Returns: A report with the scores `structured_poison` (probability-like, above .5 in quarantine) and one for each
         detector, corrected p-values, reasons, and in `parameters` the target classes, the estimated poisoned share with
         interval, the smallest detectable group, and what the same screen quarantines when labels are permuted.
@@ -103,6 +106,7 @@ def screen(
         'screen: 60 of 60 rows kept, 0 not'
     """
     check_int(seed, "seed", 0)
+    check_number(max_removed, "max_removed", 0, 1, open_low=True)
     material = read_material(dataset, encoder)
     samples = material.samples
     good = read_trusted(trusted, samples.ids)
@@ -114,11 +118,12 @@ def screen(
     chosen = chosen_for(detectors, found, suspect, good, sides["sources"], overlaid=material.kind != "text")
     items = material.items(found, suspect, model is None, seed) if bool(found.usable.any()) else None
     scores, remarks, decision, control = _judged(found, suspect, chosen, sides["sources"], seed, items, material.kind)
-    rows = RowVerdicts(found, decision, good, remarks, quarantine=chosen.named)
+    rows = RowVerdicts(found, decision, good, remarks, quarantine=chosen.named, most=max_removed)
     facts = facts_of(decision, int(rows.removed.sum()), len(rows.removed)) | {
         "alpha": ALPHA,
         "seed": seed,
         "kind": material.kind,
+        "cap": {"max_removed": max_removed, "spared": {str(label): kept for label, kept in rows.spared.items()}},
         "model": "trained by screen" if model is None else type(model).__name__,
         "detectors": list(scores),
         "chosen_because": dict(chosen.why),

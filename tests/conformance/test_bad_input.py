@@ -663,6 +663,7 @@ CALLS = {
             "sources": ["a"] * ROWS,
             "groups": ["b"] * ROWS,
             "seed": 0,
+            "max_removed": 0.5,
         },
     ),
     "sanitize.screen_batch": (

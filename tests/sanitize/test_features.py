@@ -153,3 +153,16 @@ def test_a_label_below_0_costs_its_row_alone():
     assert found.usable.tolist() == [True, True, False, True] and "below 0" in found.broken[0][1]
     with pytest.raises(ConfigurationError, match="below 0"):
         extract_features((torch.randn(4, 4), torch.full((4,), -1)), Net())
+
+
+def test_gradient_parts_are_the_factors_of_the_gradient_by_the_last_layer():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
+    x, y = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 7])
+    errors, inputs = extract_features((x, y), model).gradient_parts()
+    for row in range(4):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x[row : row + 1]), y[row : row + 1]).backward()
+        outer = torch.outer(errors[row], inputs[row])
+        assert torch.allclose(outer[:, :-1], model[2].weight.grad, atol=1e-6)
+        assert torch.allclose(outer[:, -1], model[2].bias.grad, atol=1e-6)
+    assert bool(errors[4].isnan().all())  # the model has no such class

@@ -235,6 +235,19 @@ def test_screen_names_the_columns_of_a_table_and_the_trusted_rows_stay():
     assert report.parameters["kind"] == "table" and report.parameters["written_detectable"]["0"] is not None
 
 
+def test_the_cap_on_a_class_binds_and_says_which_rows_it_left():
+    poisoned = TextTrigger("cf", rate=0.05).poison(corpus(240, 2, length=10), seed=0)
+
+    def model(texts):
+        return torch.tensor([[float("cf" in text), float("topic1" in text)] for text in texts])
+
+    report = screen(poisoned.dataset, model=model, detectors=[], seed=0, max_removed=0.05)
+    allowed = int(0.05 * int((poisoned.dataset[1] == 0).sum()))
+    spared = report.parameters["cap"]["spared"]["0"]
+    assert int((~report.keep).sum()) == allowed and len(spared) == int(poisoned.is_poison.sum()) - allowed
+    assert all(bool(report.keep[row]) and "kept: more than 0.05" in report.reasons[row][-1] for row in spared)
+
+
 @pytest.mark.parametrize(
     ("data", "encoder"),
     [
