@@ -49,8 +49,8 @@ class Features:
         """The two factors of each row's gradient of the loss by the last layer: errors (N, K) and inputs (N, d + 1).
 
         The gradient by (weights, bias) is `torch.outer(errors[i], inputs[i])`; inner products of rows i and j are
-        `(errors[i] @ errors[j]) * (inputs[i] @ inputs[j])`, without the matrix. Right where `features` are what the last
-        linear layer reads, as they are by default. NaN in rows that are not usable or whose label has no logit.
+        `(errors[i] @ errors[j]) * (inputs[i] @ inputs[j])`, without the matrix. Right where `features` are what the
+        last linear layer reads, as they are by default. NaN in rows that are not usable or whose label has no logit.
         """
         errors = torch.softmax(self.logits, dim=1)
         known = self.usable & (self.labels < self.logits.shape[1])
