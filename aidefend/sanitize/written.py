@@ -21,9 +21,10 @@ _ROUNDS = 4
 _SEARCH_ROWS = 3000
 _SCALES = (0.0, 0.35)  # shares of a class: a few neighbours, and more than poison usually is
 _TYPICAL = 0.05
-_EFFECT = 0.05  # level at which "most of the rows" must hold, beside the corrected test
+_EFFECT = 0.05  # level of the tests of effect, beside the corrected test
 FOLLOWS = 0.1
-PURE = 3 / 4
+PURE = 0.9
+MOSTLY = 0.6
 
 
 class WrittenEvidence(NamedTuple):
@@ -32,10 +33,10 @@ class WrittenEvidence(NamedTuple):
     Args:
         foreign: Share of them that fits another class and not its own once the pattern is taken off;
             `rest_foreign`: the same of the rest of the class; `p_foreign`: of H: no more than in the rest, corrected
-            for every pattern that the search looked at; `p_mostly`: of H: at most half.
+            for every pattern that the search looked at.
         transfer: Share of ordinary rows of other classes that the model puts into the class once the pattern is put
             on them, NaN where the other tests made it needless; `p_transfer`: of H: at most a tenth.
-        purity: Share of all rows with the whole pattern that has this label; `p_purity`: of H: at most three in four.
+        purity: Share of all rows with the whole pattern that has this label.
         company: How much more often than by chance they neighbour each other without the pattern; `p_company`: of H:
             at least a quarter more often.
     """
@@ -43,11 +44,9 @@ class WrittenEvidence(NamedTuple):
     foreign: float
     rest_foreign: float
     p_foreign: float
-    p_mostly: float
     transfer: float
     p_transfer: float
     purity: float
-    p_purity: float
     company: float
     p_company: float
 
@@ -98,9 +97,9 @@ class WrittenSearch:
 
     Guarantee: where no pattern tells which rows of a class look foreign (beyond chance), something is called poison
         with probability at most `alpha` (Bonferroni over all patterns looked at, Fisher's exact test each). A pattern
-        that does must also pass tests of effect: most of its rows are foreign without it; the label follows it, in the
-        model (more than a tenth of ordinary rows) or in the data (more than three in four of all rows that hold it);
-        and its rows mix with those that they look like. A rule of the world that makes exceptions of
+        that does must also have an effect: six in ten of its rows are foreign without it; the label follows it, in the
+        model (significantly more than a tenth of ordinary rows turn) or in the data (nine in ten of all rows that hold
+        it); and its rows mix with those that they look like. A rule of the world that makes exceptions of
         this very form passes them, too: it cannot be told from poison by the data alone.
     Args:
         items: The rows, finite.
@@ -200,15 +199,15 @@ class WrittenSearch:
         )
         inside = held[left]
         donors = left[inside & strange]
-        dear = (math.nan, 1.0, math.nan, 1.0, math.nan, 1.0)
-        if values[2] <= self.alpha and values[3] <= _EFFECT and len(donors):
+        dear = (math.nan, 1.0, math.nan, math.nan, 1.0)
+        if values[2] <= self.alpha and values[0] >= MOSTLY and len(donors):
             transfer = self._transfer(label, whole, donors, which[inside & strange], stream)
             company = own_company(conformity, label, points[inside], which[inside])
-            dear = (*transfer, *self._purity(label, whole), *company)
+            dear = (*transfer, self._purity(label, whole), *company)
         evidence = WrittenEvidence(*values, *dear)
-        effect = min(1.0, 2 * min(evidence.p_transfer, evidence.p_purity))
-        p_value = max(evidence.p_foreign, evidence.p_mostly, effect, evidence.p_company)
-        poison = evidence.p_foreign <= self.alpha and p_value <= _EFFECT
+        p_value = max(evidence.p_foreign, evidence.p_company)
+        followed = evidence.purity >= PURE or evidence.p_transfer <= _EFFECT
+        poison = evidence.p_foreign <= self.alpha and evidence.p_company <= _EFFECT and followed
         group = self._group(label, rows, held, left, which, strange)
         return WrittenVerdict(group, self.items.words(whole, donors), evidence, min(1.0, p_value), poison)
 
@@ -223,11 +222,10 @@ class WrittenSearch:
         turned = (self.items.classes_of(rows) != label) & (self.items.classes_with(rows, pattern, donors) == label)
         return float(turned.double().mean()), more_than(FOLLOWS, int(turned.sum()), len(rows))
 
-    def _purity(self, label: int, pattern: Pattern) -> tuple[float, float]:
-        """Share of all rows with the pattern that has the label, and the p-value of H: at most three in four."""
+    def _purity(self, label: int, pattern: Pattern) -> float:
+        """Share of all rows with the pattern that has the label."""
         held = rows_with(self.items, pattern)
-        ours, n = int((self.labels[held] == label).sum()), int(held.sum())
-        return ours / n if n else math.nan, more_than(PURE, ours, n)
+        return float((self.labels[held] == label).double().mean()) if bool(held.any()) else math.nan
 
     def _group(
         self, label: int, rows: Tensor, held: Tensor, left: Tensor, which: Tensor, strange: Tensor
@@ -256,12 +254,12 @@ def _own(points: Tensor, inside: Tensor, k: int) -> Tensor:
     return p_values(distance, distance[outside].sort().values)
 
 
-def _foreignness(strange: Tensor, inside: Tensor, tests: int) -> tuple[float, float, float, float]:
-    """Shares of foreign rows inside and outside, the corrected p-value of H: no more inside, and of H: at most half."""
+def _foreignness(strange: Tensor, inside: Tensor, tests: int) -> tuple[float, float, float]:
+    """Shares of foreign rows inside and outside, and the corrected p-value of H: no more inside."""
     ours, n = int(strange[inside].sum()), int(inside.sum())
     others, rest = int(strange[~inside].sum()), int((~inside).sum())
     chance = float(stats.hypergeom.sf(ours - 1, n + rest, ours + others, n)) if n else 1.0
-    return ours / max(n, 1), others / max(rest, 1), min(1.0, chance * tests), more_than(1 / 2, ours, n)
+    return ours / max(n, 1), others / max(rest, 1), min(1.0, chance * tests)
 
 
 def smallest_written(n: int, rest_foreign: float, alpha: float, tests: int) -> int | None:
@@ -276,6 +274,6 @@ def smallest_written(n: int, rest_foreign: float, alpha: float, tests: int) -> i
     for size in range(FEWEST, n // 2 + 1):
         ours, others = int(0.9 * size), round(rest_foreign * (n - size))
         seen = float(stats.hypergeom.sf(ours - 1, n, ours + others, size)) * tests <= alpha
-        if seen and more_than(1 / 2, ours, size) <= _EFFECT:
+        if seen:
             return size
     return None
