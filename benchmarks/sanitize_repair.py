@@ -24,7 +24,7 @@ from aidefend.sanitize.repair.repair import RepairMethod
 from benchmarks.record import write_result
 from benchmarks.sanitize_screen import TARGET, World, judged, trained, world
 
-FIRST_SEED = 400
+FIRST_SEED = 410  # 300 and 400 were looked at while the methods were made
 SUSPECTS = 50
 
 
