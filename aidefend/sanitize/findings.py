@@ -24,8 +24,8 @@ LIMITS = (
     "A kept row is not shown to be clean. Not looked for: poison with correct labels, triggers that depend on the "
     "input beyond one pattern or one displacement, wrong labels without a pattern (remarked, not quarantined), and "
     "groups below the stated size. A displacement of few rows (about 1 % of the data) and poison that leaves no gap in "
-    "the model's features go unseen. Cover rows (trigger with right labels) are kept: without the poison they teach no "
-    "shortcut. The model's features belong to the adversary as far as the poison shaped them."
+    "the model's features go unseen. Cover rows (trigger with right labels) are kept. "
+    "The model's features belong to the adversary as far as the poison shaped them."
 )
 SCORE = "structured_poison"
 ALPHA = 0.01

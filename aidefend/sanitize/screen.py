@@ -93,7 +93,7 @@ def screen(
     Cost: one forward pass of the data (21 where at most 10,000 rows are overlaid, see `TriggerConsistency`), about 300
         rows of transplants for each of some 36 proposals a class, a distance matrix of each class (at most 3,000 rows
         of it) with at most 1,000 rows of every other class for each of up to 18 groups, and for pictures up to 24 fits
-        of a displacement to class means a class. About three times the price of one search with added patterns alone.
+        of a displacement to class means a class.
     Source: Composition ours. Spectral signatures: Tran, Li, Madry 2018. Activation clustering: Chen et al. 2018.
         Neighbour labels: Peri et al. 2020. Transplants follow the idea of STRIP (Gao et al. 2019): a trigger works
         wherever it is put.
