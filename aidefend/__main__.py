@@ -6,8 +6,10 @@
 import argparse
 import contextlib
 import json
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,38 @@ OK, FOUND, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    with _remembering_interrupts() as interrupts:
+        try:
+            options = _parser().parse_args(arguments)
+            command: Callable[[argparse.Namespace], int] = options.command
+            return command(options)
+        except (KeyboardInterrupt, Exception) as error:
+            if interrupts or isinstance(error, KeyboardInterrupt):
+                print("\nInterrupted. Nothing was written.", file=sys.stderr)
+                return INTERRUPTED
+            if not isinstance(error, AidefendError):
+                raise
+            print(f"aidefend: {error}", file=sys.stderr)
+            return USAGE
+
+
+@contextlib.contextmanager
+def _remembering_interrupts() -> Iterator[list[int]]:
+    """Ctrl-C, also where the start of an extension module turns it into an error of its own."""
+    seen: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield seen  # only the main thread hears signals
+        return
+    before = signal.signal(signal.SIGINT, note)
     try:
-        options = _parser().parse_args(arguments)
-        command: Callable[[argparse.Namespace], int] = options.command
-        return command(options)
-    except KeyboardInterrupt:
-        print("\nInterrupted. Nothing was written.", file=sys.stderr)
-        return INTERRUPTED
-    except AidefendError as error:
-        print(f"aidefend: {error}", file=sys.stderr)
-        return USAGE
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _parser() -> argparse.ArgumentParser:

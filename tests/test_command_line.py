@@ -1,5 +1,6 @@
 """The command line: readable help, JSON on demand, exit codes that scripts can rely on."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from aidefend.__main__ import FOUND, OK, USAGE, main
+from aidefend.__main__ import FOUND, INTERRUPTED, OK, USAGE, main
 from aidefend.artifacts import Manifest
 
 KEY = b"a secret key of 16 bytes or more"
@@ -148,6 +149,19 @@ def test_the_demo_prints_json_alone(tmp_path, monkeypatch, capsys):
     assert main(["demo", "--json", "--seed", "3", "--out", str(tmp_path)]) == OK
     said = capsys.readouterr()
     assert json.loads(said.out) == {"seed": 3} and "a line for readers" in said.err
+
+
+def test_ctrl_c_that_comes_out_as_another_error_is_told_as_what_it_was(monkeypatch, capsys):
+    def unlucky(options):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ImportError("initialization failed")  # as extension modules have it
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("aidefend.__main__._demo", unlucky)
+    assert main(["demo"]) == INTERRUPTED
+    assert "Interrupted." in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5, 6.0])

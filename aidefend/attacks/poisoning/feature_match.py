@@ -24,6 +24,7 @@ def feature_gap(model: Any, poison: Tensor, rows: Tensor) -> Tensor:
     Returns: A scalar.
 
     Example:
+        >>> import torch
         >>> rows = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
         >>> model = torch.nn.Linear(4, 2)
         >>> bool(feature_gap(model, rows, rows).detach() < feature_gap(model, rows + 3.0, rows).detach())
