@@ -24,23 +24,13 @@ from aidefend._core.stats import wilson
 from aidefend.attacks import APGD, PGD
 from benchmarks.record import write_result
 from benchmarks.sanitize_screen import trained
+from benchmarks.validate_detectors import DETECTORS as COMPARED
 
 FIRST_SEED = 1200
 ALPHA = 0.05
 RADII = (0.05, 0.1, 0.2)
 WEIGHTS = (0.3, 1.0, 3.0)
-DETECTORS = {
-    "energy": validate.Energy(),
-    "max-softmax": validate.MaxSoftmax(),
-    "max-logit": validate.MaxLogit(),
-    "entropy": validate.Entropy(),
-    "gen": validate.GEN(),
-    "mahalanobis": validate.Mahalanobis(),
-    "relative-mahalanobis": validate.RelativeMahalanobis(),
-    "nearest-neighbours": validate.NearestNeighbours(k=50),
-    "vim": validate.ViM(),
-    "local-dimension": validate.LocalDimension(),
-}
+DETECTORS = {**COMPARED, "vim": validate.ViM()}
 PANELS = {
     **{name: [one] for name, one in DETECTORS.items()},
     "energy + nearest-neighbours (default)": [DETECTORS["energy"], DETECTORS["nearest-neighbours"]],
