@@ -3,14 +3,17 @@
 0: done, nothing wrong. 1: done, something wrong was found. 2: the call was malformed or a file unusable. 130: Ctrl-C.
 """
 
+import _thread
 import argparse
 import contextlib
+import inspect
 import json
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from aidefend import __version__
@@ -22,29 +25,40 @@ OK, FOUND, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    with _remembering_interrupts() as interrupts:
-        try:
-            options = _parser().parse_args(arguments)
-            command: Callable[[argparse.Namespace], int] = options.command
-            return command(options)
-        except (KeyboardInterrupt, Exception) as error:
-            if interrupts or isinstance(error, KeyboardInterrupt):
-                print("\nInterrupted. Nothing was written.", file=sys.stderr)
-                return INTERRUPTED
-            if not isinstance(error, AidefendError):
-                raise
-            print(f"aidefend: {error}", file=sys.stderr)
-            return USAGE
+    try:
+        with _remembering_interrupts(inspect.currentframe()) as interrupts:
+            return _run(arguments, interrupts)
+    except KeyboardInterrupt:  # also one that came while the handler was put in place or taken away
+        print("\nInterrupted. Nothing was written.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(arguments: Sequence[str] | None, interrupts: list[int]) -> int:
+    try:
+        options = _parser().parse_args(arguments)
+        command: Callable[[argparse.Namespace], int] = options.command
+        return command(options)
+    except Exception as error:
+        if interrupts:
+            raise KeyboardInterrupt from error
+        if not isinstance(error, AidefendError):
+            raise
+        print(f"aidefend: {error}", file=sys.stderr)
+        return USAGE
 
 
 @contextlib.contextmanager
-def _remembering_interrupts() -> Iterator[list[int]]:
-    """Ctrl-C, also where the start of an extension module turns it into an error of its own."""
+def _remembering_interrupts(outside: FrameType | None) -> Iterator[list[int]]:
+    """Ctrl-C; one that comes in the middle of an import waits for its end, as extension modules lose it or abort."""
     seen: list[int] = []
 
-    def note(number: int, _: Any) -> None:
+    def note(number: int, frame: FrameType | None) -> None:
         seen.append(number)
-        raise KeyboardInterrupt
+        if not _importing(frame, outside):
+            raise KeyboardInterrupt
+        again = threading.Timer(0.05, _interrupt_again)
+        again.daemon = True
+        again.start()
 
     if threading.current_thread() is not threading.main_thread():
         yield seen  # only the main thread hears signals
@@ -54,6 +68,22 @@ def _remembering_interrupts() -> Iterator[list[int]]:
         yield seen
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _interrupt_again() -> None:
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # ends a wait of the main thread too
+    else:
+        _thread.interrupt_main()
+
+
+def _importing(frame: FrameType | None, outside: FrameType | None) -> bool:
+    """Whether a frame between the interrupted one and `outside` belongs to the import system."""
+    while frame is not None and frame is not outside:
+        if frame.f_globals.get("__name__") == "importlib._bootstrap":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """The command line: readable help, JSON on demand, exit codes that scripts can rely on."""
 
 import contextlib
+import importlib
 import json
 import signal
 import subprocess
@@ -164,10 +165,37 @@ def test_ctrl_c_that_comes_out_as_another_error_is_told_as_what_it_was(monkeypat
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_ctrl_c_waits_for_the_end_of_an_import(tmp_path, monkeypatch, capsys):
+    """In the middle of one, an extension module may swallow it or abort the process."""
+    (tmp_path / "slow_to_start.py").write_text(
+        "import contextlib, signal\n"
+        "with contextlib.suppress(KeyboardInterrupt):\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "finished = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    finished = []
+
+    def unlucky(options):
+        finished.append(importlib.import_module("slow_to_start").finished)
+        time.sleep(30)
+
+    monkeypatch.setattr("aidefend.__main__._demo", unlucky)
+    began = time.monotonic()
+    assert main(["demo"]) == INTERRUPTED
+    assert finished == [True] and time.monotonic() - began < 20
+    assert "Interrupted." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("seconds", [0.0, 0.5, 6.0])
 def test_ctrl_c_leaves_a_message_and_no_file(tmp_path, seconds):
     # from "up" on a signal meets our code: before, on a busy machine, it could meet the start of Python itself
-    started = "import sys; from aidefend.__main__ import main; print('up', flush=True); sys.exit(main(sys.argv[1:]))"
+    started = (
+        "import sys, aidefend.__main__ as cli\n"
+        "parser = cli._parser\n"
+        "cli._parser = lambda: (print('up', flush=True), parser())[1]\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
     call = [sys.executable, "-c", started, "demo", "--out", str(tmp_path / "out")]
     running = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     assert running.stdout is not None and running.stdout.readline() == "up\n"
