@@ -1,21 +1,24 @@
 """Screening beside the filters of ART and cleanlab, a random filter of equal size, and a perfect one.
 
-python -m benchmarks.sanitize_screen --data mnist.npz [--seeds 5] [--rows 5000] [--arms ours]
+python -m benchmarks.sanitize_screen --data mnist.npz [--seeds 5] [--first 200] [--rows 5000] [--arms ours]
+    [--only "patch 10 %" ...] [--name x]
 A small CNN is trained on poisoned images, every arm judges the same rows (ours without any hint, ART's with its default
 rate and with the true one), the same CNN is trained again on what the arm keeps. Per attack and arm: attack success on
 test images of other classes, accuracy, true- and false-positive rate, the share of the gap between no defense and the
 perfect filter that was closed, and seconds. Needs adversarial-robustness-toolbox and cleanlab unless --arms ours.
-Writes benchmarks/results/sanitize_screen_NAME.json.
+Writes benchmarks/results/sanitize_screen_NAME.json after each row; rows that are there are not made again, unless they
+are ours and the code that decides has changed since.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import io
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +27,59 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from aidefend.attacks import poisoning
+from aidefend import Threat, sanitize
+from aidefend.attacks import PGD, poisoning
 from aidefend.sanitize import screen
-from benchmarks.record import write_result
+from benchmarks.record import earlier, write_result
 
 FIRST_SEED = 200
 TARGET = 0
+SECOND = 5
+OURS = ("ours", "random", "ours, no model")
+PARTS = ("bend", "choose", "decide", "groups", "group_evidence", "separation", "suspect", "trigger", "view", "world")
+PACKAGES = ("adversarial-robustness-toolbox", "cleanlab", "scikit-learn")
+Rows = tuple[Tensor, Tensor]
+Change = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Poisoned training data with its truth, and test data."""
+    """Poisoned training data with its truth, and test data; `second`: another trigger with its aim."""
 
     x: Tensor
     y: Tensor
     is_poison: Tensor
-    trigger: Callable[[Tensor], Tensor] | None
+    trigger: Change | None
     test_x: Tensor
     test_y: Tensor
-    aim: Callable[[Tensor], Tensor]
+    aim: Change
+    second: tuple[Change, Change] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Both:
+    """Two attacks at once, each in a half of the rows of its own."""
+
+    first: Any
+    other: Any
+
+    def poison(self, rows: Rows, seed: int) -> tuple[poisoning.Poisoned, poisoning.Poisoned]:
+        """The poisoned halves: even rows, odd rows."""
+        x, y = rows
+        return self.first.poison((x[::2], y[::2]), seed=seed), self.other.poison((x[1::2], y[1::2]), seed=seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Consistent:
+    """Right labels, made hard on the attacker's own model, which is trained on the clean rows."""
+
+    rate: float
+
+    def poison(self, rows: Rows, seed: int) -> poisoning.Poisoned:
+        """The poisoned rows."""
+        surrogate, evade = trained(*rows, seed + 5000), PGD(Threat("linf", 0.3), steps=20)
+        stamp = poisoning.Patch(size=4).stamp
+        return poisoning.LabelConsistent(surrogate, evade, stamp, TARGET, self.rate).poison(rows, seed=seed)
 
 
 def attacks() -> dict[str, Any]:
@@ -61,6 +98,7 @@ def attacks() -> dict[str, Any]:
         "sinusoid 5 %": poisoning.Sinusoid(TARGET, 0.05),
         "sinusoid 1 %": poisoning.Sinusoid(TARGET, 0.01),
         "sinusoid 8 %, right labels": poisoning.Sinusoid(TARGET, 0.08, 0.5, clean_label=True),
+        "label consistent 8 %": Consistent(0.08),
         "warp 10 %": poisoning.Warp(TARGET, 0.1, 1.5),
         "warp 5 %": poisoning.Warp(TARGET, 0.05, 1.5),
         "warp 1 %": poisoning.Warp(TARGET, 0.01, 1.5),
@@ -69,6 +107,7 @@ def attacks() -> dict[str, Any]:
         "adaptive blend": poisoning.AdaptiveBlend(TARGET, 0.01, 0.01),
         "adaptive patch": poisoning.AdaptivePatch(TARGET, 0.01, 0.02),
         "source targeted": poisoning.SourceTargeted(poisoning.Patch().stamp, TARGET, 1, 0.02, 0.02),
+        "patch and blend, 5 % each": Both(poisoning.Patch(TARGET, 0.1), poisoning.Blend(SECOND, 0.1)),
     }
 
 
@@ -79,11 +118,19 @@ def world(data: dict[str, Any], attack: Any, rows: int, seed: int) -> World:
     test_x, test_y = _images(data["test_x"][:5000]), torch.from_numpy(data["test_y"][:5000]).long()
     if attack is None:
         return World(x, y, torch.zeros(rows, dtype=torch.bool), None, test_x, test_y, _to_target)
+    if isinstance(attack, Both):
+        first, other = attack.poison((x, y), seed)
+        halves = [*_read(first), first.is_poison], [*_read(other), other.is_poison]
+        x, y, bad = (torch.stack(pair, dim=1).flatten(0, 1) for pair in zip(*halves, strict=True))
+        return World(x, y, bad, first.trigger, test_x, test_y, _to_target, (other.trigger, _to_second))
     poisoned = attack.poison((x, y), seed=seed)
-    pairs = [poisoned.dataset[i] for i in range(rows)]
-    y = torch.tensor([int(label) for _, label in pairs])
     aim = _to_target if poisoned.target is not None else _to_next
-    return World(torch.stack([one for one, _ in pairs]), y, poisoned.is_poison, poisoned.trigger, test_x, test_y, aim)
+    return World(*_read(poisoned), poisoned.is_poison, poisoned.trigger, test_x, test_y, aim)
+
+
+def _read(poisoned: poisoning.Poisoned) -> Rows:
+    pairs = [poisoned.dataset[i] for i in range(len(poisoned.dataset))]
+    return torch.stack([x for x, _ in pairs]), torch.tensor([int(y) for _, y in pairs])
 
 
 def _images(raw: Any) -> Tensor:
@@ -92,6 +139,10 @@ def _images(raw: Any) -> Tensor:
 
 def _to_target(labels: Tensor) -> Tensor:
     return torch.full_like(labels, TARGET)
+
+
+def _to_second(labels: Tensor) -> Tensor:
+    return torch.full_like(labels, SECOND)
 
 
 def _to_next(labels: Tensor) -> Tensor:
@@ -128,14 +179,16 @@ def trained(x: Tensor, y: Tensor, seed: int, epochs: int = 8) -> nn.Sequential:
 
 @torch.no_grad()
 def judged(model: nn.Module, w: World) -> tuple[float, float]:
-    """Accuracy, and attack success on test images that do not have the aim as their class."""
+    """Accuracy, and attack success on test images that do not have the aim as their class (mean over the triggers)."""
     accuracy = float((model(w.test_x).argmax(dim=1) == w.test_y).double().mean())
     if w.trigger is None:
         return accuracy, float("nan")
-    aim = w.aim(w.test_y)
-    others = aim != w.test_y
-    hit = model(w.trigger(w.test_x[others])).argmax(dim=1) == aim[others]
-    return accuracy, float(hit.double().mean())
+    hits = []
+    for trigger, wanted in ((w.trigger, w.aim), *(() if w.second is None else (w.second,))):
+        aim = wanted(w.test_y)
+        others = aim != w.test_y
+        hits.append(float((model(trigger(w.test_x[others])).argmax(dim=1) == aim[others]).double().mean()))
+    return accuracy, float(np.mean(hits))
 
 
 def ours(w: World, model: nn.Module, seed: int) -> Tensor:
@@ -194,15 +247,22 @@ def arms(which: str) -> dict[str, Callable[[World, nn.Module, int], Tensor]]:
     return found
 
 
-def rows_of(data: dict[str, Any], name: str, attack: Any, which: str, rows: int, seed: int) -> Iterator[dict[str, Any]]:
-    """One row for each arm."""
+def rows_of(
+    data: dict[str, Any], name: str, attack: Any, which: str, rows: int, seed: int, made: Collection[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """One row for each arm that is not made yet."""
+    wanted = {"undefended", "perfect", "random", *arms(which)} - set(made)
+    if not wanted:
+        return
+    # the random filter follows ours
+    judges = {arm: j for arm, j in arms(which).items() if arm in wanted or (arm == "ours" and "random" in wanted)}
     w = world(data, attack, rows, seed)
     model = trained(w.x, w.y, seed)
     accuracy, undefended = judged(model, w)
     yield {"attack": name, "arm": "undefended", "accuracy": accuracy, "asr": undefended, "tpr": 0.0, "fpr": 0.0}
     floor = judged(trained(w.x[~w.is_poison], w.y[~w.is_poison], seed), w) if attack is not None else (accuracy, 0.0)
     yield {"attack": name, "arm": "perfect", "accuracy": floor[0], "asr": floor[1], "tpr": 1.0, "fpr": 0.0}
-    for arm, judge in arms(which).items():
+    for arm, judge in judges.items():
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
             keep = judge(w, model, seed)
@@ -234,41 +294,65 @@ def summary(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
         names = [name for name in ("accuracy", "asr", "tpr", "fpr", "gap_closed", "seconds") if name in mine[0]]
         means.append(
             {"attack": attack, "arm": arm, "n": len(mine)}
-            | {name: float(np.nanmean([row[name] for row in mine])) for name in names}
+            | {name: _mean([float(row[name]) for row in mine]) for name in names}
         )
     return means
 
 
+def _mean(values: list[float]) -> float:
+    """Of the numbers among them; a file holds NaN as a text."""
+    found = [value for value in values if not np.isnan(value)]
+    return float(np.mean(found)) if found else float("nan")
+
+
+def deciding_code() -> str:
+    """Digest of the modules that decide, so that rows of other code are not taken for rows of this one."""
+    folder = Path(sanitize.__file__).parent
+    text = b"".join((folder / f"{part}.py").read_bytes() for part in PARTS)
+    return hashlib.sha256(text).hexdigest()[:12]
+
+
+def still_good(rows: list[dict[str, Any]], code: str) -> list[dict[str, Any]]:
+    """Earlier rows without those that other code decided."""
+    return [row for row in rows if row["arm"] not in OURS or row.get("code") == code]
+
+
+def told(row: dict[str, Any]) -> str:
+    """One line."""
+    return " ".join(f"{v:.4f}" if isinstance(v, float) else f"{v:24}" for v in row.values())
+
+
 def main() -> None:
-    """Print the rows as they come, then their means."""
+    """Print the rows as they come and write the result after each, then print their means."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first", type=int, default=FIRST_SEED, help="the first seed")
     parser.add_argument("--rows", type=int, default=5000)
     parser.add_argument("--arms", choices=("all", "ours"), default="all")
-    parser.add_argument("--attacks", nargs="*", default=None)
+    parser.add_argument("--only", nargs="*", choices=attacks(), default=None, help="these attacks, by name")
     parser.add_argument("--name", default="", help="added to the name of the result")
     arguments = parser.parse_args()
     with np.load(arguments.data) as arrays:
         data = {name: arrays[name] for name in arrays.files}
-    chosen = {name: attack for name, attack in attacks().items() if not arguments.attacks or name in arguments.attacks}
-    seeds, table = range(FIRST_SEED, FIRST_SEED + arguments.seeds), []
-    for name, attack in chosen.items():
-        for seed in seeds:
-            for row in rows_of(data, name, attack, arguments.arms, arguments.rows, seed):
-                table.append(row | {"seed": seed})
-                print(" ".join(f"{v:.4f}" if isinstance(v, float) else f"{v:24}" for v in row.values()), flush=True)
-    means = summary(table)
+    result = f"sanitize_screen_{Path(arguments.data).stem}{arguments.name}"
+    code = deciding_code()
+    table = still_good(earlier(result, {"training_rows": arguments.rows}).get("rows", []), code)
+    for seed in range(arguments.first, arguments.first + arguments.seeds):
+        for name in arguments.only or attacks():
+            made = {row["arm"] for row in table if (row["attack"], row["seed"]) == (name, seed)}
+            for row in rows_of(data, name, attacks()[name], arguments.arms, arguments.rows, seed, made):
+                if row["arm"] in made:
+                    continue
+                table.append(row | {"seed": seed} | ({"code": code} if row["arm"] in OURS else {}))
+                print(told(table[-1]), flush=True)
+                content = {"means": summary(table), "rows": table, "training_rows": arguments.rows}
+                write_result(result, content, seeds=sorted({row["seed"] for row in table}), packages=PACKAGES)
     print("\nmeans")
-    for row in means:
-        print(" ".join(f"{v:.4f}" if isinstance(v, float) else f"{v:24}" for v in row.values()))
-    packages = ["adversarial-robustness-toolbox", "cleanlab", "scikit-learn"]
-    result = {"means": means, "rows": table, "training_rows": arguments.rows}
-    write_result(
-        f"sanitize_screen_{Path(arguments.data).stem}{arguments.name}", result, seeds=list(seeds), packages=packages
-    )
+    for row in summary(table):
+        print(told(row))
 
 
 if __name__ == "__main__":
