@@ -36,6 +36,7 @@ class Report:
         threat: The threat model in words.
         limits: What the verdict does not show.
         fitted: Arrays that judge new rows the same way, where the method has such a form.
+        columns: Name to (N,) tensor of any dtype: what else is said of each row, such as weights or proposed labels.
     Raises: ConfigurationError: lengths differ, ids repeat, keep is not bool.
     Example:
         >>> report = Report(["a", "b"], torch.tensor([True, False]), reasons=[(), ("too far",)])
@@ -53,10 +54,11 @@ class Report:
     threat: str = ""
     limits: str = ""
     fitted: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    columns: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", check_items(self.ids, str, "ids", "Pass one text for each row"))
-        for name in ("scores", "p_values", "parameters", "fitted"):
+        for name in ("scores", "p_values", "parameters", "fitted", "columns"):
             check_kind(getattr(self, name), Mapping, name, "Pass a dict")
         for name in ("method", "threat", "limits"):
             check_kind(getattr(self, name), str, name, "Pass words")
@@ -74,6 +76,8 @@ class Report:
             )
         for name, values in [*self.scores.items(), *self.p_values.items()]:
             check_tensor(values, name, ndim=1, floating=True, finite=False, rows=n)
+        for name, values in self.columns.items():
+            check_tensor(values, name, ndim=1, finite=False, rows=n)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -121,6 +125,7 @@ class Report:
             {"left": dict(self.parameters), "right": dict(other.parameters)},
             " & ".join(dict.fromkeys(text for text in (self.threat, other.threat) if text)),
             " ".join(dict.fromkeys(text for text in (self.limits, other.limits) if text)),
+            columns=_joined(self.columns, other.columns, other.method, order),
         )
 
     def counts(self) -> dict[str, int]:
@@ -153,9 +158,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types, rows included."""
-        converted: dict[str, Any] = plain(
-            {**self._header(), "ids": self.ids, "keep": self.keep, "scores": self.scores, "p_values": self.p_values}
-        )
+        rows = {name: getattr(self, name) for name in ("ids", "keep", "scores", "p_values", "columns")}
+        converted: dict[str, Any] = plain({**self._header(), **rows})
         return converted | {"reasons": [list(row) for row in self.reasons]}
 
     def _header(self) -> dict[str, Any]:
@@ -184,7 +188,7 @@ class Report:
         """Write everything to one safetensors file (no code in it), whole or not at all."""
         text = canonical_json({"ids": self.ids, "reasons": self.reasons})
         tensors = {"keep": self.keep, "text": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
-        for kind in ("scores", "p_values", "fitted"):
+        for kind in ("scores", "p_values", "fitted", "columns"):
             tensors |= {f"{kind}/{name}": value for name, value in getattr(self, kind).items()}
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
         with atomic_path(path) as temporary:
@@ -203,7 +207,7 @@ class Report:
                 raise KeyError("schema")
         except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise refuse("a file written by Report.save", "path", str(path), f"Could not read it ({error})") from error
-        parts: dict[str, Any] = {kind: {} for kind in ("scores", "p_values", "fitted")}
+        parts: dict[str, Any] = {kind: {} for kind in ("scores", "p_values", "fitted", "columns")}
         for name in [name for name in tensors if "/" in name]:
             kind, _, rest = name.partition("/")
             parts[kind][rest] = tensors.pop(name)

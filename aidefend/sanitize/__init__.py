@@ -6,6 +6,7 @@ from aidefend.sanitize.batch import screen_batch
 from aidefend.sanitize.beatrix import Beatrix
 from aidefend.sanitize.choose import Detector
 from aidefend.sanitize.confident_learning import ConfidentLearning
+from aidefend.sanitize.decisions import Decisions
 from aidefend.sanitize.election import Certificate
 from aidefend.sanitize.feature_store import FeatureStore
 from aidefend.sanitize.features import Features, extract_features
@@ -37,6 +38,7 @@ __all__ = [
     "ClusterEvidence",
     "ConfidentLearning",
     "DatasetSchema",
+    "Decisions",
     "Detector",
     "FeatureStore",
     "Features",

@@ -1,5 +1,6 @@
 """What a screen says in words and numbers: reasons per row, facts about the whole, and what it does not show."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -8,7 +9,9 @@ import torch
 from torch import Tensor
 
 from aidefend._core.stats import wilson
+from aidefend.sanitize.caps import Cap
 from aidefend.sanitize.decide import POWER, SMALLEST_CLASS, Decision, Verdict, smallest_detectable
+from aidefend.sanitize.decisions import PROPOSED, WEAK, WEIGHT
 from aidefend.sanitize.features import Features, finite_rows
 from aidefend.sanitize.remarks import Remarks
 from aidefend.sanitize.written import WrittenVerdict
@@ -34,7 +37,7 @@ _BAD_OUTPUT = "what the model makes of the input holds NaN or infinity"
 
 
 class RowVerdicts:
-    """The verdict on every row of the data: `keep`, `scores`, `p_values`, `reasons`, `in_group`, `removed`.
+    """The verdict on every row of the data: `keep`, `scores`, `p_values`, `reasons`, `in_group`, `removed`, `columns`.
 
     Rows with equal input and label share one verdict. `removed` counts what the screen took for poison, trusted rows
     and rows with NaN or infinity not among them.
@@ -45,7 +48,9 @@ class RowVerdicts:
         trusted: (N,) bool, rows that are never quarantined for what a group of theirs is, or for a remark.
         remarks: What detectors say of single rows.
         quarantine: Whether a remark quarantines its row.
-        most: Largest share of the usable rows of a class that is removed; the most suspicious go first.
+        caps: On what is removed of the usable rows of a class or group; the most suspicious go first. A later cap
+            counts what an earlier one has left.
+        seen: For each quarantined group which views saw it, in words.
     """
 
     def __init__(
@@ -56,40 +61,45 @@ class RowVerdicts:
         remarks: Mapping[str, Remarks] = MappingProxyType({}),
         *,
         quarantine: bool = False,
-        most: float = 1.0,
+        caps: Sequence[Cap] = (),
+        seen: Sequence[str] = (),
     ) -> None:
         n = len(found)
         self.scores = torch.where(found.usable, 0.0, torch.nan).double()
         self.p_values = torch.ones(n, dtype=torch.float64)
         self.in_group = torch.zeros(n, dtype=torch.bool)
         self._remarks: list[list[str]] = [[] for _ in range(n)]
+        self._weights = torch.ones(n, dtype=torch.float64)
+        self._proposed = torch.full((n,), -1)
         self._places = found.usable.nonzero().flatten()
-        for verdict in decision.quarantined:
-            self._mark(verdict)
+        for verdict, words in itertools.zip_longest(decision.quarantined, seen):
+            self._mark(verdict, words)
         self._spread_to_copies(found)
         self.removed = self.in_group & ~trusted
-        self.spared = self._capped(found, most)
+        self.spared = [self._capped(found, cap) for cap in caps]
         self.keep = found.usable & ~self.removed
         self._remark(found, decision, trusted)
         for said in remarks.values():
             self._remark_rows(said, trusted, quarantine)
+        self._abstain(found, decision)
         self.reasons = tuple(tuple(row) for row in self._remarks)
 
-    def _capped(self, found: Features, most: float) -> dict[int, list[int]]:
-        """Rows beyond the cap, by class: they are kept, and say so."""
-        spared: dict[int, list[int]] = {}
-        for label in found.labels[self.removed].unique().tolist():
-            mine = (self.removed & (found.labels == label)).nonzero().flatten()
-            allowed = int(most * int((found.usable & (found.labels == label)).sum()))
-            beyond = mine[self.scores[mine].argsort(descending=True, stable=True)][allowed:].sort().values
-            if len(beyond):
-                spared[int(label)] = beyond.tolist()
-                self.removed[beyond] = False
-        for row in (row for rows in spared.values() for row in rows):
-            self._remarks[row].append(f"kept: more than {most:.2f} of its class would go")
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """Weights and proposed labels (N,), as `Decisions` reads them."""
+        return {WEIGHT: torch.where(self.keep, self._weights, 0.0).float(), PROPOSED: self._proposed}
+
+    def _capped(self, found: Features, cap: Cap) -> dict[str, list[int]]:
+        """Rows beyond a cap, by class or group: they are kept, and say so."""
+        spared = cap.beyond(self.removed, found.usable, self.scores)
+        for name, rows in spared.items():
+            self.removed[rows] = False
+            self._weights[rows] = 1 - self.scores[rows]
+            for row in rows:
+                self._remarks[row].append(f"kept: more than {cap.of(name):.2f} of its {cap.kind} would go")
         return spared
 
-    def _mark(self, verdict: Verdict | WrittenVerdict) -> None:
+    def _mark(self, verdict: Verdict | WrittenVerdict, seen: str | None) -> None:
         group = verdict.group
         rows = self._places[group.rows]
         chance = torch.sigmoid(group.log_odds)
@@ -100,7 +110,7 @@ class RowVerdicts:
         self.in_group[members] = True
         for row, like in zip(members.tolist(), group.looks_like[group.inside].tolist(), strict=True):
             seems = f"; looks like class {like}, labelled {group.label}" if like >= 0 else ""
-            self._remarks[row] += [*_said(verdict), f"{SCORE} score above 0.5{seems}"]
+            self._remarks[row] += [*_said(verdict), f"{SCORE} score above 0.5{seems}", *([seen] if seen else [])]
 
     def _spread_to_copies(self, found: Features) -> None:
         """Equal rows are interchangeable: where one is in a group, all are."""
@@ -120,12 +130,29 @@ class RowVerdicts:
         for row in self._places[decision.mislabelled].tolist():
             if not self.in_group[row]:
                 self._remarks[row].append("kept: fits another class better than its label (no structured poison)")
+                self._weights[row] = 1.0 if trusted[row] else WEAK
 
     def _remark_rows(self, said: Remarks, trusted: Tensor, quarantine: bool) -> None:
-        for row, words in zip(said.flagged.nonzero().flatten().tolist(), said.words, strict=True):
+        for at, row in enumerate(said.flagged.nonzero().flatten().tolist()):
             kept = not quarantine or bool(trusted[row])
             self.keep[row] = bool(self.keep[row]) and kept
-            self._remarks[row].append(_prefix(bool(self.keep[row])) + words)
+            self._remarks[row].append(_prefix(bool(self.keep[row])) + said.words[at])
+            if not bool(trusted[row]):
+                self._weights[row] = min(float(self._weights[row]), said.weights[at])
+                self._proposed[row] = said.proposed[at] if said.proposed else self._proposed[row]
+
+    def _abstain(self, found: Features, decision: Decision) -> None:
+        """Rows of classes that were too small to be searched say so."""
+        for label in unsearched(found, decision):
+            rows = (found.usable & (found.labels == label)).nonzero().flatten().tolist()
+            for row in rows:
+                self._remarks[row].append(f"kept: not searched, its class has {len(rows)} rows")
+
+
+def unsearched(found: Features, decision: Decision) -> list[int]:
+    """Classes in which no group was looked for: too few rows, or no other class to compare with."""
+    seen = {*decision.searched, *decision.written_detectable}
+    return [label for label in found.labels.unique().tolist() if label not in seen]
 
 
 def _prefix(kept: bool) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from aidefend._core.checks import check_int
 from aidefend._core.errors import MissingExtra
 from aidefend._core.report import Report
+from aidefend.sanitize.decisions import Decisions, decisions_of
 
 _TEMPLATE = Path(__file__).with_name("templates") / "quarantine.html"
 _NUMBERS = 24
@@ -30,10 +31,12 @@ def page(report: Report, suspects: Any, texts: Sequence[str] | None, limit: int)
     rows = report.quarantine_indices.tolist()
     order = sorted(range(len(rows)), key=lambda at: (-_suspicion(report, rows[at]), rows[at]))[:limit]
     cards = [_card(report, rows[at], None if suspects is None else suspects[at][0], texts) for at in order]
-    facts = report.parameters
+    facts, table = report.parameters, decisions_of(report)
     return template.render(
         summary=report.summary(),
         cards=cards,
+        counts=table.counts(),
+        proposals=_proposals(table, limit),
         hidden=len(rows) - len(cards),
         groups=facts.get("poison", ()),
         control=facts.get("label_permuted_control", {}),
@@ -41,6 +44,13 @@ def page(report: Report, suspects: Any, texts: Sequence[str] | None, limit: int)
         threat=report.threat,
         limits=report.limits,
     )
+
+
+def _proposals(table: Decisions, limit: int) -> list[dict[str, Any]]:
+    """Rows that stay with a proposal: relabelled ones first, then the lightest."""
+    rows = [*table.rows("relabel").tolist(), *table.rows("down-weight").tolist()]
+    order = sorted(rows, key=lambda row: (table.actions[row] != "relabel", float(table.weights[row]), row))
+    return [{"row": row, "id": table.ids[row], "reasons": table.reasons[row]} for row in order[:limit]]
 
 
 def _suspicion(report: Report, row: int) -> float:

@@ -22,10 +22,14 @@ class Remarks:
     Args:
         flagged: (N,) bool.
         words: For each flagged row, in order, the reason.
+        weights: For each flagged row what it should count, in [0, 1]; the rules are those of `Decisions`.
+        proposed: For each flagged row the label that fits better; empty where none is proposed.
     """
 
     flagged: Tensor
     words: tuple[str, ...]
+    weights: tuple[float, ...]
+    proposed: tuple[int, ...] = ()
 
 
 def remarks_of(detector: Any, block: Mapping[str, Any], scores: Tensor) -> Remarks | None:
@@ -46,24 +50,28 @@ def remarks_of(detector: Any, block: Mapping[str, Any], scores: Tensor) -> Remar
 
 def _wrong_labels(detector: ConfidentLearning, block: Mapping[str, Any], scores: Tensor) -> Remarks:
     if not detector.counts:
-        return Remarks(torch.zeros(len(scores), dtype=torch.bool), ())
+        return Remarks(torch.zeros(len(scores), dtype=torch.bool), (), ())
     better, labels = detector.suggestions(block), block["labels"]
     flagged = detector.issues(block) & (scores >= LIKELY) & (better != labels)
     words = (
         f"wrong label: labelled {int(labels[row])}, proposed {int(better[row])} (score {float(scores[row]):.2f})"
         for row in flagged.nonzero().flatten().tolist()
     )
-    return Remarks(flagged, tuple(words))
+    weights = (1 - scores[flagged]).clamp(0.0, 1.0).tolist()
+    return Remarks(flagged, tuple(words), tuple(weights), tuple(better[flagged].tolist()))
 
 
 def _copies(detector: NearDuplicates, block: Mapping[str, Any], scores: Tensor) -> Remarks:
-    first = {row_id: group[0] for group in detector.groups() for row_id in group[1:]}
+    groups = detector.groups()
+    first = {row_id: group[0] for group in groups for row_id in group[1:]}
+    size = {group[0]: len(group) for group in groups}
     flagged = torch.tensor([row_id in first for row_id in block["ids"]], dtype=torch.bool)
     words = (
         f"near duplicate of row {first[block['ids'][row]]} (similarity {float(scores[row]):.3f})"
         for row in flagged.nonzero().flatten().tolist()
     )
-    return Remarks(flagged, tuple(words))
+    weights = (1 / size[first[block["ids"][row]]] for row in flagged.nonzero().flatten().tolist())
+    return Remarks(flagged, tuple(words), tuple(weights))
 
 
 def _outliers(labels: Tensor, scores: Tensor) -> Remarks:
@@ -80,4 +88,4 @@ def _outliers(labels: Tensor, scores: Tensor) -> Remarks:
         f"outlier: {float(gaps[row]):.1f} robust deviations beyond the usual distance in class {int(labels[row])}"
         for row in flagged.nonzero().flatten().tolist()
     )
-    return Remarks(flagged, tuple(words))
+    return Remarks(flagged, tuple(words), tuple((FAR / gaps[flagged]).tolist()))

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from aidefend._core.batches import Batch
-from aidefend._core.checks import check_int, check_labels, check_number, check_tensor
+from aidefend._core.checks import check_int, check_labels, check_tensor
 from aidefend._core.frames import columns_of
 from aidefend._core.modules import Model
+from aidefend.sanitize.caps import Cap, read_cap
 from aidefend.sanitize.choose import Chosen, Detector, chosen_for, named_detectors
 from aidefend.sanitize.confident_learning import ConfidentLearning
 from aidefend.sanitize.decide import Decision, decide, undecided
 from aidefend.sanitize.features import Features, Layer, predictor, readable_rows
-from aidefend.sanitize.findings import ALPHA, SCORE, THREAT, RowVerdicts, facts_of, limits_of
+from aidefend.sanitize.findings import ALPHA, SCORE, THREAT, RowVerdicts, facts_of, limits_of, unsearched
 from aidefend.sanitize.items import Items
 from aidefend.sanitize.material import Encoder, read_material
 from aidefend.sanitize.out_of_fold import out_of_fold_logits
@@ -24,6 +25,13 @@ from aidefend.sanitize.remarks import Remarks, remarks_of
 from aidefend.sanitize.screen_report import ScreenReport
 from aidefend.sanitize.suspect import train_suspect
 from aidefend.sanitize.view import IndependentView
+from aidefend.sanitize.view_disagreement import (
+    VIEW_SCORE,
+    ViewReadings,
+    no_readings,
+    view_readings,
+    words_of_views,
+)
 from aidefend.sanitize.world import World, shuffled, world_of
 from aidefend.sanitize.written_verdicts import control_of_written, share_of, with_written
 
@@ -41,7 +49,8 @@ def screen(
     groups: Sequence[Any] | None = None,
     seed: int = 0,
     encoder: Encoder | None = None,
-    max_removed: float = 0.75,
+    max_removed: float | Mapping[Any, float] = 0.75,
+    max_removed_group: float | Mapping[Any, float] = 1.0,
 ) -> ScreenReport:
     """Judge every row of a training set: quarantine structured poison, remark what else looks wrong, remove nothing.
 
@@ -83,8 +92,10 @@ def screen(
             than twice the share of the rest is marked. Neither changes a verdict.
         seed: Everything that is drawn. Equal input and seed give an equal report.
         encoder: From a list of texts to (N, d). None: `TextEncoder`, hashed words and letters.
-        max_removed: Largest share of a class that structured poison takes out, in (0, 1]; the least suspicious rows
-            beyond it are kept, with a reason, and counted in `parameters["cap"]`.
+        max_removed: Largest share of a class that structured poison takes out, in (0, 1], or a share for each class
+            number (other classes have no cap); the least suspicious rows beyond it are kept, with a reason, and listed
+            in `parameters["cap"]`.
+        max_removed_group: The same for each of `groups`, counted after the caps of classes.
     Returns: A report with the scores `structured_poison` (probability-like, above .5 in quarantine) and one for each
         detector, corrected p-values, reasons, and in `parameters` the target classes, the estimated poisoned share with
         interval, the smallest detectable group, and what the same screen quarantines when labels are permuted.
@@ -106,24 +117,31 @@ def screen(
         'screen: 60 of 60 rows kept, 0 not'
     """
     check_int(seed, "seed", 0)
-    check_number(max_removed, "max_removed", 0, 1, open_low=True)
     material = read_material(dataset, encoder)
     samples = material.samples
     good = read_trusted(trusted, samples.ids)
     sides = {"sources": read_names(sources, len(good), "sources"), "groups": read_names(groups, len(good), "groups")}
+    caps = _caps(samples.y, sides["groups"], max_removed, max_removed_group)
     if not (isinstance(detectors, str) and detectors == "auto"):
         named_detectors(detectors, copied=False)  # refused before a model is trained
     suspect = model if model is not None else _trained(samples, seed)
     found = material.features(suspect, layer, model is None)
     chosen = chosen_for(detectors, found, suspect, good, sides["sources"], overlaid=material.kind != "text")
     items = material.items(found, suspect, model is None, seed) if bool(found.usable.any()) else None
-    scores, remarks, decision, control = _judged(found, suspect, chosen, sides["sources"], seed, items, material.kind)
-    rows = RowVerdicts(found, decision, good, remarks, quarantine=chosen.named, most=max_removed)
+    scores, remarks, decision, control, readings = _judged(
+        found, suspect, chosen, sides["sources"], seed, items, material.kind
+    )
+    views = readings.facts(decision.quarantined)
+    seen = [words_of_views(group) for group in views["groups"]]
+    rows = RowVerdicts(found, decision, good, remarks, quarantine=chosen.named, caps=caps, seen=seen)
+    skipped = unsearched(found, decision)
     facts = facts_of(decision, int(rows.removed.sum()), len(rows.removed)) | {
         "alpha": ALPHA,
         "seed": seed,
         "kind": material.kind,
-        "cap": {"max_removed": max_removed, "spared": {str(label): kept for label, kept in rows.spared.items()}},
+        "cap": _facts_of_caps(caps, rows.spared),
+        "views": views,
+        "not_searched": {str(label): int((found.labels == label).sum()) for label in skipped},
         "model": "trained by screen" if model is None else type(model).__name__,
         "detectors": list(scores),
         "chosen_because": dict(chosen.why),
@@ -141,14 +159,32 @@ def screen(
     return ScreenReport(
         found.ids,
         rows.keep,
-        {SCORE: rows.scores, **scores},
+        {SCORE: rows.scores, **scores, VIEW_SCORE: readings.disagreement},
         {SCORE: rows.p_values},
         rows.reasons,
         "screen",
         facts,
         THREAT,
-        limits_of(facts, _skipped(found, decision)),
+        limits_of(facts, skipped),
+        columns=rows.columns,
     )
+
+
+def _caps(labels: Tensor | None, groups: Sequence[str] | None, by_class: Any, by_group: Any) -> list[Cap]:
+    classes = [] if labels is None else [str(label) for label in labels.tolist()]
+    caps = [read_cap(by_class, classes, "max_removed", "class")]
+    caps.append(read_cap(by_group, groups, "max_removed_group", "group"))
+    return [cap for cap in caps if cap is not None]
+
+
+def _facts_of_caps(caps: Sequence[Cap], spared: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
+    """The caps, and by class (`spared`) and group (`spared_groups`) the rows that were kept for them."""
+    names = {"class": ("max_removed", "spared"), "group": ("max_removed_group", "spared_groups")}
+    found: dict[str, Any] = {}
+    for cap, rows in zip(caps, spared, strict=True):
+        share, kept = names[cap.kind]
+        found |= {share: cap.share, kept: dict(rows)}
+    return found
 
 
 def _trained(samples: Batch, seed: int) -> nn.Module:
@@ -166,13 +202,16 @@ def _judged(
     seed: int,
     items: Items | None,
     kind: str,
-) -> tuple[dict[str, Tensor], dict[str, Remarks], Decision, dict[str, Any]]:
-    """Detector scores (N,) of all rows, remarks on single ones, the decision on the usable ones, and the control."""
+) -> tuple[dict[str, Tensor], dict[str, Remarks], Decision, dict[str, Any], ViewReadings]:
+    """Detector scores (N,), remarks on single rows, the decision on the usable ones, the control, and the views."""
     if not bool(found.usable.any()):
         nothing = {name: torch.full((len(found),), torch.nan, dtype=torch.float64) for name in chosen.detectors}
-        return nothing, {}, undecided(), {"quarantined": 0, "n": 0}
+        return nothing, {}, undecided(), {"quarantined": 0, "n": 0}, no_readings(found)
     view = IndependentView(found.x[found.usable], seed=seed)
-    scores, remarks = _scores(found, view, chosen.detectors, sources, seed)
+    coordinates = torch.full((len(found), view.dimensions), torch.nan)
+    coordinates[found.usable] = view.coordinates(found.x[found.usable])
+    unseen = _unseen(found, coordinates, seed)
+    scores, remarks = _scores(found, coordinates, unseen, chosen.detectors, sources)
     labels = found.labels[found.usable]
     if kind == "text":  # patterns are not added to numbers that stand for words
         decision = undecided(len(labels))
@@ -187,20 +226,17 @@ def _judged(
     if items is not None:
         decision = with_written(decision, items, labels, alpha, seed)
         control = control_of_written(control, decision, items, labels, alpha, seed)
-    return scores, remarks, decision, control
+    return scores, remarks, decision, control, view_readings(found, coordinates, unseen, seed)
 
 
 def _scores(
     found: Features,
-    view: IndependentView,
+    coordinates: Tensor,
+    unseen: Tensor,
     detectors: Mapping[str, Detector],
     sources: Sequence[str] | None,
-    seed: int,
 ) -> tuple[dict[str, Tensor], dict[str, Remarks]]:
     """Scores (N,) of every detector after one pass of fitting, NaN for rows that are not usable; and its remarks."""
-    coordinates = torch.full((len(found), view.dimensions), torch.nan)
-    coordinates[found.usable] = view.coordinates(found.x[found.usable])
-    unseen = _unseen(found, coordinates, seed)
     scores, remarks = {}, {}
     for name, detector in detectors.items():
         rows = dataclasses.replace(found, logits=unseen) if isinstance(detector, ConfidentLearning) else found
@@ -253,11 +289,3 @@ def _approximate(detectors: Mapping[str, Any]) -> dict[str, Any]:
         name: {str(label): dict(recall._asdict()) for label, recall in found.recall().items()}
         for name, found in named.items()
     }
-
-
-def _skipped(found: Features, decision: Decision) -> list[int]:
-    return [
-        int(label)
-        for label in found.labels.unique()
-        if int(label) not in {*decision.searched, *decision.written_detectable}
-    ]

@@ -13,6 +13,7 @@ from torch import Tensor
 from aidefend._core.checks import check_callable, check_items, check_kind, check_number, check_same_rows, refuse
 from aidefend._core.report import Report
 from aidefend._core.storage import atomic_path, canonical_json, plain
+from aidefend.sanitize.decisions import PROPOSED, WEIGHT, Decisions, decisions_of
 from aidefend.sanitize.gallery import page
 from aidefend.sanitize.kept_sampler import KeptSampler
 
@@ -39,16 +40,21 @@ class ScreenReport(Report):
         """Draws the kept rows from the data as it is; resumable, and the same rows on all ranks. See `KeptSampler`."""
         return KeptSampler(self.keep_indices, shuffle, seed, rank, world_size)
 
+    def decisions(self) -> Decisions:
+        """What to do with each row: keep, quarantine, down-weight, or relabel; with weights and reasons."""
+        return decisions_of(self)
+
     def weights(self, down: str | None = None, least: float = 0.0) -> Tensor:
-        """(N,) float32 weights for the loss of each row: 0 in quarantine, 1 otherwise.
+        """(N,) float32 weights for the loss of each row: 0 in quarantine, else those of `decisions()`.
 
         Args:
-            down: Name of a score in [0, 1]: kept rows weigh 1 less the score. No opinion (NaN) leaves 1.
+            down: Name of a score in [0, 1]: kept rows weigh 1 less the score, in place of what the table says. No
+                opinion (NaN) leaves 1.
             least: Smallest weight of a kept row, in [0, 1].
         Raises: ConfigurationError: no such score, or it leaves [0, 1].
         """
         check_number(least, "least", 0.0, 1.0)
-        weights = torch.ones(len(self), dtype=torch.float64)
+        weights = self.decisions().weights.double().clamp(min=least)
         if down is not None:
             if check_kind(down, str, "down", "Name a score") not in self.scores:
                 raise refuse(f"a score among {sorted(self.scores)}", "down", down, "Name one of these")
@@ -61,12 +67,19 @@ class ScreenReport(Report):
         return torch.where(self.keep, weights, 0.0).float()
 
     def to_jsonl(self, path: str | os.PathLike[str]) -> None:
-        """One line of JSON a row: id, row number, keep, scores, p-values, reasons. The whole file or nothing."""
+        """One line of JSON a row: id, row number, decision, scores, p-values, reasons. The whole file or nothing.
+
+        A decision is keep, action, weight, and the proposed label (null where none is), see `decisions`.
+        """
+        table = self.decisions()
+        weights, proposed = table.weights.tolist(), table.proposed_labels.tolist()
         scores = {name: plain(values) for name, values in self.scores.items()}
         p_values = {name: plain(values) for name, values in self.p_values.items()}
         with atomic_path(path) as temporary, temporary.open("w", encoding="ascii") as file:
             for row, row_id in enumerate(self.ids):
                 line = {"id": row_id, "row": row, "keep": bool(self.keep[row]), "reasons": list(self.reasons[row])}
+                label = proposed[row] if proposed[row] >= 0 else None
+                line |= {"action": table.actions[row], "weight": weights[row], "proposed_label": label}
                 line["scores"] = {name: values[row] for name, values in scores.items()}
                 line["p_values"] = {name: values[row] for name, values in p_values.items()}
                 file.write(canonical_json(line) + "\n")
@@ -121,10 +134,14 @@ class ScreenReport(Report):
         if log is not None:
             check_callable(log, "log", "Pass a function that takes the entry")(dict(entry))
         keep, reasons = self.keep.clone(), [*self.reasons]
+        columns = {name: values.clone() for name, values in self.columns.items()}
         for row in (place[row_id] for row_id in names):
             keep[row], reasons[row] = True, (*self.reasons[row], f"released by {by}: {why}")
+            for name, value in ((WEIGHT, 1.0), (PROPOSED, -1)):
+                if name in columns:
+                    columns[name][row] = value
         parameters = {**self.parameters, "releases": [*self.releases, entry]}
-        return dataclasses.replace(self, keep=keep, reasons=tuple(reasons), parameters=parameters)
+        return dataclasses.replace(self, keep=keep, reasons=tuple(reasons), parameters=parameters, columns=columns)
 
 
 def _last(releases: Sequence[Mapping[str, Any]]) -> str:

@@ -664,6 +664,7 @@ CALLS = {
             "groups": ["b"] * ROWS,
             "seed": 0,
             "max_removed": 0.5,
+            "max_removed_group": {"b": 0.5},
         },
     ),
     "sanitize.screen_batch": (
@@ -731,6 +732,7 @@ CALLS = {
         sanitize.KeptSampler,
         lambda: {"kept": torch.arange(4), "shuffle": True, "seed": 0, "rank": 0, "world_size": 2},
     ),
+    "sanitize.Decisions": (SCREENED.decisions().rows, lambda: {"action": "keep"}),
     "sanitize.ScreenReport.weights": (SCREENED.weights, lambda: {"down": "structured_poison", "least": 0.0}),
     "sanitize.ScreenReport.release": (
         SCREENED.release,

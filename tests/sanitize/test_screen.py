@@ -60,6 +60,7 @@ def test_scores_and_p_values_agree_with_the_verdict(report):
         "confident_learning",
         "near_duplicates",
         "trigger_consistency",
+        "view_disagreement",
     }
     assert torch.equal(report.scores["structured_poison"] > 0.5, ~report.keep)
     assert torch.equal(report.p_values["structured_poison"] < 0.01, ~report.keep)
@@ -127,7 +128,7 @@ def test_what_the_user_knows_copies_trusted_rows_sources_and_groups(planted):
 @pytest.mark.parametrize("detectors", [[], [ActivationClustering(), ActivationClustering(3)]])
 def test_named_detectors_propose_and_score_and_are_not_touched(planted, detectors):
     report = screen((planted.x, planted.y), detectors=detectors, seed=0)
-    assert len(report.scores) == 1 + len(detectors) and all(not detector.moments for detector in detectors)
+    assert len(report.scores) == 2 + len(detectors) and all(not detector.moments for detector in detectors)
     assert not bool((~report.keep & ~planted.is_poison).any())
 
 

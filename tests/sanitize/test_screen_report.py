@@ -80,7 +80,7 @@ def test_a_state_of_other_rows_is_refused():
 
 def test_weights_are_nothing_in_quarantine_and_less_where_a_score_says_so(report):
     plain, down = report.weights(), report.weights("structured_poison", least=0.25)
-    assert torch.equal(plain, report.keep.float())
+    assert torch.equal(plain, report.decisions().weights) and bool((plain[~report.keep] == 0).all())
     assert bool((down[~report.keep] == 0).all()) and float(down[report.keep].min()) >= 0.25
     expected = (1 - report.scores["structured_poison"][report.keep]).clamp(min=0.25).float()
     torch.testing.assert_close(down[report.keep], expected)
