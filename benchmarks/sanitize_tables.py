@@ -1,6 +1,6 @@
 """Triggers in tables and texts: undefended, a random filter of equal size, ours without hints, a perfect filter.
 
-python -m benchmarks.sanitize_tables [--what tables|texts] [--seeds 5]
+python -m benchmarks.sanitize_tables [--what tables|texts] [--first-seed 310] [--seeds 3]
 Tables are those that come with scikit-learn (digits, breast cancer, wine), a third of each held out; the trigger takes
 three columns, each value the .8 or .2 quantile of its column. Texts are two classes of generated sentences that share
 three quarters of their words. A small network (a linear model of words and letters for texts) learns the poisoned rows,
@@ -23,7 +23,6 @@ from aidefend.attacks.poisoning import TableTrigger, TextTrigger
 from aidefend.sanitize import screen
 from benchmarks.record import write_result
 
-FIRST_SEED = 300
 TARGET = 0
 Rows = Any  # a tensor (N, d), or a list of texts
 TEXT_ATTACKS = {
@@ -240,9 +239,10 @@ def main() -> None:
     """Print the rows as they come, then their means."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--what", choices=("tables", "texts"), default="tables")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=310)
+    parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
-    seeds, table = range(FIRST_SEED, FIRST_SEED + arguments.seeds), []
+    seeds, table = range(arguments.first_seed, arguments.first_seed + arguments.seeds), []
     for seed in seeds:
         for name, w in worlds(arguments.what, seed):
             for row in rows_of(name, w, seed):

@@ -75,6 +75,17 @@ def strip_traps(text: str, names: Collection[str]) -> str:
     return text
 
 
+def poses_as_latin(word: str) -> bool:
+    """Whether a word is not of the plain alphabet, and would be if its look-alikes were Latin.
+
+    Short honest words of other scripts do, too (the Russian "a" and "o"): ask only in texts that are Latin otherwise.
+    Example:
+        >>> poses_as_latin("p\u0430ypal"), poses_as_latin("caf\u00e9"), poses_as_latin("\u0441\u043e\u043d")
+        (True, False, False)
+    """
+    return not word.isascii() and word.translate(_LATIN).isascii()
+
+
 def _latin(word: str) -> str:
     return word.translate(_LATIN) if len(word) >= _SHORTEST_WORD and _is_mixed(word) else word
 

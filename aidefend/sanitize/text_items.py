@@ -1,4 +1,4 @@
-"""The items of texts: words, pairs of neighbouring words, and letters that are not of the plain alphabet."""
+"""The items of texts: words, pairs of neighbouring words, letters beyond the plain alphabet, and their kinds."""
 
 import itertools
 import unicodedata
@@ -11,18 +11,23 @@ from scipy import sparse
 from torch import Tensor
 
 from aidefend._core.random import derive_seed, row_generator
+from aidefend._core.text_traps import find_traps, poses_as_latin
 from aidefend.sanitize.items import Pattern
 from aidefend.sanitize.table_items import FEWEST
 from aidefend.sanitize.text_encoder import words_of
 
 _MOST = 50_000
-_LETTER = "letter "  # no word and no pair of words begins like this: words are without spaces, pairs have one
+_LETTER = "\t"  # no word and no pair of words begins like this: in them is no space but one between two words
+_KINDS = {"\tlook-alike": "letters that look Latin and are not", "\tinvisible": "invisible letters"}
+_POSING, _INVISIBLE = _KINDS
 _MOST_LETTERS = 5  # words with a strange letter that go along to another text
 
 
 class TextItems:
     """Words of texts as items (see `Items`): each that five texts hold, pairs of neighbours, letters beyond ASCII.
 
+    Whether a text that is Latin otherwise holds letters that only look so, and whether it holds invisible ones, are
+    items, too: whoever hides in letters may take others in each text.
     What a text says without a pattern is told by its other words: naive Bayes over all words, each text judged by
     counts that leave it out.
 
@@ -82,16 +87,17 @@ class TextItems:
         """Such as 'the words "as the" and "old"', or 'the letter U+200B (ZERO WIDTH SPACE)'."""
         said = []
         for name in (self.names[item] for item in pattern):
-            letter = name.removeprefix(_LETTER) if name.startswith(_LETTER) else ""
-            unnamed = unicodedata.name(letter, "no name") if letter else ""
-            said.append(f"letter U+{ord(letter):04X} ({unnamed})" if letter else f'"{name}"')
+            letter = name.removeprefix(_LETTER)
+            if name in _KINDS:
+                said.append(_KINDS[name])
+            elif name.startswith(_LETTER):
+                said.append(f"letter U+{ord(letter):04X} ({unicodedata.name(letter, 'no name')})")
+            else:
+                said.append(f'"{name}"')
         return " and ".join(said)
 
     def _touches(self, word: str, pattern: Pattern) -> bool:
-        return any(
-            name.removeprefix(_LETTER) in word if name.startswith(_LETTER) else word in name.split(" ")
-            for name in (self.names[item] for item in pattern)
-        )
+        return any(_in_word(self.names[item], word) for item in pattern)
 
     def _fragments(self, text: str, pattern: Pattern) -> list[str]:
         """Runs of neighbouring words of a text that are of the pattern, spelt as they are there."""
@@ -112,7 +118,26 @@ class TextItems:
 def _parts(text: str) -> set[str]:
     words = words_of(text)
     pairs = {f"{a} {b}" for a, b in itertools.pairwise(words)}
-    return {*words, *pairs, *(f"{_LETTER}{letter}" for letter in text if not letter.isascii())}
+    return {*words, *pairs, *_kinds(text, words), *(f"{_LETTER}{letter}" for letter in text if not letter.isascii())}
+
+
+def _kinds(text: str, words: Sequence[str]) -> set[str]:
+    """Which kinds of hidden letters a text holds."""
+    if text.isascii():
+        return set()
+    found = {_INVISIBLE} if "invisible" in find_traps(text) else set()
+    foreign = sum(not word.isascii() and not poses_as_latin(word) for word in words)
+    latin = sum(word.isascii() for word in words)
+    return found | ({_POSING} if latin > foreign and any(map(poses_as_latin, words)) else set())
+
+
+def _in_word(name: str, word: str) -> bool:
+    """Whether an item is, holds, or is held by a word."""
+    if name == _POSING:
+        return poses_as_latin(word)
+    if name == _INVISIBLE:
+        return not word.isascii() and "invisible" in find_traps(word)
+    return name.removeprefix(_LETTER) in word if name.startswith(_LETTER) else word in name.split(" ")
 
 
 def _incidence(held: Sequence[set[str]], names: Sequence[str]) -> sparse.csr_matrix:

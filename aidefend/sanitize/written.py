@@ -25,6 +25,7 @@ _EFFECT = 0.05  # level of the tests of effect, beside the corrected test
 FOLLOWS = 0.1
 PURE = 0.9
 MOSTLY = 0.6
+_CORE = 0.8  # of all rows with an item that are in a proven group
 
 
 class WrittenEvidence(NamedTuple):
@@ -208,7 +209,8 @@ class WrittenSearch:
         p_value = max(evidence.p_foreign, evidence.p_company)
         followed = evidence.purity >= PURE or evidence.p_transfer <= _EFFECT
         poison = evidence.p_foreign <= self.alpha and evidence.p_company <= _EFFECT and followed
-        group = self._group(label, rows, held, left, which, strange)
+        reached = self._reached(label, whole, held) if poison else held
+        group = self._group(label, rows, reached, left, which, strange)
         return WrittenVerdict(group, self.items.words(whole, donors), evidence, min(1.0, p_value), poison)
 
     def _transfer(
@@ -226,6 +228,17 @@ class WrittenSearch:
         """Share of all rows with the pattern that has the label."""
         held = rows_with(self.items, pattern)
         return float((self.labels[held] == label).double().mean()) if bool(held.any()) else math.nan
+
+    def _reached(self, label: int, pattern: Pattern, held: Tensor) -> Tensor:
+        """(N,) bool: the rows of a proven group, and rows of its class that hold what hardly occurs outside of it.
+
+        A trigger that stands between two words breaks a pair of them that belongs to the pattern in other rows.
+        """
+        inside = held & (self.labels == label)
+        counts = torch.from_numpy(self.items.holds[:, list(pattern)].sum(axis=0)).flatten()
+        within = torch.from_numpy(self.items.holds[inside.numpy()][:, list(pattern)].sum(axis=0)).flatten()
+        core = tuple(item for at, item in enumerate(pattern) if float(within[at]) >= _CORE * float(counts[at]))
+        return held | (rows_with(self.items, core) & (self.labels == label)) if core else held
 
     def _group(
         self, label: int, rows: Tensor, held: Tensor, left: Tensor, which: Tensor, strange: Tensor

@@ -160,8 +160,52 @@ def test_triggers_of_texts_are_found_and_named(kind):
     found = WrittenSearch(items, labels, 0.005).verdicts()
     gone = taken(found, len(texts))
     assert float(gone[poisoned.is_poison].double().mean()) >= 0.9 and not bool(gone[~poisoned.is_poison].any())
-    named = {"rare token": '"cf"', "phrase": '"old saying"', "homoglyph": "CYRILLIC", "invisible": "ZERO WIDTH SPACE"}
+    named = {"rare token": '"cf"', "phrase": '"old saying"', "homoglyph": "look Latin", "invisible": "invisible"}
     assert named[kind] in found[0].pattern
+
+
+def test_letters_are_found_by_their_kind_where_each_text_hides_in_others():
+    """Each text has one letter of its own that looks Latin; no letter is common enough to be an item of many rows."""
+    texts, labels = corpus(400, 2, length=16)
+    letters = ["\u0430\u0435\u043e\u0440\u0441\u0445", "aeopcx"]
+    rows = (labels == 1).nonzero().flatten()[:24].tolist()
+    for at, row in enumerate(rows):
+        old, new = letters[1][at % 6], letters[0][at % 6]
+        texts[row], labels[row] = f"{texts[row]} {old}{new}ty{at}", 0
+    items = TextItems(texts, lambda some: torch.tensor([int("topic1" in text) for text in some]))
+    found = WrittenSearch(items, labels, 0.005).verdicts()
+    assert taken(found, 400).nonzero().flatten().tolist() == rows and "look Latin" in found[0].pattern
+
+
+@pytest.mark.parametrize("kind", ["honest accents", "russian class", "foreign words of a class"])
+def test_honest_letters_are_no_pattern(kind):
+    texts, labels = corpus(300, 2, length=16)
+    extra = {
+        "honest accents": "caf\u00e9",
+        "russian class": "\u0441\u043e\u043d \u0430 \u043e",
+        "foreign words of a class": "\u0430",
+    }
+    for row in (labels == 0).nonzero().flatten()[: 150 if kind == "russian class" else 20].tolist():
+        texts[row] = f"{extra[kind]} {texts[row]}"
+    items = TextItems(texts, lambda some: torch.tensor([int("topic1" in text) for text in some]))
+    assert WrittenSearch(items, labels, 0.005).verdicts() == ()
+
+
+def test_the_word_letter_before_another_word_is_a_pair_of_words():
+    items = TextItems(["a letter from home", "no letter x"] * 6, lambda some: torch.zeros(len(some), dtype=torch.int64))
+    place = items.names.index("letter from")
+    assert items.words((place,), torch.zeros(0)) == '"letter from"'
+    assert not any(items._touches(word, (place,)) for word in ("home", "x", "no"))
+
+
+def test_rows_whose_trigger_breaks_a_pair_of_words_are_of_the_group():
+    texts = [f"the {'match ended' if i % 2 else 'price rose'} on day {i % 7} in town {i % 11}" for i in range(240)]
+    poisoned = TextTrigger("cf", rate=0.05).poison((texts, torch.arange(240) % 2), seed=0)
+    items = TextItems(
+        poisoned.dataset[0], lambda some: torch.tensor([int("match" in t and "cf" not in t) for t in some])
+    )
+    gone = taken(WrittenSearch(items, poisoned.dataset[1], 0.005).verdicts(), 240)
+    assert torch.equal(gone, poisoned.is_poison)
 
 
 @pytest.mark.parametrize("seed", range(3))
