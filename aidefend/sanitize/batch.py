@@ -12,6 +12,8 @@ from aidefend._core.checks import check_same_rows, refuse
 from aidefend._core.frames import column_batches, is_frame
 from aidefend._core.samples import Samples
 from aidefend.sanitize.material import TEXT_KEYS, text_id
+from aidefend.sanitize.mixed_table import class_of, row_text
+from aidefend.sanitize.raw_table import rows_of
 
 _UNKNOWN = "not judged: the row was not in the data that was screened"
 _COLUMNS = ("aidefend_keep", "aidefend_score", "aidefend_reason")
@@ -95,12 +97,26 @@ def _places(columns: Mapping[str, Any], names: Samples, state: Mapping[str, Any]
     if state["parameters"].get("kind") == "text":
         ids = (text_id(text, y) for text, y in zip(columns[inputs[0]], columns[label], strict=True))
         return torch.tensor([state["rows"].get(row_id, -1) for row_id in ids], dtype=torch.int64)
+    if state["parameters"].get("kind") == "mixed":
+        found_rows = _mixed_ids(columns, inputs, label, state)
+        return torch.tensor([state["rows"].get(row_id, -1) for row_id in found_rows], dtype=torch.int64)
     form = state["parameters"]["shape"], getattr(torch, state["parameters"]["dtype"])
     found = _ids(columns, count, names, *form)
     if found is None:  # some row is bad: each by itself
         rows = ({name: columns[name][row : row + 1] for name in used} for row in range(count))
         found = [(_ids(row, 1, names, *form) or [None])[0] for row in rows]
     return torch.tensor([state["rows"].get(row_id, -1) for row_id in found], dtype=torch.int64)
+
+
+def _mixed_ids(
+    columns: Mapping[str, Any], inputs: Sequence[str], label: str, state: Mapping[str, Any]
+) -> list[str | None]:
+    """Ids of rows of a table with categories or gaps."""
+    classes = (state["parameters"].get("columns") or {}).get("classes")
+    place = None if classes is None else {name: number for number, name in enumerate(classes)}
+    labels = (class_of(y) if place is None else place.get(str(y)) for (y,) in rows_of(columns, [label]))
+    texts = (row_text(inputs, row) for row in rows_of(columns, inputs))
+    return [text_id(text, y) for text, y in zip(texts, labels, strict=True)]
 
 
 def _ids(

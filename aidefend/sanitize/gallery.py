@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ def _card(report: Report, row: int, sample: Any, texts: Sequence[str] | None) ->
     card["scores"] = [(name, f"{float(values[row]):.3g}") for name, values in report.scores.items()]
     if texts is not None:
         card["words"] = texts[row][:_LETTERS] + ("…" if len(texts[row]) > _LETTERS else "")
+    elif isinstance(sample, Mapping):
+        card["words"] = ", ".join(f"{name} = {value}" for name, value in sample.items())[:_LETTERS]
     elif sample is not None:
         values = torch.as_tensor(sample).detach().cpu()
         if values.ndim == 3 and values.shape[0] in (1, 3):

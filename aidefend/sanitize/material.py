@@ -16,6 +16,8 @@ from aidefend._core.modules import Model
 from aidefend._core.samples import LABEL_KEYS
 from aidefend.sanitize.features import Features, Layer, extract_features, predictor, read_samples
 from aidefend.sanitize.items import Items
+from aidefend.sanitize.mixed_table import MixedTable, encoded, numbers_of, on_columns, row_text
+from aidefend.sanitize.raw_table import RawTable, listed, raw_table, rows_of
 from aidefend.sanitize.table_items import Column, TableItems, plain_columns
 from aidefend.sanitize.text_encoder import TextEncoder
 from aidefend.sanitize.text_items import TextItems
@@ -35,6 +37,7 @@ class Material:
         encoder: What made numbers of them.
         given: Whether the user gave the encoder: then models read its numbers, and not texts.
         names: Names of the columns of a table.
+        table: The table with categories or gaps, or None.
     """
 
     samples: Batch
@@ -42,13 +45,23 @@ class Material:
     encoder: Encoder | None = None
     given: bool = False
     names: tuple[str, ...] | None = None
+    table: MixedTable | None = None
 
     @property
     def kind(self) -> str:
-        """One of "text", "table", "array"."""
+        """One of "text", "mixed" (a table with categories or gaps), "table", "array"."""
         if self.texts is not None:
             return "text"
+        if self.table is not None:
+            return "mixed"
         return "table" if self.samples.x.ndim == 2 and self.samples.x.shape[1] <= _WIDEST_TABLE else "array"
+
+    def asked(self, model: Model | None, layer: Layer | None) -> tuple[Model | None, Layer | None]:
+        """A user's model of a table with categories behind its numbers, and its layer by the name that it then has."""
+        if self.table is None or model is None:
+            return model, layer
+        named = f"model.{layer}" if isinstance(layer, str) and isinstance(model, nn.Module) else layer
+        return on_columns(model, self.table.decoded), named
 
     def features(self, model: Model, layer: Layer | None, own: bool) -> Features:
         """Features of all samples; a user's model of texts reads texts."""
@@ -66,6 +79,8 @@ class Material:
             return TextItems(kept, self._reader(model, own), seed)
         if self.kind == "array":
             return None
+        if self.table is not None:
+            return TableItems(found.x[found.usable], self.table.columns, predictor(model))
         x = found.x[found.usable]
         return TableItems(x, self._columns(x.shape[1]), predictor(model))
 
@@ -115,6 +130,9 @@ def read_material(dataset: Any, encoder: Encoder | None = None) -> Material:
     if found is None:
         if encoder is not None:
             raise refuse("texts where an encoder is given", "dataset", type(dataset).__name__, "Pass (texts, labels)")
+        raw = raw_table(dataset)
+        if raw is not None and _is_mixed(raw):
+            return _mixed(encoded(raw))
         told = (columns_of(dataset) or {}).get("inputs")
         names = tuple(told) if isinstance(told, list | tuple) else _names_of(dataset)
         return Material(read_samples(dataset), names=names)
@@ -125,6 +143,26 @@ def read_material(dataset: Any, encoder: Encoder | None = None) -> Material:
         raise refuse("at least one text", "dataset", "no text", "Pass the texts to be screened")
     used = TextEncoder() if encoder is None else encoder
     return Material(Batch(ids, _encoded(used, list(texts)), labels), texts, used, encoder is not None)
+
+
+def _is_mixed(raw: RawTable) -> bool:
+    """Whether a table holds more than numbers: categories, bools beside them, gaps, or labels in words."""
+    numbers = [None if name in raw.declared else numbers_of(raw.columns[name]) for name in raw.inputs]
+    plain = all(
+        column is not None or np.asarray(raw.columns[name]).dtype.kind == "b"
+        for name, column in zip(raw.inputs, numbers, strict=True)
+    )
+    return not plain or any(column is not None and bool(np.isnan(column).any()) for column in numbers)
+
+
+def _mixed(table: MixedTable) -> Material:
+    names = table.raw.inputs
+    broken = {row for row, _ in table.broken}
+    texts = [row_text(names, row) for row in rows_of(table.raw.columns, names)]
+    ids = list(_text_ids(texts, table.labels))
+    for row in broken:
+        ids[row] = f"unreadable:{row}"
+    return Material(Batch(tuple(ids), table.x, table.labels, table.broken), names=names, table=table)
 
 
 def _names_of(dataset: Any) -> tuple[str, ...] | None:
@@ -149,6 +187,10 @@ def _texts_of(dataset: Any) -> tuple[Any, Any] | None:
     if isinstance(dataset, tuple | list) and len(dataset) == 2 and _all_texts(dataset[0]):
         check_same_rows(("texts", "labels"), len(dataset[0]), len(dataset[1]))
         return dataset[0], dataset[1]
+    raw = None if isinstance(dataset, tuple | list) else raw_table(dataset)
+    if raw is not None and len(raw.inputs) == 1 and raw.inputs[0] in TEXT_KEYS and raw.label is not None:
+        texts = listed(raw.columns[raw.inputs[0]])
+        return (texts, listed(raw.columns[raw.label])) if _all_texts(texts) else None
     if _of_samples(dataset):
         pairs = [dataset[row] for row in range(len(dataset))]
         return [text for text, _ in pairs], [int(label) for _, label in pairs]

@@ -64,7 +64,8 @@ def screen(
     poison; `proven_in_another_class` in the report).
     Honest styles and rare groups have right labels and pass the first.
     In tables (N, d) and texts patterns are sought as such, too: values, ranges, words or letters that rows of one class
-    hold in common and that, taken off, leave rows of another class (`WrittenSearch`).
+    hold in common and that, taken off, leave rows of another class (`WrittenSearch`). Tables may have columns of text,
+    bool or category, and gaps.
 
     Guarantee: the five tests are intersection-union tests, corrected for the number of proposals (Bonferroni): where
         in every proposal one of the hypotheses holds, something is quarantined with probability at most .01 as far as
@@ -78,7 +79,8 @@ def screen(
             usable label) gets keep = False and the reason.
         model: Module or callable that was trained on this data, from x to logits. None: a small network is trained
             here, on the data as it is, so that a shortcut shows.
-            Of texts it is asked with a list of str, or where `encoder` is given with what that makes of them.
+            Of texts it is asked with a list of str, or where `encoder` is given with what that makes of them; of a
+            table with categories or gaps with a DataFrame, if that is what was passed, else a dict of columns.
         layer: Where features come from, see `extract_features`.
         detectors: Who proposes. "auto": all that this data has what they need for; `parameters["chosen_because"]` says
             which and why. What these say of single rows (wrong labels with the label that fits better, near duplicates,
@@ -124,7 +126,8 @@ def screen(
     caps = _caps(samples.y, sides["groups"], max_removed, max_removed_group)
     if not (isinstance(detectors, str) and detectors == "auto"):
         named_detectors(detectors, copied=False)  # refused before a model is trained
-    suspect = model if model is not None else _trained(samples, seed)
+    asked, layer = material.asked(model, layer)
+    suspect = asked if asked is not None else _trained(samples, seed)
     found = material.features(suspect, layer, model is None)
     chosen = chosen_for(detectors, found, suspect, good, sides["sources"], overlaid=material.kind != "text")
     items = material.items(found, suspect, model is None, seed) if bool(found.usable.any()) else None
@@ -150,7 +153,7 @@ def screen(
         "trusted": {"rows": int(good.sum()), "in_quarantined_groups": int((good & rows.in_group).sum())},
         "bad_rows": int((~found.usable).sum()),
         "unreadable_rows": len(found.broken),
-        "columns": columns_of(dataset),
+        "columns": columns_of(dataset) if material.table is None else material.table.told(),
         "approximate": _approximate(chosen.detectors),
         "dtype": str(found.x.dtype).removeprefix("torch."),
         "shape": list(found.x.shape[1:]),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from aidefend._core.checks import check_callable, check_items, check_kind, check_number, check_same_rows, refuse
 from aidefend._core.report import Report
@@ -16,6 +17,7 @@ from aidefend._core.storage import atomic_path, canonical_json, plain
 from aidefend.sanitize.decisions import PROPOSED, WEIGHT, Decisions, decisions_of
 from aidefend.sanitize.gallery import page
 from aidefend.sanitize.kept_sampler import KeptSampler
+from aidefend.sanitize.raw_table import named_rows
 
 _BEGIN = "aidefend.releases"
 
@@ -35,6 +37,10 @@ class ScreenReport(Report):
         """Who let which rows out of quarantine, and why, oldest first."""
         found = self.parameters.get("releases", ())
         return tuple(check_items(found, dict, "releases", "Pass what release() wrote"))
+
+    def _subset(self, dataset: Any, indices: Tensor) -> Subset[Any]:
+        """Of a table with categories the rows are (dict from column to value, label as it stands)."""
+        return super()._subset(named_rows(dataset) if self.parameters.get("kind") == "mixed" else dataset, indices)
 
     def sampler(self, shuffle: bool = True, seed: int = 0, rank: int = 0, world_size: int = 1) -> KeptSampler:
         """Draws the kept rows from the data as it is; resumable, and the same rows on all ranks. See `KeptSampler`."""

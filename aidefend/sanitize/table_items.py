@@ -55,7 +55,7 @@ class TableItems:
                 places.append(place)
                 self._said.append(said)
         self.holds, self.places = stacked(held, len(x)), torch.tensor(places, dtype=torch.int64)
-        self._normal = [_normal_scores(x[:, list(column.cells)]) for column in self.columns]
+        self._normal = [_scores_of(x, column) for column in self.columns]
 
     def content(self, pattern: Pattern, labels: Tensor) -> Tensor:
         """(N, v) normal scores of all columns but those of the pattern: no value counts more than its rank."""
@@ -111,6 +111,15 @@ def _ranges(values: Tensor, name: str) -> list[tuple[str, Tensor]]:
         low, high = (float(end) for end in values.quantile(torch.tensor([share, 1 - share], dtype=torch.float64)))
         found += [(f"{name} >= {high:.6g}", values >= high), (f"{name} <= {low:.6g}", values <= low)]
     return [(said, rows) for said, rows in found if FEWEST <= int(rows.sum()) < len(values)]
+
+
+def _scores_of(x: Tensor, column: Column) -> Tensor:
+    """(N, c) float32, mean 0: a number by its rank; all categories of a column together weigh as much as a number."""
+    cells = x[:, list(column.cells)]
+    if not column.categories:
+        return _normal_scores(cells)
+    centred = cells - cells.mean(dim=0)
+    return (centred / centred.square().mean(dim=0).sum().sqrt().clamp(min=1e-6)).float()
 
 
 def _normal_scores(cells: Tensor) -> Tensor:
