@@ -1,18 +1,21 @@
 """What each output mode takes from a thief and from a membership attacker: clones by query budget, AUC of membership.
 
-python -m benchmarks.validate_outputs --data mnist.npz [--seeds 3] [--quick]
+python -m benchmarks.validate_outputs --data mnist.npz [--seeds 3] [--shadows 8] [--quick]
 A small CNN is trained on 2,000 images until it fits them (so that membership shows). Extraction: `Extraction` asks
 about images that the victim was not trained on and fits a copy to the answers, for budgets of 250, 1,000 and 4,000
 rows; the agreement of copy and victim, and the accuracy of the copy, on test images. Membership: `LossThreshold` (loss
 and margin) on the answers to 2,000 members and 2,000 non-members. Two more attackers for the modes that hide numbers:
 averages over 16 neighbours of each image (noise of the input below `NOISE`), where the noise of `KeyedNoise` is drawn
-anew; and labels alone of 16 noisier neighbours (members keep their label more often). The logits themselves are the
-row to compare with. Writes benchmarks/results/validate_outputs_DATA.json.
+anew; and labels alone of 16 noisier neighbours (members keep their label more often). `LiRA` trains shadow networks as
+the victim was trained, on halves of the 4,000 rows, and reads them through the same output mode (with a key of its own
+for `KeyedNoise`). The logits are the row to compare with. Writes benchmarks/results/validate_outputs_DATA.json
+after each mode; a run with the same settings goes on where the last one ended.
 """
 
 import argparse
+import dataclasses
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from aidefend._core.stats import roc_auc
-from aidefend.attacks import Extraction, LossThreshold
+from aidefend.attacks import Extraction, LiRA, LossThreshold
 from aidefend.validate import KeyedNoise, LabelOnly, ReverseSigmoid, Rounded, Tempered, TopK
 from aidefend.validate.outputs import harden
-from benchmarks.record import write_result
+from benchmarks.record import earlier, write_result
 from benchmarks.sanitize_screen import trained
 
 FIRST_SEED = 1500
-MEMBERS = 2000
+MEMBERS, EPOCHS = 2000, 40
 NEIGHBOURS, NOISE, SHAKE = 16, 0.02, 0.3
 MODES: dict[str, Any] = {
     "logits": None,
@@ -102,10 +105,31 @@ def stability(ask: Answer, x: Tensor, y: Tensor, seed: int) -> Tensor:
     return right / NEIGHBOURS
 
 
+class Shadows:
+    """Networks trained as the victim was, each once, and read through any output mode."""
+
+    def __init__(self, count: int, epochs: int) -> None:
+        self.count, self.epochs = count, epochs
+        self.models: dict[int, nn.Module] = {}
+
+    def auc(self, ask: Answer, output: Any, x: Tensor, y: Tensor, seed: int) -> float:
+        """Of `LiRA` on rows of which the first half are members."""
+        if isinstance(output, KeyedNoise):  # the attacker does not have the key
+            output = dataclasses.replace(output, key=bytes(range(100, 132)))
+
+        def train(dataset: Any, number: int) -> Answer:
+            if number not in self.models:
+                self.models[number] = trained(*dataset.tensors, number, epochs=self.epochs)
+            return answers_of(self.models[number], output)
+
+        score = LiRA(shadows=self.count)(ask, x, y, train_fn=train, seed=seed)
+        return roc_auc(score[: len(x) // 2], score[len(x) // 2 :]).value
+
+
 def membership(
     ask: Answer, inside: tuple[Tensor, Tensor], outside: tuple[Tensor, Tensor], seed: int, logits: bool
 ) -> dict[str, float]:
-    """AUC of each attacker; 0.5 = nothing learned."""
+    """AUC of each attacker without shadow models; 0.5 = nothing learned."""
     scores: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "loss": lambda x, y: LossThreshold()(ask, x, y),
         "margin": lambda x, y: LossThreshold("margin")(ask, x, y),
@@ -117,25 +141,29 @@ def membership(
     return {name: roc_auc(score(*inside), score(*outside)).value for name, score in scores.items()}
 
 
-def run(data: dict[str, Any], seed: int, budgets: tuple[int, ...], modes: dict[str, Any]) -> list[dict[str, Any]]:
-    """All modes of one victim."""
+def run(
+    data: dict[str, Any], seed: int, budgets: tuple[int, ...], shadows: Shadows, done: set[str]
+) -> Iterator[dict[str, Any]]:
+    """All modes of one victim that are not done."""
+    todo = {name: output for name, output in MODES.items() if name not in done}
+    if not todo:
+        return
     order = np.random.default_rng(seed).permutation(len(data["train_x"]))[: 2 * MEMBERS + max(budgets)]
     x = torch.from_numpy(data["train_x"][order]).float().div(255).unsqueeze(1)
     y = torch.from_numpy(data["train_y"][order]).long()
     test = torch.from_numpy(data["test_x"][:4000]).float().div(255).unsqueeze(1)
     labels = torch.from_numpy(data["test_y"][:4000]).long()
-    model = trained(x[:MEMBERS], y[:MEMBERS], seed, epochs=40)
+    model = trained(x[:MEMBERS], y[:MEMBERS], seed, epochs=EPOCHS)
     inside, outside = (x[:MEMBERS], y[:MEMBERS]), (x[MEMBERS : 2 * MEMBERS], y[MEMBERS : 2 * MEMBERS])
-    table = []
-    for name, output in modes.items():
+    for name, output in todo.items():
         ask = answers_of(model, output)
         accuracy = float((ask(test).argmax(dim=1) == labels).double().mean())
         found = clones(ask, model, x[2 * MEMBERS :], (test, labels), budgets, seed)
         auc = membership(ask, inside, outside, seed, output is None)
-        table.append({"mode": name, "seed": seed, "accuracy": accuracy, "clones": found, "membership": auc})
+        auc["lira"] = shadows.auc(ask, output, x[: 2 * MEMBERS], y[: 2 * MEMBERS], seed)
         shown = " ".join(f"{one['budget']}: {one['agreement']:.3f}" for one in found)
         print(f"seed {seed} {name:20} right {accuracy:.3f}  agreement {shown}  {auc}", flush=True)
-    return table
+        yield {"mode": name, "seed": seed, "accuracy": accuracy, "clones": found, "membership": auc}
 
 
 def summary(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -156,20 +184,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--shadows", type=int, default=8)
     parser.add_argument("--quick", action="store_true", help="one seed, two budgets")
     arguments = parser.parse_args()
     with np.load(arguments.data) as arrays:
         data = {name: arrays[name] for name in arrays.files}
     budgets = (250, 1000) if arguments.quick else (250, 1000, 4000)
     seeds = [FIRST_SEED + i for i in range(1 if arguments.quick else arguments.seeds)]
-    table = [row for seed in seeds for row in run(data, seed, budgets, MODES)]
+    name = f"validate_outputs_{Path(arguments.data).stem}"
+    settings = {"budgets": list(budgets), "shadows": arguments.shadows, "members": MEMBERS, "epochs": EPOCHS}
+    table = earlier(name, settings).get("rows", [])
+    for seed in seeds:
+        done = {row["mode"] for row in table if row["seed"] == seed}
+        for row in run(data, seed, budgets, Shadows(arguments.shadows, EPOCHS), done):
+            table.append(row)
+            known = sorted({row["seed"] for row in table})
+            write_result(name, {**settings, "means": summary(table), "rows": table}, seeds=known)
     means = summary(table)
     print(f"\n{'mode':20} right  agreement of the clone by budget      AUC of membership")
     for row in means:
         shown = "  ".join(f"{one['budget']:.0f}: {one['agreement']:.3f}" for one in row["clones"])
         auc = "  ".join(f"{key} {value:.3f}" for key, value in row["membership"].items())
         print(f"{row['mode']:20} {row['accuracy']:.3f}  {shown}  {auc}")
-    write_result(f"validate_outputs_{Path(arguments.data).stem}", {"means": means, "rows": table}, seeds=seeds)
 
 
 if __name__ == "__main__":
