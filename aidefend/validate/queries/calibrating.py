@@ -117,7 +117,7 @@ def _replay(rules: Rules, streams: list[Stream]) -> Array:
         who, i = int(owner[turn]), int(place[turn])
 
         def work(session: Session, who: int = who, i: int = i, now: float = float(turns[turn])) -> Array:
-            return take_note(rules, session, trails[who], marked[who], i, now + 1.0)
+            return take_note(rules, session, trails[who], marked[who], i, now + 1.0, b"%08d" % who)
 
         found[starts[who] + i] = store.run(work, float(turns[turn]) + 1.0, rules.ttl)
     return found
@@ -128,14 +128,16 @@ def mark(rules: Rules, rows: Answered, seconds: Array) -> Marked:
     return Marked(rows, rules.sketcher.marks(rows.sketches), rules.norms.surprises(rows), seconds)
 
 
-def take_note(rules: Rules, session: Session, trail: Trail, marked: Marked, i: int, now: float) -> Array:
+def take_note(
+    rules: Rules, session: Session, trail: Trail, marked: Marked, i: int, now: float, principal: bytes
+) -> Array:
     """Put query i into the shared crowds and the principal's trail; returns the statistics that it leaves behind."""
     rows, norms = marked.rows, rules.norms
     trail.fade(now, rules.ttl)
     shared = Shared()
     if not trail.knows(rows.contents[i]):
         row = (marked.marks[i], rows.sketches[i], rows.contents[i], int(rows.labels[i]))
-        shared = join_crowd(session, *row, now, float(norms.radii[1]), rules.ttl)
+        shared = join_crowd(session, *row, now, float(norms.radii[0]), rules.ttl, principal)
     surprise = (float(marked.surprises[0][i]), float(marked.surprises[1][i]))
     trail.add(rows, i, norms, surprise, shared, rules.ring)
     return trail.statistics(norms)
@@ -159,7 +161,7 @@ def _learn(streams: list[Stream], alpha: float, ttl: float, ring: int, key: byte
         np.concatenate([one.margins for one in rows]),
     )
     norms = Norms.of(everything, unrelated, np.concatenate([_nearest(one.sketches, ring) for one in rows]), classes)
-    step = 4.0 * float(norms.radii[1]) / np.sqrt(sketcher.sketch(flats[0][:1]).shape[1])
+    step = 4.0 * float(norms.radii[0]) / np.sqrt(sketcher.sketch(flats[0][:1]).shape[1])
     sketcher = Sketcher(key, centre, scale, unit, step)
     blank = np.ones((len(STATISTICS), 2))
     shape = tuple(streams[0].x.shape[1:])

@@ -178,7 +178,7 @@ class QueryMonitor:
             trail = self._trail(session, name)
             remark, score = "", 0.0
             for i in range(len(x)):
-                statistics = take_note(self._rules, session, trail, marked, i, now)
+                statistics = take_note(self._rules, session, trail, marked, i, now, name)
                 score = self._rules.score(statistics)
                 if not trail.flagged and score > self._rules.threshold:
                     remark = self._flag(trail, statistics, now)

@@ -34,7 +34,8 @@ class Norms:
     """Read off the queries of benign principals.
 
     Args:
-        radii: (3,) distances within which rows count as near; the second is the rule, the others finer and coarser.
+        radii: (3,) distances within which rows count as near; the second is the rule, the others finer and coarser. The
+            first holds between accounts: a wider one finds more unrelated rows the more traffic there is.
         edges: (BINS - 1,) quantiles of the distance of a query to the nearest earlier one of its principal.
         shares: (K,) of the classes, with a prior, summing to 1.
         centres: (K, 32) mean sketch of each class.

@@ -27,7 +27,7 @@ _ENTRY = np.dtype(
 
 
 class Shared(NamedTuple):
-    """The crowd around a query over all principals: how many different rows, and how often the class changed."""
+    """The crowd around a query: how many different rows other principals put in, and how often their class changed."""
 
     size: float = 0.0
     flips: float = 0.0
