@@ -21,7 +21,7 @@ from aidefend.validate.detector import (
 )
 from aidefend.validate.local_dimension import LocalDimension
 from aidefend.validate.logit_scores import Energy
-from aidefend.validate.mahalanobis import RelativeMahalanobis
+from aidefend.validate.mahalanobis import Mahalanobis, RelativeMahalanobis
 from aidefend.validate.nearest_neighbours import NearestNeighbours
 from aidefend.validate.stored import describe_detector, detector_arrays, rebuild_detector, with_prefix
 from aidefend.validate.tail_surprise import Tails
@@ -30,7 +30,7 @@ Method = Literal["geometric", "harmonic", "bonferroni"]
 _METHODS = ("geometric", "harmonic", "bonferroni")
 _LEAST_REFERENCE = 20
 _MOST_REFERENCE = 2000
-_DEFAULT = (Energy(), RelativeMahalanobis(), NearestNeighbours(k=50), LocalDimension())
+_DEFAULT = (Energy(), Mahalanobis(), RelativeMahalanobis(), NearestNeighbours(k=50), LocalDimension())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Ensemble:
         and the rate of the joint decision is exact whatever the dependence of the members. `p_values` of the fitted
         ensemble holds under every dependence too, for rows exchangeable with the rows held back, but is loose.
     Args:
-        detectors: Two or more configurations.
+        detectors: Two or more configurations. The default looks at the logits, at the features in all directions and in
+            those that tell classes apart, and at the neighbourhood: no shift is seen by all of them.
         method: "geometric", "harmonic" or "bonferroni"; how the members are joined.
         reference: Share of the rows that is held back, in (0, 1); at least 20 rows, at most 2,000.
         seed: Of the choice of these rows.

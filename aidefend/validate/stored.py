@@ -11,7 +11,7 @@ from aidefend.validate.detector import FittedDetector, FittedInputDetector
 from aidefend.validate.feature_squeezing import FeatureSqueezing
 from aidefend.validate.local_dimension import FittedLocalDimension
 from aidefend.validate.logit_scores import GEN, Energy, Entropy, MaxLogit, MaxSoftmax
-from aidefend.validate.mahalanobis import FittedMahalanobis
+from aidefend.validate.mahalanobis import FittedMahalanobis, FittedRelativeMahalanobis
 from aidefend.validate.nearest_neighbours import FittedNearestNeighbours
 from aidefend.validate.virtual_logit import FittedViM
 
@@ -19,7 +19,8 @@ SINGLE: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
         *(Energy, MaxLogit, MaxSoftmax, Entropy, GEN),
-        *(FittedMahalanobis, FittedNearestNeighbours, FittedLocalDimension, FittedViM, Consistency, FeatureSqueezing),
+        *(FittedMahalanobis, FittedRelativeMahalanobis, FittedNearestNeighbours, FittedLocalDimension, FittedViM),
+        *(Consistency, FeatureSqueezing),
     )
 }
 
