@@ -28,7 +28,7 @@ from aidefend.validate.conformal_law import Mode as Promise
 from aidefend.validate.detector import Detector, FittedDetector, Rows, score_columns, unique_names
 from aidefend.validate.ensemble import Ensemble
 from aidefend.validate.features import PassCapture
-from aidefend.validate.model_identity import identify, uncompiled
+from aidefend.validate.model_identity import identify, plain_modules, served, unwrapped
 from aidefend.validate.spec import InputSpec
 
 _PURPOSES = ("fit", "reference", "calibration")
@@ -105,6 +105,7 @@ def calibrate(
         check_items(train_ids, str, "train_ids", "Pass the content ids of the training rows")
     check_detectors(detectors)
     check_mode(model)
+    model = served(model)
     order = _Order(fit is not None, len(detectors), alpha, promise, delta, seed)
     parts = _split(list(iterate(data, batch_size)), fit, order, train_ids, batch_size)
     rules = InputSpec.infer(batch.x for batch in parts["fit"]) if spec is None else spec
@@ -233,25 +234,25 @@ def _find_layer(
     spec: InputSpec,
 ) -> nn.Module | None:
     """The module whose input is the feature vector, or None if no detector looks at features."""
-    inner = uncompiled(model)
+    inner = unwrapped(model)
     if layer is None and not any(getattr(detector, "uses_features", True) for detector in detectors):
         return None
     if not isinstance(inner, nn.Module):
         cure = "Wrap it in an nn.Module, or use detectors of logits such as Energy()"
         raise IncompatibleModel("Expected an nn.Module to read features from.", [Offender("", "a callable", cure)])
     if layer is not None:
-        return find_module(inner, layer)
+        plain = plain_modules(inner)
+        return plain[layer] if isinstance(layer, str) and layer in plain else find_module(inner, layer)
     first = next(iter(_slices(batches[0], rows_a_pass(spec, batches[0].x, len(batches[0].ids)))))
     good, _, _ = _checked(first, spec, device_of(model))
     return last_linear(inner, good if len(good) else batches[0].x.to(device_of(model)))
 
 
 def _layer_name(model: Model, module: nn.Module | None) -> str | None:
-    inner = uncompiled(model)
+    inner = unwrapped(model)
     if module is None or not isinstance(inner, nn.Module):
         return None
-    names: list[str] = [name for name, found in inner.named_modules() if found is module]
-    return names[0]
+    return next(name for name, found in plain_modules(inner).items() if found is unwrapped(module))
 
 
 def run_rows(

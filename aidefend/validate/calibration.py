@@ -11,6 +11,7 @@ from aidefend._core.checks import check_tensor, refuse
 from aidefend._core.stats import Interval
 from aidefend.validate.conformal import WHOLE, Calibration
 from aidefend.validate.conformal_law import Mode, least_calibration_rows
+from aidefend.validate.few_rows import Lookup
 from aidefend.validate.tail_surprise import Tails
 
 COMBINED = "combined"
@@ -20,16 +21,17 @@ class Judged(NamedTuple):
     """What a calibration says about N rows.
 
     Args:
-        joined: (N,) the joint statistic.
-        p_values: (D + 1, N): of each detector among all calibration rows, and last of the decision, by its mode.
+        numbers: 2 D + 2 of (N,): scores of each detector and the joint statistic, then p-values: of each detector among
+            all calibration rows, and last of the decision, by its mode.
         ranks: (N,) p-value of the joint statistic among all calibration rows: what watches for drift.
         refused: (N,) bool.
+        some: Whether any is refused.
     """
 
-    joined: Tensor
-    p_values: Tensor
+    numbers: tuple[Tensor, ...]
     ranks: Tensor
     refused: Tensor
+    some: bool
 
 
 class JointCalibration(nn.Module):
@@ -151,21 +153,38 @@ class JointCalibration(nn.Module):
         return self.join(scores).nan_to_num(nan=math.inf) - self._limit(classes)
 
     def judge(self, scores: Tensor, classes: Tensor | None = None) -> Judged:
-        """P-values and decision for scores (N, D); see `margin`."""
+        """Decision and p-values for scores (N, D); see `margin`."""
         joined = self.join(scores)
         columns = torch.cat([scores.to(self.ordered).T, joined[None]])
         place = torch.searchsorted(self.ordered, columns, side="left")  # NaN comes last, as the strangest
         p_values = self.by_place[place]
         refused = (joined <= self._limit(classes)).logical_not_()
         ranks = p_values[-1]
-        if self.mode == "marginal":
-            return Judged(joined, p_values, ranks, refused)
-        own = self.law.p_values(joined, classes) if self.mode == "class-conditional" else self.table[place[-1]]
-        return Judged(joined, torch.cat([p_values[:-1], own[None]]), ranks, refused)
+        if self.mode != "marginal":
+            own = self.law.p_values(joined, classes) if self.mode == "class-conditional" else self.table[place[-1]]
+            p_values = torch.cat([p_values[:-1], own[None]])
+        return Judged((*columns, *p_values), ranks, refused, bool(refused.any()))
+
+    def judge_few(self, scores: Sequence[Sequence[float]]) -> Judged:
+        """The same for a few rows on the CPU, from D scores each; not in the mode "class-conditional"."""
+        found, ranks, n, limit = [], [], self._n, self._few_limit
+        for row in scores:
+            known = [*row, self._lookup.join(row)]
+            places = self._lookup.places(known)
+            p_values = [(1 + n - place) / (n + 1) for place in places]
+            ranks.append(p_values[-1])
+            if self.mode != "marginal":
+                p_values[-1] = self.table[places[-1]].item()
+            found.append(known + p_values)
+        refused = [not row[len(self.names)] <= limit for row in found]
+        numbers = torch.tensor(found, dtype=torch.float64).unbind(1)
+        marks = torch.tensor(refused, dtype=torch.bool)
+        return Judged(numbers, torch.tensor(ranks, dtype=torch.float64), marks, True in refused)
 
     def p_values(self, scores: Tensor, classes: Tensor | None = None) -> dict[str, Tensor]:
         """P-value of each detector and of the decision, by name, each (N,) float64."""
-        return dict(zip((*self.names, COMBINED), self.judge(scores, classes).p_values, strict=True))
+        numbers = self.judge(scores, classes).numbers
+        return dict(zip((*self.names, COMBINED), numbers[len(self.names) + 1 :], strict=True))
 
     def _limit(self, classes: Tensor | None) -> Tensor:
         """The threshold, of each row in the mode "class-conditional": -infinity without calibration rows."""
@@ -191,6 +210,10 @@ class JointCalibration(nn.Module):
         self.table = self.law.p_by_count().flip(0).to(joined.device)
         counts = torch.arange(len(joined), -1, -1, dtype=torch.float64, device=joined.device)
         self.by_place = (1 + counts) / (len(joined) + 1)
+        if self.mode != "class-conditional":
+            self._n = len(joined)
+            self._lookup = Lookup.of(self.knots, self.heights, self.slopes, scores)
+            self._few_limit = float(self._lookup.ordered[-1][-round(self.law.level() * (self._n + 1))])
 
 
 def _derive_again(module: nn.Module, _: object) -> None:

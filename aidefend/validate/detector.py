@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,6 +108,19 @@ def score_rows(detector: FittedDetector | FittedInputDetector, rows: Rows) -> Te
 def score_columns(detectors: Iterable[FittedDetector | FittedInputDetector], rows: Rows) -> Tensor:
     """Scores of all detectors: (N, D) float64."""
     return torch.stack([score_rows(detector, rows).double() for detector in detectors]).T
+
+
+def in_numpy(values: Tensor) -> bool:
+    """Whether numpy may compute with these numbers: on the CPU, where nobody asks for gradients.
+
+    Its functions give the same as those of torch, and cost a fraction where there are few numbers.
+    """
+    return not torch.is_grad_enabled() and values.device.type == "cpu"
+
+
+def as_array(values: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
+    """Numbers on the CPU as an array over the same memory; those of half precision as float32."""
+    return wide(values.detach()).numpy()
 
 
 class StorableDetector(FittedDetector, Protocol):

@@ -37,7 +37,7 @@ from aidefend.validate.features import PassCapture
 from aidefend.validate.guard_file import read_guard, write_guard
 from aidefend.validate.judging import Mode, Panel, blank_row, judge
 from aidefend.validate.logit_scores import Energy
-from aidefend.validate.model_identity import uncompiled
+from aidefend.validate.model_identity import plain_modules, served, unwrapped
 from aidefend.validate.nearest_neighbours import NearestNeighbours
 from aidefend.validate.outputs import Output
 from aidefend.validate.recalibrating import recalibrated
@@ -86,8 +86,10 @@ class Guard(nn.Module):
         check_choice(mode, _MODES, "mode")
         check_mode(model)
         facts = parts.facts
-        inner = uncompiled(model)
-        layer = find_module(inner, facts.layer) if facts.layer is not None and isinstance(inner, nn.Module) else None
+        model, inner = served(model), unwrapped(model)
+        layer = None
+        if facts.layer is not None and isinstance(inner, nn.Module):
+            layer = find_module(inner, plain_modules(inner).get(facts.layer, facts.layer))
         self.model, self.spec, self.mode, self.output = model, parts.spec, mode, output
         self.collaborators = collaborators or Collaborators()
         self.facts, self.detectors, self.calibration = facts, parts.detectors, parts.calibration
@@ -232,7 +234,7 @@ class Guard(nn.Module):
                 if any(module.training for module in self._switches):
                     check_mode(self.model)
                 shadow = self.mode == "shadow"
-                every = shadow or bool(checked.accepted.all())
+                every = shadow or not any(checked.reasons)
                 chosen = None if every and rows else checked.accepted.nonzero().flatten()
                 if chosen is not None and len(chosen) == 0:
                     nothing = self._refuse(rows, "")

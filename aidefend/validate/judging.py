@@ -1,9 +1,8 @@
 """One batch through the specification's survivors, the model and the detectors: a verdict for each row."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,20 +10,21 @@ from torch import Tensor
 from aidefend._core.checks import check_callable, refuse
 from aidefend._core.errors import AidefendError
 from aidefend._core.modules import Model
-from aidefend.validate.calibration import COMBINED, JointCalibration
+from aidefend.validate.calibration import COMBINED, JointCalibration, Judged
 from aidefend.validate.collaborators import Watched, failure
 from aidefend.validate.decision import Verdict, refused_constant
-from aidefend.validate.detector import FittedDetector, Rows, score_columns
+from aidefend.validate.detector import FittedDetector, Rows, in_numpy, score_columns, score_rows
 from aidefend.validate.features import Outputs, PassCapture
+from aidefend.validate.few_rows import MOST_ROWS
 from aidefend.validate.outputs import Output, harden
 from aidefend.validate.spec_result import SpecResult
 
 Mode = Literal["enforce", "monitor", "shadow"]
+_FEW = 1024  # numbers that plain Python adds up sooner than a tensor operation starts
 Watch = Callable[[Tensor, Tensor], Watched]
 
 
-@dataclasses.dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """Everything that looks at a batch which has passed the specification."""
 
     model: Model
@@ -93,6 +93,12 @@ def judge(panel: Panel, checked: SpecResult, x: Tensor, rows: Tensor | None, wat
     usable = healthy if allowed is None else allowed if healthy is None else allowed & healthy
     opinion = _opinion(panel, *_select(outputs, given, usable))
     watched = watch(_picked(given, allowed), _picked(outputs.logits, allowed))
+    if rows is None and usable is None and not opinion.remarks and not watched.refusal:  # nothing speaks against a row
+        keep = checked.accepted
+        shown = _hardened(panel, outputs.logits, given)
+        return Verdict(
+            keep, keep, shown, checked.reasons, opinion.scores, opinion.p_values, watched.remark, opinion.ranks
+        )
     scored = _numbers(rows, usable, x)
     remarks = _remarks(opinion, scored, _numbers(rows, None if healthy is None else ~healthy, x), checked)
     barred = (watched.refusal,) if watched.refusal else ()
@@ -117,7 +123,11 @@ def _unless_all(mask: Tensor) -> Tensor | None:
 
 def _healthy(outputs: Outputs) -> Tensor | None:
     """Which rows have finite outputs and features; None = all. A sum is finite only if every term is."""
-    if math.isfinite((outputs.logits.sum() + outputs.features.sum()).item()):
+    if in_numpy(outputs.logits) and outputs.logits.numel() + outputs.features.numel() <= _FEW:
+        total = sum(outputs.logits.flatten().tolist()) + sum(outputs.features.flatten().tolist())
+    else:
+        total = (outputs.logits.sum() + outputs.features.sum()).item()
+    if math.isfinite(total):
         return None
     return _unless_all(torch.isfinite(outputs.logits).all(dim=1) & torch.isfinite(outputs.features).all(dim=1))
 
@@ -169,8 +179,7 @@ def _opinion(panel: Panel, outputs: Outputs, x: Tensor) -> _Opinion:
     calibration = panel.calibration
     try:
         rows = Rows(outputs.features, outputs.logits, x, panel.model, checked=True)
-        scores = score_columns(panel.detectors, rows).to(calibration.device)
-        joined, p_values, ranks, strange = calibration.judge(scores, outputs.logits.argmax(dim=1))
+        judged = _judged(panel, rows)
     except Exception as error:
         n = len(outputs.logits)
         unknown = outputs.logits.new_full((n,), torch.nan, dtype=torch.float64)
@@ -178,15 +187,21 @@ def _opinion(panel: Panel, outputs: Outputs, x: Tensor) -> _Opinion:
         refused = torch.ones_like(unknown, dtype=torch.bool)
         return _Opinion(nothing, nothing, unknown[:0], refused, [failure("detectors", error)] * n)
     names = (*calibration.names, COMBINED)
-    lowest = p_values[:-1, strange].argmin(dim=0).tolist() if bool(strange.any()) else []
+    numbers, own = judged.numbers, slice(len(names), -1)
+    lowest = torch.stack(numbers[own])[:, judged.refused].argmin(dim=0).tolist() if judged.some else []
     remarks = [f"detector: unlike the calibration data ({names[i]})" for i in lowest]
-    return _Opinion(
-        dict(zip(names, (*scores.T, joined), strict=True)),
-        dict(zip(names, p_values, strict=True)),
-        ranks,
-        strange,
-        remarks,
-    )
+    scores, p_values = (dict(zip(names, half, strict=True)) for half in (numbers[: len(names)], numbers[len(names) :]))
+    return _Opinion(scores, p_values, judged.ranks, judged.refused, remarks)
+
+
+def _judged(panel: Panel, rows: Rows) -> Judged:
+    """The calibration's answer; in plain numbers where there are few, since each tensor operation has its price."""
+    calibration, logits = panel.calibration, cast(Tensor, rows.logits)
+    if calibration.mode == "class-conditional":
+        return calibration.judge(score_columns(panel.detectors, rows).to(calibration.device), logits.argmax(dim=1))
+    if logits.shape[0] <= MOST_ROWS and in_numpy(logits) and in_numpy(calibration.scores):
+        return calibration.judge_few([*zip(*(score_rows(one, rows).tolist() for one in panel.detectors), strict=True)])
+    return calibration.judge(score_columns(panel.detectors, rows).to(calibration.device))
 
 
 def _select(outputs: Outputs, x: Tensor, keep: Tensor | None) -> tuple[Outputs, Tensor]:
@@ -205,14 +220,18 @@ def _spread(values: Tensor, rows: Tensor | None, n: int, rest: float | bool) -> 
 def _shown(panel: Panel, logits: Tensor, given: Tensor, rows: Tensor | None, answered: Tensor) -> Tensor:
     """Outputs of all rows: hardened logits where there is an answer, the constant elsewhere."""
     chosen = _unless_all(answered if rows is None else answered[rows])
-    hardened = logits = _picked(logits, chosen)
-    if panel.output is not None and panel.mode != "shadow":
-        hardened = harden(panel.output, logits, _picked(given, chosen))
-    if hardened.shape[1:] != panel.blank.shape or hardened.shape[0] != logits.shape[0]:
-        raise refuse(f"outputs of shape {tuple(panel.blank.shape)} a row", "output", hardened, "Keep shape and order")
+    hardened = _hardened(panel, _picked(logits, chosen), _picked(given, chosen))
     n = answered.shape[0]
     if hardened.shape[0] == n:
         return hardened
     shown = panel.blank.to(hardened).expand(n, *panel.blank.shape).clone()
     shown[answered] = hardened
+    return shown
+
+
+def _hardened(panel: Panel, logits: Tensor, given: Tensor) -> Tensor:
+    """What a client sees of logits (n, K) for inputs (n, ...)."""
+    shown = logits if panel.output is None or panel.mode == "shadow" else harden(panel.output, logits, given)
+    if shown.shape[1:] != panel.blank.shape or shown.shape[0] != logits.shape[0]:
+        raise refuse(f"outputs of shape {tuple(panel.blank.shape)} a row", "output", shown, "Keep shape and order")
     return shown

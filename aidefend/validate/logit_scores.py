@@ -1,6 +1,7 @@
 """Detectors that read the logits alone: they need no features and learn nothing."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -8,7 +9,9 @@ import torch
 from torch import Tensor
 
 from aidefend._core.checks import check_int, check_number
-from aidefend.validate.detector import check_fit, check_wide_logits, wide
+from aidefend.validate.detector import check_fit, check_wide_logits, in_numpy
+
+_FEW = 256  # numbers that plain Python is done with before a tensor operation starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +55,10 @@ class Energy(_LogitScore):
         return self.quick_score(features, check_wide_logits(features, logits))
 
     def quick_score(self, _: Tensor, logits: Tensor) -> Tensor:
-        """As `score`, for logits (N, K) that are known to be finite."""
-        return -wide(logits).logsumexp(dim=1)
+        """As `score`, for logits (N, K) that are known to be finite: float64."""
+        if logits.numel() <= _FEW and in_numpy(logits):
+            return torch.tensor([-_log_sum_exp(row) for row in logits.tolist()], dtype=torch.float64)
+        return -logits.double().logsumexp(dim=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +173,11 @@ class GEN(_LogitScore):
         rest = torch.log1p(-ranked.log_probability[:, 1:].exp())  # these are at most one half
         both = ranked.log_probability + torch.cat([first, rest], dim=1)
         return (self.gamma * both[:, : self.top]).exp().sum(dim=1)
+
+
+def _log_sum_exp(values: list[float]) -> float:
+    largest = max(values)
+    return largest + math.log(sum(math.exp(value - largest) for value in values))
 
 
 class _Ranked(NamedTuple):

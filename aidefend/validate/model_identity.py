@@ -1,7 +1,8 @@
-"""Which model a guard was calibrated for: a digest of its structure and one of its weights."""
+"""Which model a guard was calibrated for, whatever is wrapped round it: a digest of its structure and of its weights."""
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,27 +11,45 @@ from aidefend._core.checks import refuse
 from aidefend._core.modules import Model
 from aidefend._core.storage import canonical_json
 
-_COMPILED = "_orig_mod."
+_REPLICAS = (nn.parallel.DistributedDataParallel, nn.parallel.DataParallel)
 
 
-def uncompiled(model: Model) -> Model:
-    """The module inside `torch.compile(module)`, or the model itself."""
-    inner = getattr(model, "_orig_mod", model)
-    return inner if callable(inner) else model
+def served(model: Model) -> Model:
+    """What a guard runs: the module inside a replica of data parallelism, or the model itself.
+
+    A replica adds collective calls (of buffers, in every pass), for which the other processes would have to answer as
+    many requests. A replica that was compiled as a whole is served without compilation: compile what is inside it.
+    """
+    if isinstance(model, _REPLICAS):
+        return served(model.module)
+    inner = getattr(model, "_orig_mod", None)
+    return served(inner) if isinstance(inner, _REPLICAS) else model
+
+
+def unwrapped(model: Model) -> Model:
+    """The module that `torch.compile` and data parallelism were applied to, or the model itself."""
+    inner = _inside(model)
+    return model if inner is None else unwrapped(inner)
+
+
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by the names that they have where nothing is wrapped; wrappers are left out."""
+    raw = dict(model.named_modules())
+    wrappers = {name for name, module in raw.items() if _inside(module) is not None}
+    return {_plain(name, wrappers): module for name, module in raw.items() if name not in wrappers}
 
 
 def identify(model: Model) -> dict[str, str]:
     """SHA-256 of the structure (module names and types; names, dtypes and shapes of the state) and of the weights.
 
-    A compiled model has the identity of the model inside. A plain callable has none: both are empty.
+    A compiled model and a replica have the identity of the model inside. A plain callable has none: both are empty.
     """
-    inner = uncompiled(model)
+    inner = unwrapped(model)
     if not isinstance(inner, nn.Module):
         return {"structure": "", "weights": ""}
-    modules = [[name.replace(_COMPILED, ""), type(module).__qualname__] for name, module in inner.named_modules()]
-    state = {
-        name.replace(_COMPILED, ""): value for name, value in inner.state_dict().items() if isinstance(value, Tensor)
-    }
+    modules = [[name, type(module).__qualname__] for name, module in plain_modules(inner).items()]
+    wrappers = {name for name, module in inner.named_modules() if _inside(module) is not None}
+    state = {_plain(name, wrappers): value for name, value in inner.state_dict().items() if isinstance(value, Tensor)}
     entries = [[name, str(value.dtype), list(value.shape)] for name, value in state.items()]
     structure = hashlib.sha256(canonical_json([modules, entries]).encode())
     weights = hashlib.sha256(structure.digest())
@@ -48,3 +67,19 @@ def check_identity(model: Model, known: Mapping[str, str]) -> None:
     if found["weights"] != known["weights"]:
         rule = "the weights that the guard was calibrated for (the structure is the same)"
         raise refuse(rule, "model", found["weights"][:16], "Load those weights first, or calibrate again")
+
+
+def _inside(model: Any) -> Any:
+    """What a wrapper wraps, or None."""
+    inner = model.module if isinstance(model, _REPLICAS) else getattr(model, "_orig_mod", None)
+    return inner if callable(inner) else None
+
+
+def _plain(name: str, wrappers: set[str]) -> str:
+    """A dotted name without the steps that lead into a wrapper."""
+    found, raw = [], ""
+    for step in name.split("."):
+        if raw not in wrappers:
+            found.append(step)
+        raw = f"{raw}.{step}" if raw else step
+    return ".".join(found)

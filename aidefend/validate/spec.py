@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -21,7 +21,6 @@ from aidefend.validate.spec_values import (
     Limits,
     bound_pairs,
     clamp,
-    extremes,
     finite_rows,
     flush_subnormals,
     has_subnormals,
@@ -30,6 +29,7 @@ from aidefend.validate.spec_values import (
     outside,
     row_extremes,
     subnormal_rows,
+    survey,
 )
 
 _SCHEMA = "aidefend.input-spec/2"
@@ -165,9 +165,10 @@ class InputSpec:
 
     def _fault(self, x: Tensor) -> str | None:
         """Why the batch as a whole is refused, from its header alone, or None."""
-        if x.ndim != len(self.shape) + 1 or not all(map(_fits, x.shape[1:], self.shape)):
+        shape = x.shape
+        if shape[1:] != self.shape and not _same_form(shape[1:], self.shape):
             return "input: wrong shape"
-        if len(x) > self.max_rows:
+        if shape[0] > self.max_rows:
             return "input: too many rows"
         if x.numel() * x.element_size() > self.max_bytes:
             return "input: too many bytes"
@@ -196,25 +197,26 @@ class InputSpec:
         return limits_of(self.low, self.high, self.dtype, self.tolerance)
 
     def _check_rows(self, x: Tensor) -> SpecResult:
-        finite, inside = self._look(x)
-        small = finite and self._small(x)
-        clipped = "clip" if inside else self.out_of_range, "clip" if not small else self.denormals
-        if finite and clipped == ("clip", "clip"):
-            accepted = torch.ones(len(x), dtype=torch.bool, device=x.device)
-            return SpecResult(None, accepted, ((),) * len(x), x if inside and not small else self.clip(x))
+        finite, inside, small = self._look(x)
+        whole = inside or self.out_of_range == "clip"
+        if finite and whole and (not small or self.denormals == "clip"):
+            n = x.shape[0]
+            accepted = torch.ones(n, dtype=torch.bool, device=x.device)
+            return SpecResult(None, accepted, ((),) * n, x if inside and not small else self.clip(x))
         return self._row_by_row(x)
 
-    def _look(self, x: Tensor) -> tuple[bool, bool]:
-        """Whether all numbers of the batch are finite, and whether they are in range."""
+    def _look(self, x: Tensor) -> tuple[bool, bool, bool]:
+        """Whether all numbers of the batch are finite, whether they are in range, and whether any is subnormal."""
         if x.numel() == 0 or x.dtype == torch.bool:
-            return True, True
+            return True, True, False
         if self._limits is None or not isinstance(self._limits[0], list):
-            low, high = extremes(x)
+            low, high, small = survey(x, self.denormals != "accept")
             least, most = self._limits or (-_LARGEST, _LARGEST)
-            return low >= -_LARGEST and high <= _LARGEST, least <= low and high <= most  # NaN is neither
+            return low >= -_LARGEST and high <= _LARGEST, least <= low and high <= most, small  # NaN is neither
         lows, highs = row_extremes(x)
         lows, highs = lows.amin(0, keepdim=True), highs.amax(0, keepdim=True)
-        return bool(finite_rows(lows, highs)), not bool(outside(lows, highs, self._limits).any())
+        inside = not bool(outside(lows, highs, self._limits).any())
+        return bool(finite_rows(lows, highs)), inside, self._small(x)
 
     def _small(self, x: Tensor) -> bool:
         return self.denormals != "accept" and knows_subnormals(x.dtype) and x.numel() > 0 and has_subnormals(x)
@@ -313,6 +315,10 @@ def _size(size: Any) -> Size:
         raise refuse("a size or (smallest, largest)", "shape", size, "Give two numbers")
     smallest = check_int(size[0], "shape")
     return smallest, check_int(size[1], "shape", smallest)
+
+
+def _same_form(actual: Sequence[int], wanted: tuple[Size, ...]) -> bool:
+    return len(actual) == len(wanted) and all(map(_fits, actual, wanted))
 
 
 def _fits(actual: int, size: Size) -> bool:

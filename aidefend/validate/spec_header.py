@@ -10,7 +10,7 @@ def kind_fault(x: object) -> str | None:
     """Why x is no plain dense tensor with numbers behind it, or None."""
     if type(x) is not Tensor:  # a subclass may run its own code on every access
         return "input: not a plain tensor"
-    if x.is_nested or x.layout != torch.strided or x.is_quantized or x.device.type == "meta":
+    if x.is_nested or x.layout != torch.strided or x.is_quantized or x.is_meta:
         return "input: not a dense tensor"
     # by the class, since an attribute that was set on x could stand for its method
     if Tensor.is_conj(x) or Tensor.is_neg(x):  # the numbers in memory are not the numbers of the tensor
@@ -20,16 +20,25 @@ def kind_fault(x: object) -> str | None:
 
 def memory_fault(x: Tensor) -> str | None:
     """Why the memory of a dense tensor cannot be what it claims, or None."""
-    if not x.numel():  # its strides say nothing
+    count = x.numel()
+    if not count:  # its strides say nothing
         return None
+    reach = count - 1 if x.is_contiguous() else _reach(x)
+    if reach is None:
+        return "input: overlapping memory"
+    needed = (x.storage_offset() + reach + 1) * x.element_size()
+    return "input: memory is missing" if x.untyped_storage().nbytes() < needed else None
+
+
+def _reach(x: Tensor) -> int | None:
+    """How many elements the last one lies behind the first; None for stride 0, and where overlap cannot be excluded."""
     strides = sorted((abs(stride), size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1)
     reach = 0
     for stride, size in strides:
-        if stride <= reach:  # stride 0, or what cannot be shown to be free of overlap
-            return "input: overlapping memory"
+        if stride <= reach:
+            return None
         reach += stride * (size - 1)
-    needed = (x.storage_offset() + reach + 1) * x.element_size()
-    return "input: memory is missing" if x.untyped_storage().nbytes() < needed else None
+    return reach
 
 
 def count_rows(x: object) -> int:

@@ -1,6 +1,7 @@
 """What the numbers of a batch tell: extremes in one reduction, ranges by row, and subnormal numbers."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 Bound = float | tuple[float, ...] | None
 Limits = tuple[float, float] | tuple[list[float], list[float]]
 
+_FEW = 2**16  # numbers for which numpy's two passes are quicker than torch's one
 _BITS = {
     torch.float32: (torch.int32, np.uint32, 23),
     torch.float64: (torch.int64, np.uint64, 52),
@@ -16,10 +18,17 @@ _BITS = {
 }
 
 
-def extremes(x: Tensor) -> tuple[float, float]:
-    """Smallest and largest number of a batch that is not empty, both NaN if one is: one reduction, one wait."""
-    low, high = torch.stack(tuple(x.aminmax())).tolist()
-    return low, high
+def survey(x: Tensor, subnormal: bool) -> tuple[float, float, bool]:
+    """Smallest and largest number of a batch that is not empty, both NaN if one is; whether any is subnormal, if asked.
+
+    Numpy starts sooner, torch reads faster.
+    """
+    if x.numel() > _FEW or x.device.type != "cpu" or x.dtype in (torch.bfloat16, torch.float16):
+        low, high = torch.stack(tuple(x.aminmax())).tolist()
+        return low, high, subnormal and knows_subnormals(x.dtype) and has_subnormals(x)
+    numbers = x.numpy()
+    low, high = np.minimum.reduce(numbers, axis=None).item(), np.maximum.reduce(numbers, axis=None).item()
+    return low, high, subnormal and knows_subnormals(x.dtype) and _any_subnormal(numbers, x.dtype)
 
 
 def row_extremes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,10 +64,15 @@ def has_subnormals(x: Tensor) -> bool:
     """
     if x.device.type != "cpu":
         return bool(_subnormal(x).any())
-    signed, unsigned, mantissa = _BITS[x.dtype]
-    bits = x.view(signed).numpy().view(unsigned) << 1  # drops the sign; a subnormal has no exponent
+    known = x.view(_BITS[x.dtype][0]) if x.dtype == torch.bfloat16 else x  # which numpy does not know
+    return _any_subnormal(known.numpy(), x.dtype)
+
+
+def _any_subnormal(numbers: np.ndarray[Any, np.dtype[Any]], dtype: torch.dtype) -> bool:
+    _, unsigned, mantissa = _BITS[dtype]
+    bits = numbers.view(unsigned) << 1  # drops the sign; a subnormal has no exponent
     bits -= 1  # zero becomes the largest of all
-    return bool(bits.min() < 2 ** (mantissa + 1) - 1)
+    return bool(np.minimum.reduce(bits, axis=None) < 2 ** (mantissa + 1) - 1)
 
 
 def subnormal_rows(x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Tails(NamedTuple):
         s = scores.to(self.knots).T.contiguous()
         place = torch.searchsorted(self.knots[:, 1:].contiguous(), s.detach(), right=True)
         excess = s - self.knots.gather(1, place)
-        return torch.addcmul(self.heights[place], excess, self.slopes.gather(1, place)).T
+        return (self.heights[place] + excess * self.slopes.gather(1, place)).T
 
 
 def _knots(scores: Tensor, levels: list[float], heights: Tensor) -> tuple[Tensor, Tensor]:

@@ -100,12 +100,31 @@ def test_decision_and_p_values_agree_exactly():
     torch.testing.assert_close(p_values["a"], conformal_p_values(test[:, 0], calibration.scores[:, 0]))
 
 
+@pytest.mark.parametrize("mode", ["marginal", "calibration-conditional"])
+@pytest.mark.parametrize("width", [1, 3])
+def test_plain_numbers_say_the_same_as_tensors(mode, width):
+    """The quick way for a few rows, on ordinary scores, far ones, ties with calibration rows, infinity and NaN."""
+    stream = torch.Generator().manual_seed(5)
+    known, held = (torch.randn(n, width, generator=stream, dtype=torch.float64) for n in (299, 120))
+    calibration = JointCalibration.of(tuple("abc"[:width]), known, held, 0.05, mode, 0.1)
+    asked = torch.cat([3 * torch.randn(60, width, generator=stream, dtype=torch.float64), known[:20], 1e9 * known[:5]])
+    asked = torch.cat([asked, torch.tensor([math.inf, -math.inf, math.nan]).double()[:, None].expand(3, width)])
+    asked[0, 0], asked[1, 0] = math.nan, math.inf
+    few, many = calibration.judge_few(asked.tolist()), calibration.judge(asked)
+    assert torch.equal(few.refused, many.refused) and few.some and many.some and 5 < int(few.refused.sum()) < 60
+    torch.testing.assert_close(few.ranks, many.ranks, rtol=0, atol=1e-12)
+    for one, other in zip(few.numbers, many.numbers, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=0, equal_nan=True)
+    quiet = known.sort(dim=0).values[:1]
+    assert not calibration.judge_few(quiet.tolist()).some and not calibration.judge(quiet).some
+
+
 def test_a_score_that_is_nan_is_the_strangest_in_every_number():
     stream = torch.Generator().manual_seed(3)
     calibration = JointCalibration.of(("a", "b"), scores(199, stream, 0.5), scores(60, stream, 0.5), ALPHA)
     judged = calibration.judge(torch.tensor([[math.nan, 0.0], [0.0, math.nan], [math.inf, 0.0]], dtype=torch.float64))
     assert judged.refused.tolist() == [True] * 3
-    assert judged.ranks.tolist() == [1 / 200] * 3 and judged.p_values[0, 0] == judged.p_values[1, 1] == 1 / 200
+    assert judged.ranks.tolist() == [1 / 200] * 3 and judged.numbers[3][0] == judged.numbers[4][1] == 1 / 200
 
 
 def test_one_detector_alone_needs_no_reference_and_uses_the_score_itself():
