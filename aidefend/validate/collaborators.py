@@ -188,6 +188,13 @@ class Collaborators:
         nothing = torch.zeros(0, dtype=torch.float64)
         return self.drift.observe(nothing if ranks is None else ranks).alarm is not False
 
+    def watched_anew(self, drift: Drift | None) -> "Collaborators":
+        """The same for another calibration: the old drift monitor watched the old one."""
+        if (drift is None) != (self.drift is None):
+            rule = "a new drift monitor if and only if the guard has one"
+            raise refuse(rule, "drift", drift, "Pass drift=DriftMonitor(calibration_n=...), or call follow first")
+        return dataclasses.replace(self, drift=drift)
+
     def settle(self, admission: "Admission", *, spent: bool) -> None:
         """Commit or refund what was reserved."""
         if self.budget is not None and admission.reserved:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from aidefend._core.checks import check_choice, check_kind, refuse
 from aidefend._core.errors import InputRejected
 from aidefend._core.evidence import Evidence
-from aidefend._core.modules import Model, find_module
+from aidefend._core.modules import Model
 from aidefend._core.stats import Interval
 from aidefend.validate.attackable import AttackableGuard, refused_share
 from aidefend.validate.calibrating import Calibrated, calibrate, check_mode
-from aidefend.validate.calibration_record import calibration_evidence, summarise
+from aidefend.validate.calibration_record import calibration_evidence, in_force, summarise
 from aidefend.validate.collaborators import (
     Admission,
     Budget,
@@ -37,7 +37,7 @@ from aidefend.validate.features import PassCapture
 from aidefend.validate.guard_file import read_guard, write_guard
 from aidefend.validate.judging import Mode, Panel, blank_row, judge
 from aidefend.validate.logit_scores import Energy
-from aidefend.validate.model_identity import plain_modules, served, unwrapped
+from aidefend.validate.model_identity import layer_of, served
 from aidefend.validate.nearest_neighbours import NearestNeighbours
 from aidefend.validate.outputs import Output
 from aidefend.validate.recalibrating import recalibrated
@@ -86,10 +86,7 @@ class Guard(nn.Module):
         check_choice(mode, _MODES, "mode")
         check_mode(model)
         facts = parts.facts
-        model, inner = served(model), unwrapped(model)
-        layer = None
-        if facts.layer is not None and isinstance(inner, nn.Module):
-            layer = find_module(inner, plain_modules(inner).get(facts.layer, facts.layer))
+        model, layer = served(model), layer_of(model, facts.layer)
         self.model, self.spec, self.mode, self.output = model, parts.spec, mode, output
         self.collaborators = collaborators or Collaborators()
         self.facts, self.detectors, self.calibration = facts, parts.detectors, parts.calibration
@@ -203,7 +200,13 @@ class Guard(nn.Module):
         except BaseException:  # an interrupt: nothing is delivered, nothing is charged
             self.collaborators.settle(admission, spent=False)
             raise
-        call = Call(principal, admission, spent, time.perf_counter() - started, self._setting(verdict.drifted))
+        call = Call(
+            principal,
+            admission,
+            spent,
+            time.perf_counter() - started,
+            in_force(self.facts, self.calibration, verdict.drifted),
+        )
         final = settle(self.collaborators, call, verdict, self._refuse)
         return decide(x, final, self.mode, call.setting, call.seconds)
 
@@ -255,13 +258,6 @@ class Guard(nn.Module):
     def _refuse(self, rows: int, reason: str) -> Verdict:
         return refuse_whole(rows, reason, self._blank, [*self.calibration.names, "combined"])
 
-    def _setting(self, drifted: bool) -> dict[str, Any]:
-        """What every event and report says of the calibration in force."""
-        facts, calibration = self.facts, self.calibration
-        setting = {"alpha": facts.alpha, "n": calibration.n, "detectors": list(calibration.names)}
-        setting |= {} if facts.promise == "marginal" else {"promise": facts.promise}
-        return setting | ({"drift_alarm": True} if drifted else {})
-
     def attackable(self) -> AttackableGuard:
         """The whole as one differentiable classifier (N, ...) -> (N, K + 1), whose last class is the refusal."""
         return AttackableGuard(self, self._panel, self.spec, self.facts.num_classes)
@@ -298,10 +294,7 @@ class Guard(nn.Module):
         Cost: One forward pass over the rows, and the detectors' scores.
         """
         collaborators = self.collaborators
-        if (drift is None) != (collaborators.drift is None):
-            rule = "a new drift monitor if and only if the guard has one"
-            raise refuse(rule, "drift", drift, "Pass drift=DriftMonitor(calibration_n=...), or call follow first")
-        given = dataclasses.replace(collaborators, drift=drift)
+        given = collaborators.watched_anew(drift)
         parts, entry = recalibrated(
             self.model, self._capture, self._parts(), calibration_loader, reason, used_ids, batch_size
         )

@@ -40,7 +40,7 @@ class Energy(_LogitScore):
     Example:
         >>> logits = torch.tensor([[9.0, 0.0], [0.1, 0.0]])
         >>> Energy().score(torch.zeros(2, 0), logits).round(decimals=1).tolist()
-        [-9.0, -0.699999988079071]
+        [-9.0, -0.7]
     """
 
     name: ClassVar[str] = "energy"

@@ -1,4 +1,4 @@
-"""Which model a guard was calibrated for, whatever is wrapped round it: a digest of its structure and of its weights."""
+"""Which model a guard was calibrated for, whatever is wrapped round it: a digest of structure and of weights."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from aidefend._core.checks import refuse
-from aidefend._core.modules import Model
+from aidefend._core.modules import Model, find_module
 from aidefend._core.storage import canonical_json
 
 _REPLICAS = (nn.parallel.DistributedDataParallel, nn.parallel.DataParallel)
@@ -37,6 +37,14 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     raw = dict(model.named_modules())
     wrappers = {name for name, module in raw.items() if _inside(module) is not None}
     return {_plain(name, wrappers): module for name, module in raw.items() if name not in wrappers}
+
+
+def layer_of(model: Model, name: str | None) -> nn.Module | None:
+    """The module with this plain name; None without a name, and for a plain callable."""
+    inner = unwrapped(model)
+    if name is None or not isinstance(inner, nn.Module):
+        return None
+    return find_module(inner, plain_modules(inner).get(name, name))
 
 
 def identify(model: Model) -> dict[str, str]:
