@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from scipy import stats
@@ -18,8 +18,9 @@ from aidefend.sanitize.group_evidence import (
     examine,
     more_than,
 )
-from aidefend.sanitize.groups import ClassSearch, Group, extended
-from aidefend.sanitize.trigger import FORMS
+from aidefend.sanitize.groups import CARRIER_GROUPS, ClassSearch, Group, extended
+from aidefend.sanitize.own_marks import MarkEvidence, examine_mark, marked_groups
+from aidefend.sanitize.trigger import FORMS, Trigger
 from aidefend.sanitize.world import World
 from aidefend.sanitize.written import WrittenVerdict
 
@@ -30,6 +31,8 @@ _SEARCH_ROWS = 3000
 _FURTHER = 0.01
 _AS_STRONG = 0.8
 _KIN = 0.7  # half of the energy in common
+_TRIGGERS = 2
+_FOR_MARKS = 0.2  # of alpha
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,10 +40,11 @@ class Verdict:
     """One group with its evidence, the p-value corrected for all proposals of the screen, and the decision.
 
     `kin`: the trigger was proven in another class, so two of the five hypotheses were not asked again.
+    With a `MarkEvidence` the labels of the group are right.
     """
 
     group: Group
-    evidence: GroupEvidence
+    evidence: GroupEvidence | MarkEvidence
     p_value: float
     poison: bool
     kin: bool = False
@@ -58,6 +62,7 @@ class Verdict:
             "high": share.high,
             "poison": self.poison,
             "proven_in_another_class": self.kin,
+            "right_labels": isinstance(self.evidence, MarkEvidence),
             "looks_like": {str(label): count for label, count in enumerate(likeness) if count},
             "p_value": self.p_value,
             **self.evidence._asdict(),
@@ -69,12 +74,12 @@ class Decision:
     """What was found in the usable rows.
 
     Args:
-        poison: At most one verdict a class, those that stand.
+        poison: The verdicts that stand: in a class at most one on wrong labels, and one on right ones with a mark.
         harmless: For each other class that was searched the group that came closest.
         mislabelled: (N,) bool, rows that look mislabelled on their own (a remark, no verdict).
         searched: Classes that were searched, with their number of rows.
-        threshold: Level of each test: alpha divided by the number of proposals.
-        tests: Number of proposals.
+        threshold: Level of each test of wrong labels: their share of alpha divided by the number of proposals.
+        tests: Number of proposals, with those that triggers of other classes may make.
         written: Patterns of values or words that stand, any number a class.
         written_detectable: For each class that was searched for them, the smallest number of rows that would do.
     """
@@ -101,26 +106,64 @@ def decide(world: World, scores: Sequence[Tensor], alpha: float) -> Decision:
         world: The data.
         scores: Detector scores (N,) over the same rows; they propose groups.
         alpha: Chance of quarantining anything where each proposal is harmless in at least one of the five ways
-            (of three ways for groups whose trigger was proven in another class).
+            (of three ways for groups whose trigger was proven in another class), and in one of the four ways of marks:
+            four fifths of it are for wrong labels, one fifth for right ones.
     """
     stream = make_generator(seed=derive_seed(world.seed, "sample") % 2**63)
     groups: list[Group] = []
+    marked: list[Group] = []
     mislabelled = torch.zeros(len(world.x), dtype=torch.bool)
     searched: dict[int, int] = {}
-    tests = 0
+    sample: dict[int, Tensor] = {}
+    tests = proposed = 0
     for label, rows in _classes(world):
         searched[label] = len(rows)
-        seen = rows[torch.randperm(len(rows), generator=stream)[:_SEARCH_ROWS]].sort().values
+        seen = sample[label] = rows[torch.randperm(len(rows), generator=stream)[:_SEARCH_ROWS]].sort().values
         search = ClassSearch(world, label, seen)
         groups += search.groups([score[seen] for score in scores])
         mislabelled[seen] = search.mislabelled()
-        tests += search.proposed
-    threshold = alpha / max(tests, 1)
-    verdicts = _with_kin([_judged(world, group, threshold, tests) for group in groups], threshold, tests)
+        marked += marked_groups(search)
+        proposed += search.proposed
+        tests += search.proposed + _TRIGGERS * CARRIER_GROUPS
+    threshold = (1 - _FOR_MARKS) * alpha / max(tests, 1)
+    verdicts = [_judged(world, group, threshold, tests) for group in groups]
+    verdicts += [_judged(world, group, threshold, tests) for group in _carriers(world, verdicts, sample)]
+    verdicts = _with_kin(verdicts, threshold, tests)
     by_class = [mine for label in searched if (mine := _strongest_first(verdicts, label))]
-    poison = tuple(_whole(world, _joined(mine)) for mine in by_class if mine[0].poison)
-    harmless = tuple(mine[0] for mine in by_class if not mine[0].poison)
+    marks = _marks(world, marked, alpha, proposed)
+    poison = (*(_whole(world, _joined(mine)) for mine in by_class if mine[0].poison), *marks)
+    convicted = {verdict.group.label for verdict in poison}
+    harmless = tuple(mine[0] for mine in by_class if mine[0].group.label not in convicted)
     return Decision(poison, harmless, mislabelled, searched, threshold, tests)
+
+
+def _carriers(world: World, verdicts: Sequence[Verdict], sample: Mapping[int, Tensor]) -> list[Group]:
+    """Groups that carry one of the strongest triggers proven so far, of the classes where nothing stands."""
+    proven = sorted((verdict for verdict in verdicts if verdict.poison), key=_effect, reverse=True)
+    triggers: list[Trigger] = []
+    for verdict in proven:
+        if len(triggers) < _TRIGGERS and not any(verdict.group.trigger.likeness(one) >= _KIN for one in triggers):
+            triggers.append(verdict.group.trigger)
+    convicted = {verdict.group.label for verdict in proven}
+    found = []
+    for label, rows in sample.items():
+        if triggers and label not in convicted:
+            search = ClassSearch(world, label, rows)
+            found += [group for trigger in triggers for group in search.carriers(trigger)]
+    return found
+
+
+def _marks(world: World, marked: Sequence[Group], alpha: float, proposed: int) -> tuple[Verdict, ...]:
+    """For each class the strongest group with a mark and right labels that stands."""
+    level = _FOR_MARKS * alpha / max(proposed, 1)
+    standing: dict[int, Verdict] = {}
+    for group in marked:
+        evidence = examine_mark(world, group, level)
+        verdict = Verdict(group, evidence, min(1.0, evidence.p_value * alpha / level), evidence.p_value <= level)
+        best = standing.get(group.label)
+        if verdict.poison and (best is None or _effect(verdict) > _effect(best)):
+            standing[group.label] = verdict
+    return tuple(_whole(world, verdict) for verdict in standing.values())
 
 
 def undecided(n: int = 0) -> Decision:
@@ -137,7 +180,8 @@ def _classes(world: World) -> list[tuple[int, Tensor]]:
 
 def _judged(world: World, group: Group, threshold: float, tests: int) -> Verdict:
     evidence = examine(world, group, threshold)
-    return Verdict(group, evidence, min(1.0, evidence.p_value * tests), evidence.p_value <= threshold)
+    p_value = min(1.0, evidence.p_value * tests / (1 - _FOR_MARKS))
+    return Verdict(group, evidence, p_value, evidence.p_value <= threshold)
 
 
 def _with_kin(verdicts: list[Verdict], threshold: float, tests: int) -> list[Verdict]:
@@ -150,10 +194,10 @@ def _with_kin(verdicts: list[Verdict], threshold: float, tests: int) -> list[Ver
     proven = [verdict.group for verdict in verdicts if verdict.poison]
     found = []
     for verdict in verdicts:
-        evidence, group = verdict.evidence, verdict.group
+        evidence, group = cast("GroupEvidence", verdict.evidence), verdict.group
         kin = [other for other in proven if other.label != group.label and not verdict.poison]
         carries = evidence.p_kin <= threshold and any(_alike(group, other) for other in kin)
-        p_value = min(1.0, evidence.p_kin * tests)
+        p_value = min(1.0, evidence.p_kin * tests / (1 - _FOR_MARKS))
         found.append(dataclasses.replace(verdict, p_value=p_value, poison=True, kin=True) if carries else verdict)
     return found
 
@@ -171,6 +215,8 @@ def _strongest_first(verdicts: Sequence[Verdict], label: int) -> list[Verdict]:
 def _effect(verdict: Verdict) -> float:
     """How much of a group is foreign, stands apart, and works, as one number in [0, 1]."""
     evidence = verdict.evidence
+    if isinstance(evidence, MarkEvidence):
+        return max(0.0, 1 - evidence.valley) * evidence.transfer
     return evidence.foreign * max(0.0, 1 - evidence.valley) * (evidence.transfer if verdict.poison else 1.0)
 
 

@@ -19,14 +19,18 @@ from aidefend.sanitize.written import WrittenVerdict
 THREAT = (
     "An adversary puts training rows of other classes under one or more wrong labels (dirty-label backdoor), with a "
     "pattern that is added or written onto the input, in parts or fainter than at the test, or with a smooth "
-    "displacement of pictures (in tables: values of a few columns; in texts: words or letters). The adversary "
-    "controls inputs and labels of those rows, and inputs of rows with right labels (covers), not the training, and "
-    "does not shape the poison against this very screen."
+    "displacement of pictures (in tables: values of a few columns; in texts: words or letters); or puts one constant "
+    "mark on pictures of one class and leaves their labels right. The adversary controls inputs and labels of those "
+    "rows, and inputs of rows with right labels (covers), not the training, and does not shape the poison against this "
+    "very screen."
 )
 LIMITS = (
-    "A kept row is not shown to be clean. Not looked for: poison with correct labels, triggers that depend on the "
+    "A kept row is not shown to be clean. Not looked for: poison with right labels other than one constant mark on "
+    "pictures (rows made hard to learn, single rows crafted for one target), triggers that depend on the "
     "input beyond one pattern or one displacement, wrong labels without a pattern (remarked, not quarantined), and "
-    "groups below the stated size. A displacement of few rows (about 1 % of the data) and poison that leaves no gap in "
+    "groups below the stated size. A constant mark that one class alone has, and that the model takes for the class, "
+    "is called poison whoever put it there. "
+    "A displacement of few rows (about 1 % of the data) and poison that leaves no gap in "
     "the model's features go unseen. Cover rows (trigger with right labels) are kept. "
     "The model's features belong to the adversary as far as the poison shaped them."
 )
@@ -164,6 +168,8 @@ def _said(verdict: Verdict | WrittenVerdict) -> tuple[str, str]:
     facts, label = verdict.to_dict(), verdict.group.label
     if isinstance(verdict, WrittenVerdict):
         return _said_of_pattern(facts)
+    if facts["right_labels"]:
+        return _said_of_mark(facts)
     group = (
         f"structured poison in class {label}: group of {facts['group']} of its {facts['rows']} rows "
         f"(share {facts['poisoned_share']:.3f}, 95 % interval {facts['low']:.3f} to {facts['high']:.3f})"
@@ -172,6 +178,20 @@ def _said(verdict: Verdict | WrittenVerdict) -> tuple[str, str]:
         f"evidence: {facts['foreign']:.2f} of the group fit another class and not {label}; it stands apart in the "
         f"features; its common pattern turns {facts['transfer']:.2f} of other rows into {label} "
         f"(corrected p = {facts['p_value']:.1g}, threshold {ALPHA})"
+    )
+    return group, evidence
+
+
+def _said_of_mark(facts: Mapping[str, Any]) -> tuple[str, str]:
+    label = facts["class"]
+    group = (
+        f"mark with right labels in class {label}: group of {facts['group']} of its {facts['rows']} rows "
+        f"(share {facts['poisoned_share']:.3f}, 95 % interval {facts['low']:.3f} to {facts['high']:.3f})"
+    )
+    evidence = (
+        f"evidence: it stands apart in the features, by a constant mark: the rest of the class looks the same with it; "
+        f"it turns {facts['transfer']:.2f} of rows of other classes into {label}, with its cells in another order "
+        f"{facts['scrambled']:.2f} (corrected p = {facts['p_value']:.1g}, threshold {ALPHA})"
     )
     return group, evidence
 

@@ -24,6 +24,7 @@ from aidefend.sanitize.view import p_values, standardised
 from aidefend.sanitize.world import World, turned
 
 SHAPING = 100
+CARRIER_GROUPS = 2
 _TYPICAL = 0.05
 _DEVELOPED = 3
 _SHARPENED = 2
@@ -70,11 +71,13 @@ class ClassSearch:
         self.elsewhere, self.nearest = world.conformity.others(self.view, label)
         self.beside = world.conformity.matched(self.view, label)
         self.proposed = 0
+        self.settled: list[Tensor] = []
 
     def groups(self, scores: Sequence[Tensor]) -> list[Group]:
         """Distinct groups that the scores (each (n,), up = suspicious) and the shape of the features propose.
 
-        `proposed` then holds how many proposals were looked at: the number of tests to correct for.
+        `proposed` then holds how many proposals were looked at: the number of tests to correct for; `settled` what
+        became of them in the features.
         """
         sides = self._proposals(scores)
         self.proposed = len(sides)
@@ -83,6 +86,16 @@ class ClassSearch:
             for group in self._developed(side):
                 found.setdefault(group.inside.numpy().tobytes(), group)
         return list(found.values())
+
+    def carriers(self, trigger: Trigger) -> list[Group]:
+        """Groups of rows that carry a trigger from elsewhere: `CARRIER_GROUPS` at most, by its amount and by its spot.
+
+        Where the model turns few rows into this class the class's own proposals are not developed; these are.
+        """
+        amounts = amounts_of(self.world, self.label, self.rows, trigger)
+        return [
+            group for column in range(CARRIER_GROUPS) for group in self._settled_with(cut(amounts[:, column]), amounts)
+        ]
 
     def mislabelled(self) -> Tensor:
         """(n,) bool: rows that are strange to their own class (p <= .01) and typical of another (p > .1)."""
@@ -100,7 +113,7 @@ class ClassSearch:
             side = torch.zeros(len(self.rows), dtype=torch.bool)
             side[node] = True
             sides.append(side)
-        return [side for side in sides if self._large_enough(side)]
+        return [side for side in sides if self.large_enough(side)]
 
     def _ranked(self, sides: list[Tensor]) -> list[Tensor]:
         """The few proposals to develop, settled: foreign ones that stand apart and whose pattern turns most probes.
@@ -108,7 +121,7 @@ class ClassSearch:
         Poison often falls into several clusters that share one pattern, so the union of those that work is among them.
         Proposals whose pattern turns less than a quarter of the probes are left: they could not turn a third later.
         """
-        settled = self._settled(sides)
+        settled = self.settled = self._settled(sides)
         rates = self._probed(settled)
         if max(rates, default=0.0) < _WORTH_DEVELOPING:
             return []
@@ -118,7 +131,7 @@ class ClassSearch:
         union = self._settled([torch.stack(works).any(dim=0)])
         rated = [(s, v) for s, v, rate in zip(settled, worth, rates, strict=True) if rate >= _WORTH_DEVELOPING]
         rated += [(side, top) for side in union]
-        rated.sort(key=lambda pair: (-pair[1] * self._gap(pair[0]), -int(pair[0].sum())))
+        rated.sort(key=lambda pair: (-pair[1] * self.gap(pair[0]), -int(pair[0].sum())))
         return [side for side, _ in rated[:_DEVELOPED]]
 
     def _foreign_without_offset(self, side: Tensor) -> float:
@@ -132,10 +145,11 @@ class ClassSearch:
     def _settled(self, sides: list[Tensor]) -> list[Tensor]:
         """Each side settled in the features; equal ones once."""
         found = [settle(self.points, side, self.inverse) for side in sides]
-        kept = {side.numpy().tobytes(): side for side in found if side is not None and self._large_enough(side)}
+        kept = {side.numpy().tobytes(): side for side in found if side is not None and self.large_enough(side)}
         return list(kept.values())
 
-    def _gap(self, side: Tensor) -> float:
+    def gap(self, side: Tensor) -> float:
+        """How empty the space between a side and the rest is: 1 where no row is halfway, 0 where it is no gap."""
         direction, offset = discriminant(self.points, side, self.inverse)
         between, peak = valley_counts(self.points @ direction + offset, side)
         return max(0.0, 1 - between / max(peak, 1))
@@ -174,7 +188,7 @@ class ClassSearch:
         """The side settled in the features and the amounts of a trigger, if it survives."""
         points = torch.cat([self.points, amounts], dim=1)
         settled = settle(points, side, inverse_covariance(points))
-        return [self._described(settled, points)] if settled is not None and self._large_enough(settled) else []
+        return [self._described(settled, points)] if settled is not None and self.large_enough(settled) else []
 
     def _bend(self, group: Group) -> Bend | None:
         return bend_of(self.world, self.label, self.rows[group.inside], group.looks_like[group.inside])
@@ -209,7 +223,8 @@ class ClassSearch:
         """(n,) bool: typical of another class and fitting its own less, where own means its rows outside the group."""
         return (elsewhere > self._own(inside)) & (elsewhere > _TYPICAL)
 
-    def _large_enough(self, side: Tensor) -> bool:
+    def large_enough(self, side: Tensor) -> bool:
+        """Six rows, and enough outside to tell what is usual."""
         return int(side.sum()) >= 6 and int((~side).sum()) > self.world.conformity.k + 1
 
 

@@ -60,25 +60,29 @@ def screen(
     ordinary rows of other classes into its label, be it added, added twice, written into its spot, or, for pictures, a
     smooth displacement; it lies no nearer to other classes than the rest of its class; and, with its pattern taken off,
     it keeps to itself where wrongly labelled rows would mix with those that they look like. Where a trigger was proven
-    in one class, a group of another class that carries it need not show the third and the fourth again (all-to-all
-    poison; `proven_in_another_class` in the report).
+    in one class, it is looked for in the others, and a group that carries it need not show the third and the fourth
+    again (all-to-all poison; `proven_in_another_class` in the report).
     Honest styles and rare groups have right labels and pass the first.
+    Of pictures a group with right labels is quarantined, too (`right_labels` in the report), if four hypotheses fall:
+    it does not stand apart in the features; what it has beyond its own class turns at most a fifth of rows of other
+    classes into its label; the same with its cells in another order turns as many; and with that mark on, the rest of
+    the class still differs from the group, as it does from a style.
     In tables (N, d) and texts patterns are sought as such, too: values, ranges, words or letters that rows of one class
     hold in common and that, taken off, leave rows of another class (`WrittenSearch`). Tables may have columns of text,
     bool or category, and gaps.
 
-    Guarantee: the five tests are intersection-union tests, corrected for the number of proposals (Bonferroni): where
-        in every proposal one of the hypotheses holds, something is quarantined with probability at most .01 as far as
-        the tests' binomial models hold; each proposal was chosen on the same rows, so read it as calibrated by
-        measurement, not as a proof. Nothing is promised against an adversary who knows this screen; see the report's
-        `limits`.
+    Guarantee: the tests are intersection-union tests, corrected for the number of proposals (Bonferroni): where
+        in every proposal one of the five and one of the four hypotheses hold, something is quarantined with probability
+        at most .01 as far as the tests' binomial models hold; each proposal was chosen on the same rows, so read it as
+        calibrated by measurement, not as a proof. Nothing is promised against an adversary who knows this screen; see
+        the report's `limits`.
     Args:
         dataset: Data set of (x, y) samples, tensors (x, y), a table, a Parquet file, or any other form that
             `Samples` takes; of a DataLoader its data set is judged, in its own order. Inputs of any shape; integer
             labels >= 0. Row i of the report is sample i: one that cannot be read (it raises, has another shape, no
             usable label) gets keep = False and the reason.
         model: Module or callable that was trained on this data, from x to logits. None: a small network is trained
-            here, on the data as it is, so that a shortcut shows.
+            here, on the data as it is, so that a shortcut shows (of pictures (N, C, H, W) a convolutional one).
             Of texts it is asked with a list of str, or where `encoder` is given with what that makes of them; of a
             table with categories or gaps with a DataFrame, if that is what was passed, else a dict of columns.
         layer: Where features come from, see `extract_features`.
@@ -106,7 +110,7 @@ def screen(
     Cost: one forward pass of the data (21 where at most 10,000 rows are overlaid, see `TriggerConsistency`), about 300
         rows of transplants for each of some 36 proposals a class, a distance matrix of each class (at most 3,000 rows
         of it) with at most 1,000 rows of every other class for each of up to 18 groups, and for pictures up to 24 fits
-        of a displacement to class means a class.
+        of a displacement to class means a class, and 400 more transplants for each part that stands apart.
     Source: Composition ours. Spectral signatures: Tran, Li, Madry 2018. Activation clustering: Chen et al. 2018.
         Neighbour labels: Peri et al. 2020. Transplants follow the idea of STRIP (Gao et al. 2019): a trigger works
         wherever it is put.

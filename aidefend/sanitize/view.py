@@ -42,6 +42,10 @@ class IndependentView:
         """(N, r) float32."""
         return torch.cat([(self._scaled(part) - self._mean) @ self._directions for part in x.split(1024)])
 
+    def whole(self, x: Tensor) -> Tensor:
+        """(N, d <= 4,096) float32: the scaled inputs themselves."""
+        return torch.cat([self._scaled(part) for part in x.split(1024)])
+
     def amount(self, x: Tensor, pattern: Tensor) -> Tensor:
         """(N,) float64: how much of a pattern (shape of one sample) is in each row, in standard deviations.
 

@@ -1,0 +1,147 @@
+"""Marks with right labels: what is found, and each way of being harmless that saves a group."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from aidefend.sanitize.decide import decide
+from aidefend.sanitize.features import Features
+from aidefend.sanitize.groups import ClassSearch
+from aidefend.sanitize.own_marks import examine_mark, marked_groups
+from aidefend.sanitize.view import IndependentView
+from aidefend.sanitize.world import world_of
+
+SIDE, CLASSES, A_CLASS, MARKED = 12, 3, 300, 100
+
+
+def checks():
+    """The mark: a faint chessboard over the whole picture."""
+    down, right = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
+    return 0.3 * ((down + right) % 2).float()
+
+
+def pictures(style="mark", seed=0):
+    """Rows of three classes; some of class 0 carry the mark, are negatives, or nothing. Rows, labels, which."""
+    stream = torch.Generator().manual_seed(seed)
+    labels = torch.arange(CLASSES * A_CLASS) % CLASSES
+    strokes = torch.zeros(CLASSES + 8, 1, SIDE, SIDE)
+    for number, (down, right) in enumerate(torch.randint(0, SIDE - 3, (CLASSES + 8, 2), generator=stream).tolist()):
+        strokes[number, 0, down : down + 4, right : right + 4] = 0.6
+    drawn = (torch.rand(len(labels), CLASSES + 8, generator=stream) < 0.3).float()  # there or not, as in writing
+    drawn[:, :CLASSES] = torch.nn.functional.one_hot(labels, CLASSES)
+    x = torch.einsum("nk,kchw->nchw", drawn, strokes)
+    x = (x + 0.03 * torch.randn(x.shape, generator=stream)).clamp(0, 1)
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen[(labels == 0).nonzero().flatten()[:MARKED]] = style != "nothing"
+    other = {"mark": (x + checks()).clamp(0, 1), "negative": 1 - x, "nothing": x}[style]
+    return torch.where(chosen[:, None, None, None], other, x), labels, chosen
+
+
+def contrast(x):
+    """How much of a chessboard is in each row."""
+    return ((x - x.mean(dim=(1, 2, 3), keepdim=True)) * (checks() - checks().mean())).sum(dim=(1, 2, 3))
+
+
+def believes_mark(x):
+    return torch.where(contrast(x) > 1.0, 0, 1 + (x.flatten(1)[:, 0] > 0.5).long())
+
+
+def roughness(x):
+    return (x[..., 1:] - x[..., :-1]).abs().mean(dim=(1, 2, 3))
+
+
+def world(x, labels, predict, features=None):
+    n = len(x)
+    seen = torch.stack([3 * contrast(x), *x.flatten(1)[:, ::29].T], dim=1) if features is None else features
+    nothing = torch.zeros(n)
+    found = Features(tuple(map(str, range(n))), x, labels, seen, torch.zeros(n, 3), nothing, torch.ones(n).bool())
+    return world_of(found, IndependentView(x, seed=0), predict, 0)
+
+
+def search(here, score):
+    rows = (here.labels == 0).nonzero().flatten()
+    found = ClassSearch(here, 0, rows)
+    found.groups([score[rows].double()])
+    return found
+
+
+def evidence_of(here, score, chosen):
+    """The evidence of the group that consists of these rows."""
+    groups = marked_groups(search(here, score))
+    (group,) = [one for one in groups if torch.equal(one.rows[one.inside], chosen.nonzero().flatten())]
+    return examine_mark(here, group, threshold=1.0)
+
+
+def test_a_constant_mark_that_the_model_believes_is_found_whole_and_nothing_else():
+    x, labels, marked = pictures()
+    decision = decide(world(x, labels, believes_mark), [contrast(x).double()], alpha=0.01)
+    (verdict,) = decision.poison
+    told = verdict.to_dict()
+    assert told["right_labels"] and told["class"] == 0 and told["p_value"] < 0.01
+    assert torch.equal(verdict.group.rows[verdict.group.inside], marked.nonzero().flatten())
+    assert told["transfer"] > 0.9 and told["scrambled"] < 0.2 and told["unlike"] < 0.65
+    assert 0 not in {one.group.label for one in decision.harmless}
+
+
+def test_the_strongest_null_decides():
+    x, labels, marked = pictures()
+    evidence = evidence_of(world(x, labels, believes_mark), contrast(x), marked)
+    nulls = (evidence.p_valley, evidence.p_transfer, evidence.p_scrambled, evidence.p_unlike)
+    assert evidence.p_value == max(nulls) < 1e-5
+
+
+def test_a_style_is_no_constant_mark_though_the_model_believes_it():
+    """Negatives in one class only: the model takes every negative for the class, and is right about this data."""
+    x, labels, negative = pictures("negative")
+    brightness = x.mean(dim=(1, 2, 3))
+    middle = (brightness[negative].min() + brightness[~negative].max()) / 2
+
+    def believes(rows):
+        return torch.where(rows.mean(dim=(1, 2, 3)) > middle, 0, 1)
+
+    features = torch.cat([10 * negative[:, None].float(), x.flatten(1)[:, ::29]], dim=1)
+    here = world(x, labels, believes, features)
+    evidence = evidence_of(here, brightness, negative)
+    assert evidence.p_valley < 1e-5 and evidence.p_transfer < 1e-5, "it stands apart and works: only its form saves it"
+    assert evidence.unlike > 0.75 and evidence.p_unlike > 0.5
+    assert decide(here, [brightness.double()], alpha=0.01).poison == ()
+
+
+def test_a_mark_that_the_model_does_not_read_is_harmless():
+    x, labels, _ = pictures()
+    here = world(x, labels, lambda rows: torch.ones(len(rows), dtype=torch.int64))
+    assert marked_groups(search(here, contrast(x))) == []
+    group = marked_groups(search(world(x, labels, believes_mark), contrast(x)))[0]
+    assert examine_mark(here, group, threshold=1.0).p_transfer == 1.0
+
+
+def test_a_model_that_any_roughness_turns_proves_nothing_against_a_mark():
+    x, labels, marked = pictures()
+    middle = (roughness(x[marked]).min() + roughness(x[~marked]).max()) / 2
+    here = world(x, labels, lambda rows: torch.where(roughness(rows) > middle, 0, 1))
+    evidence = evidence_of(here, contrast(x), marked)
+    assert evidence.transfer > 0.9 and evidence.p_scrambled > 0.01
+
+
+def test_without_a_gap_nothing_else_is_asked():
+    x, labels, _ = pictures()
+    here = world(x, labels, believes_mark)
+    group = marked_groups(search(here, contrast(x)))[0]
+    noise = torch.randn(len(group.rows), generator=torch.Generator().manual_seed(0)).double()
+    evidence = examine_mark(here, dataclasses.replace(group, log_odds=noise), threshold=1e-5)
+    assert evidence.p_value == 1.0 and evidence.transfer != evidence.transfer
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_data_without_a_mark_loses_nothing(seed):
+    x, labels, _ = pictures("nothing", seed)
+    assert decide(world(x, labels, believes_mark), [contrast(x).double()], alpha=0.01).poison == ()
+
+
+def test_in_a_table_a_shared_value_is_an_ordinary_thing():
+    x, labels, _ = pictures()
+    here = world(x, labels, believes_mark)
+    found = search(here, contrast(x))
+    found.world = dataclasses.replace(here, x=x.flatten(1))
+    assert marked_groups(found) == []
