@@ -2,15 +2,17 @@
 
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import safetensors
 import safetensors.torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aidefend._core.checks import check_path, refuse
 from aidefend._core.errors import AidefendError
 from aidefend._core.storage import atomic_path, canonical_json, unique_fields
+from aidefend.validate.autoencoders import Autoencoders
 from aidefend.validate.detector import FittedDetector, FittedInputDetector
 from aidefend.validate.ensemble import FittedEnsemble
 from aidefend.validate.stored import SINGLE, describe_detector, detector_arrays, rebuild_detector
@@ -26,7 +28,7 @@ def save_detector(detector: FittedDetector | FittedInputDetector, path: str | os
     Args:
         detector: What `fit` returned; its members, if it has any, are no ensembles themselves.
         path: Of the file, in an existing folder.
-    Raises: ConfigurationError: a detector of another kind, or one that holds a model of the user's.
+    Raises: ConfigurationError: a detector of another kind; `Reconstruction` around a callable that is no module.
     Example:
         >>> import tempfile, torch
         >>> from aidefend.validate import Mahalanobis
@@ -42,24 +44,28 @@ def save_detector(detector: FittedDetector | FittedInputDetector, path: str | os
     write_tensors(path, header, dict(detector_arrays(detector)))
 
 
-def load_detector(path: str | os.PathLike[str]) -> Any:
+def load_detector(path: str | os.PathLike[str], *, autoencoder: nn.Module | Sequence[nn.Module] | None = None) -> Any:
     """The fitted detector back from `save_detector`; nothing in the file is executed.
 
     Args:
         path: A file written by `save_detector`.
-    Raises: ConfigurationError: a file of another kind, or a damaged one.
+        autoencoder: Of `Reconstruction`, with the same weights; a list where an ensemble has several.
+    Raises: ConfigurationError: a file of another kind, or a damaged one; another autoencoder, none, or one too many.
     Example:
         >>> load_detector("/nowhere/detector.safetensors")
         Traceback (most recent call last):
         aidefend._core.errors.ConfigurationError: ...
     """
     header, arrays = read_tensors(path, _SCHEMA, "save_detector")
+    given = Autoencoders(autoencoder)
     try:
-        return rebuild_detector(header["detector"], arrays, KINDS)
+        detector = rebuild_detector(header["detector"], arrays, KINDS, given)
     except AidefendError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise _damaged(path, "save_detector", error) from error
+    given.check_all_used()
+    return detector
 
 
 def write_tensors(path: str | os.PathLike[str], header: dict[str, Any], arrays: dict[str, Tensor]) -> None:

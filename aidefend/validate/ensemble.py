@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from aidefend._core.checks import check_choice, check_int, check_number, check_tensor, refuse
 from aidefend._core.modules import Model
 from aidefend._core.stats import combine_p_values, conformal_p_values
+from aidefend.validate.autoencoders import Autoencoders
 from aidefend.validate.detector import (
     Detector,
     FittedDetector,
@@ -138,9 +139,14 @@ class FittedEnsemble(nn.Module):
             self.register_buffer(name, array, persistent=False)
 
     @classmethod
-    def rebuild(cls, members: list[list[Any]], method: str, reference: Tensor, **arrays: Tensor) -> "FittedEnsemble":
+    def rebuild(
+        cls, given: Autoencoders, members: list[list[Any]], method: str, reference: Tensor, **arrays: Tensor
+    ) -> "FittedEnsemble":
         """The ensemble back from its `settings` and `arrays`."""
-        parts = [rebuild_detector(described, with_prefix(arrays, f"{i}/")) for i, described in enumerate(members)]
+        parts = [
+            rebuild_detector(described, with_prefix(arrays, f"{i}/"), autoencoders=given)
+            for i, described in enumerate(members)
+        ]
         return cls(parts, reference, method)
 
     @property

@@ -9,6 +9,7 @@ from torch import Tensor
 from aidefend._core.checks import check_callable, refuse
 from aidefend._core.modules import Model
 from aidefend.validate.asking_again import answer_changes
+from aidefend.validate.autoencoders import Autoencoders
 from aidefend.validate.detector import check_fit, check_wide_logits
 from aidefend.validate.restoration import BitDepth, JPEGLike, MedianFilter, NonLocalMeans, TotalVariation
 
@@ -91,6 +92,6 @@ class FeatureSqueezing:
         return {}
 
     @classmethod
-    def rebuild(cls, squeezers: list[list[Any]] | None) -> "FeatureSqueezing":
+    def rebuild(cls, _: Autoencoders, squeezers: list[list[Any]] | None) -> "FeatureSqueezing":
         """The detector back from its `settings`."""
         return cls(None if squeezers is None else [_KINDS[kind](**settings) for kind, settings in squeezers])

@@ -342,6 +342,7 @@ class Guard(nn.Module):
         model: Model,
         *,
         output: Output | None = None,
+        autoencoder: nn.Module | Sequence[nn.Module] | None = None,
         policy: Policy | None = None,
         budget: Budget | None = None,
         log: Log | None = None,
@@ -355,17 +356,18 @@ class Guard(nn.Module):
             path: A file written by `save`; nothing in it is executed.
             model: Same structure and weights as at calibration.
             output: Only where the guard was saved with `KeyedNoise`: the same again, since its key is not in the file.
+            autoencoder: That of `Reconstruction`, with the same weights; a list where detectors have several.
             policy: The one that the guard had; a missing one is refused.
             budget: The same.
             log: The same.
             metrics: The same.
             queries: The same.
             drift: The same.
-        Raises: ConfigurationError: another model or other weights, a missing collaborator, another key, a file of
-            another kind.
+        Raises: ConfigurationError: another model, autoencoder or other weights, a missing collaborator, another key, a
+            file of another kind.
         """
         given = Collaborators(policy, budget, log, metrics, queries=queries, drift=drift)
-        parts, mode, output, collaborators = read_guard(path, model, given, output)
+        parts, mode, output, collaborators = read_guard(path, model, given, output, autoencoder)
         return cls(model, parts, mode, output, collaborators)
 
     def train(self, mode: bool = True) -> "Guard":

@@ -14,6 +14,7 @@ from aidefend._core.checks import check_choice, check_path, refuse
 from aidefend._core.errors import AidefendError
 from aidefend._core.modules import Model
 from aidefend._core.storage import atomic_path, canonical_json
+from aidefend.validate.autoencoders import Autoencoders
 from aidefend.validate.calibrating import Calibrated, Facts
 from aidefend.validate.calibration import JointCalibration
 from aidefend.validate.collaborators import Collaborators
@@ -56,16 +57,21 @@ def write_guard(
 
 
 def read_guard(
-    path: str | os.PathLike[str], model: Model, given: Collaborators, output: Output | None = None
+    path: str | os.PathLike[str],
+    model: Model,
+    given: Collaborators,
+    output: Output | None = None,
+    autoencoder: Any = None,
 ) -> tuple[Calibrated, Mode, Output | None, Collaborators]:
     """The parts back from `write_guard`, checked against the model and the collaborators that are given."""
     header, arrays = _open(path)
+    autoencoders = Autoencoders(autoencoder)
     try:
         facts = Facts(**header["facts"])
         check_identity(model, facts.identity)
         parts = Calibrated(
             InputSpec.from_dict(header["spec"]),
-            *_restored(header["detectors"], arrays, facts, header["history"]),
+            *_restored(header["detectors"], arrays, facts, header["history"], autoencoders),
             facts,
         )
         mode = check_choice(header["mode"], ("enforce", "monitor", "shadow"), "mode")
@@ -75,6 +81,7 @@ def read_guard(
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise _damaged(path, error) from error
+    autoencoders.check_all_used()
     if missing := [name for name in wanted if name not in given.present()]:
         cure = (
             f"Pass {', '.join(f'{name}=' for name in missing)}: without it the guard would let more through than before"
@@ -130,9 +137,11 @@ def _without_key(output: KeyedNoise) -> dict[str, Any]:
 
 
 def _restored(
-    described: list[Any], arrays: Mapping[str, Tensor], facts: Facts, history: list[Any]
+    described: list[Any], arrays: Mapping[str, Tensor], facts: Facts, history: list[Any], given: Autoencoders
 ) -> tuple[tuple[FittedDetector, ...], JointCalibration]:
-    detectors = [rebuild_detector(one, with_prefix(arrays, f"detector-{i}/"), KINDS) for i, one in enumerate(described)]
+    detectors = [
+        rebuild_detector(one, with_prefix(arrays, f"detector-{i}/"), KINDS, given) for i, one in enumerate(described)
+    ]
     fields: dict[str, Any] = {name: arrays[f"calibration/{name}"] for name in _CALIBRATION}
     fields |= {"alpha": facts.alpha, "mode": facts.promise, "delta": facts.delta, "history": history}
     return tuple(detectors), JointCalibration(unique_names(detectors), **fields)

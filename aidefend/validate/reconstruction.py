@@ -1,7 +1,8 @@
 """How badly the user's autoencoder rebuilds a row."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -9,15 +10,18 @@ from torch import Tensor
 from aidefend._core.checks import check_callable, check_choice, check_same_rows, check_tensor, refuse
 from aidefend._core.errors import IncompatibleModel
 from aidefend._core.modules import Model, naming_the_model, training_layers
+from aidefend.validate.autoencoders import Autoencoders
 from aidefend.validate.detector import check_fit, check_outputs, wide
+from aidefend.validate.model_identity import identify
 
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
     """Mean squared error of an autoencoder that was trained on clean rows: high for what it never saw.
 
-    Works for any input and any model, regression too. The autoencoder is yours: it is asked, never trained, and not
-    written by `save_detector`.
+    Works for any input and any model, regression too. The autoencoder is yours: it is asked, never trained. A file of
+    `Guard.save` or `save_detector` holds a digest of its structure and weights alone, and loading takes the very same
+    module again, so only an `nn.Module` can be saved.
     Guarantee: none under attack. An autoencoder that copies everything sees nothing: calibrate, and look at the
         share of strange rows that is found.
     Args:
@@ -34,6 +38,7 @@ class Reconstruction:
 
     autoencoder: Model
     on: Literal["inputs", "features"] = "inputs"
+    _fitted: Mapping[str, str] | None = dataclasses.field(default=None, kw_only=True, repr=False, compare=False)
     name: ClassVar[str] = "reconstruction"
     uses_inputs: ClassVar[bool] = True
 
@@ -47,9 +52,34 @@ class Reconstruction:
         return self.on == "features"
 
     def fit(self, features: Tensor, logits: Tensor | None = None, labels: Tensor | None = None) -> "Reconstruction":
-        """Checks the rows; the autoencoder was trained before."""
+        """Checks the rows, and takes note of the autoencoder's weights, which were trained before."""
         check_fit(features, logits, labels)
-        return self
+        return dataclasses.replace(self, _fitted=identify(self.autoencoder))
+
+    @classmethod
+    def rebuild(
+        cls, autoencoders: Autoencoders, on: Literal["inputs", "features"], identity: dict[str, str]
+    ) -> "Reconstruction":
+        """The detector back from its `settings`, around the autoencoder of that identity."""
+        return cls(autoencoders.of(identity), on, _fitted=identity)
+
+    def settings(self) -> Mapping[str, Any]:
+        """What it rebuilds, and the identity of the autoencoder.
+
+        Raises: ConfigurationError: the autoencoder is no module, or its weights changed after the fit.
+        """
+        identity = identify(self.autoencoder)
+        if not identity["weights"]:
+            cure = "Wrap the function in an nn.Module"
+            raise refuse("an nn.Module as autoencoder, to save it by its weights", "autoencoder", "a callable", cure)
+        if self._fitted not in (None, identity):
+            cure = "Calibrate again: the scores that were calibrated are not those of these weights"
+            raise refuse("the weights at the fit", "autoencoder", identity["weights"][:16], cure)
+        return {"on": self.on, "identity": identity}
+
+    def arrays(self) -> Mapping[str, Tensor]:
+        """Nothing: the weights stay with their owner."""
+        return {}
 
     def score(
         self, features: Tensor, logits: Tensor | None = None, *, x: Tensor | None = None, model: Model | None = None

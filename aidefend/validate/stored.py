@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from aidefend._core.checks import refuse
+from aidefend.validate.autoencoders import Autoencoders
 from aidefend.validate.consistency import Consistency
 from aidefend.validate.detector import FittedDetector, FittedInputDetector
 from aidefend.validate.feature_squeezing import FeatureSqueezing
@@ -13,6 +14,7 @@ from aidefend.validate.local_dimension import FittedLocalDimension
 from aidefend.validate.logit_scores import GEN, Energy, Entropy, MaxLogit, MaxSoftmax
 from aidefend.validate.mahalanobis import FittedMahalanobis, FittedRelativeMahalanobis
 from aidefend.validate.nearest_neighbours import FittedNearestNeighbours
+from aidefend.validate.reconstruction import Reconstruction
 from aidefend.validate.virtual_logit import FittedViM
 
 SINGLE: dict[str, type[Any]] = {
@@ -20,7 +22,7 @@ SINGLE: dict[str, type[Any]] = {
     for kind in (
         *(Energy, MaxLogit, MaxSoftmax, Entropy, GEN),
         *(FittedMahalanobis, FittedRelativeMahalanobis, FittedNearestNeighbours, FittedLocalDimension, FittedViM),
-        *(Consistency, FeatureSqueezing),
+        *(Consistency, FeatureSqueezing, Reconstruction),
     )
 }
 
@@ -30,7 +32,7 @@ def describe_detector(
 ) -> list[Any]:
     """[kind, settings] of a fitted detector of one of these kinds.
 
-    Raises: ConfigurationError: it is of another kind, or holds a model of the user's.
+    Raises: ConfigurationError: it is of another kind.
     """
     kind = type(detector).__name__
     if kinds.get(kind) is not type(detector):
@@ -46,14 +48,18 @@ def detector_arrays(detector: FittedDetector | FittedInputDetector) -> Mapping[s
 
 
 def rebuild_detector(
-    described: list[Any], arrays: Mapping[str, Tensor], kinds: Mapping[str, type[Any]] = SINGLE
+    described: list[Any],
+    arrays: Mapping[str, Tensor],
+    kinds: Mapping[str, type[Any]] = SINGLE,
+    autoencoders: Autoencoders | None = None,
 ) -> Any:
-    """The fitted detector back from its description and its arrays."""
+    """The fitted detector back from its description, its arrays, and the autoencoders that were given."""
     kind, settings = described
     if kind not in kinds:
         raise refuse(f"one of the kinds {sorted(kinds)}", "detector", kind, "Read it with the version that wrote it")
-    make = getattr(kinds[kind], "rebuild", kinds[kind])
-    return make(**arrays, **settings)
+    if hasattr(kinds[kind], "rebuild"):
+        return kinds[kind].rebuild(autoencoders or Autoencoders(), **settings, **arrays)
+    return kinds[kind](**arrays, **settings)
 
 
 def with_prefix(arrays: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

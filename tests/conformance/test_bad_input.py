@@ -198,7 +198,7 @@ def new_path():
 
 def stored_detector():
     path = new_path()
-    validate.save_detector(validate.Energy(), path)
+    validate.save_detector(validate.Reconstruction(nn.Identity()), path)
     return path
 
 
@@ -1216,7 +1216,10 @@ CALLS = {
         validate.save_detector,
         lambda: {"detector": validate.Energy(), "path": new_path()},
     ),
-    "validate.load_detector": (validate.load_detector, lambda: {"path": stored_detector()}),
+    "validate.load_detector": (
+        validate.load_detector,
+        lambda: {"path": stored_detector(), "autoencoder": nn.Identity()},
+    ),
     "validate.KeyedNoise": (
         validate.KeyedNoise,
         lambda: {"key": bytes(16), "scale": 0.5, "step": 0.1, "argmax": "free"},

@@ -181,11 +181,6 @@ def test_reconstruction_of_inputs_needs_no_model_and_no_logits():
         Reconstruction(nn.Dropout(0.5).train()).score(torch.zeros(30, 0), x=x)
 
 
-def test_reconstruction_is_not_written(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"detectors of this package.*Reconstruction"):
-        save_detector(Reconstruction(nn.Identity()), tmp_path / "detector")
-
-
 def test_an_ensemble_of_features_and_inputs(tmp_path):
     x = images(200)
     logits = MODEL(x).detach()
