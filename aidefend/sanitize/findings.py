@@ -241,12 +241,23 @@ def limits_of(facts: Mapping[str, Any], skipped: Sequence[int]) -> str:
             f"In classes {', '.join(clean)} no evidence of a group of at least {max(sizes)} rows with a common "
             f"pattern, at power {POWER} if it stands apart in the features. "
         )
-    said += _written_limits(facts)
+    said += _limits_of_routes(facts, clean) + _written_limits(facts)
     if not facts["classes_searched"] and not facts["written_detectable"]:
         said = "No class was searched: nothing is shown. "
     if skipped:
         said += f"Not searched, fewer than {SMALLEST_CLASS} rows: classes {', '.join(map(str, skipped))}. "
     return said + LIMITS
+
+
+def _limits_of_routes(facts: Mapping[str, Any], open_classes: Sequence[str]) -> str:
+    """What the routes beside the first one would have found, for each the largest of the smallest sizes."""
+    said = []
+    for name, route in facts.get("detectable_by_route", {}).items():
+        sizes = [route["classes"][label]["rows"] for label in open_classes if name not in ("pattern", "written")]
+        seen = [size for size in sizes if size is not None]
+        if seen:
+            said.append(f"No evidence there of at least {max(seen)} rows ({name}), at power {route['power']}. ")
+    return "".join(said)
 
 
 def _written_limits(facts: Mapping[str, Any]) -> str:
@@ -258,7 +269,7 @@ def _written_limits(facts: Mapping[str, Any]) -> str:
         said = (
             f"In classes {', '.join(label for label in open_classes if sizes[label] is not None)} no evidence of at "
             f"least {max(seen)} rows with a value, range or word in common that fit another class without it "
-            f"(if nine in ten do). "
+            f"(if nine in ten do), at power {POWER}. "
         )
     blind = [label for label in open_classes if sizes[label] is None]
     return said + (f"No power for such patterns in classes {', '.join(blind)}. " if blind else "")

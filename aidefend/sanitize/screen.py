@@ -11,10 +11,13 @@ from aidefend._core.batches import Batch
 from aidefend._core.checks import check_int, check_labels, check_tensor
 from aidefend._core.frames import columns_of
 from aidefend._core.modules import Model
+from aidefend.sanitize.bend import Bend
+from aidefend.sanitize.calibration import calibrated, facts_of_p_values
 from aidefend.sanitize.caps import Cap, read_cap
 from aidefend.sanitize.choose import Chosen, Detector, chosen_for, named_detectors
 from aidefend.sanitize.confident_learning import ConfidentLearning
 from aidefend.sanitize.decide import Decision, decide, undecided
+from aidefend.sanitize.detectable import routes
 from aidefend.sanitize.features import Features, Layer, predictor, readable_rows
 from aidefend.sanitize.findings import ALPHA, SCORE, THREAT, RowVerdicts, facts_of, limits_of, unsearched
 from aidefend.sanitize.items import Items
@@ -102,9 +105,11 @@ def screen(
             number (other classes have no cap); the least suspicious rows beyond it are kept, with a reason, and listed
             in `parameters["cap"]`.
         max_removed_group: The same for each of `groups`, counted after the caps of classes.
-    Returns: A report with the scores `structured_poison` (probability-like, above .5 in quarantine) and one for each
-        detector, corrected p-values, reasons, and in `parameters` the target classes, the estimated poisoned share with
-        interval, the smallest detectable group, and what the same screen quarantines when labels are permuted.
+    Returns: A report with the scores `structured_poison` (probability-like, above .5 in quarantine), one for each
+        detector, and `view_disagreement` (in [0, 1], how far four views of a row differ); p-values, corrected for
+        `structured_poison`, conformal for the others (`parameters["p_values"]` says against which rows, and what that
+        promises); reasons; and in `parameters` the target classes, the estimated poisoned share with interval, the
+        smallest detectable group for each route, and what the same screen quarantines when labels are permuted.
     Raises: ConfigurationError: no labels, wrong lengths, unknown layer. IncompatibleModel: the model fails on the data.
         Rows with NaN or infinity never raise: they get keep = False and a reason.
     Cost: one forward pass of the data (21 where at most 10,000 rows are overlaid, see `TriggerConsistency`), about 300
@@ -142,12 +147,15 @@ def screen(
     seen = [words_of_views(group) for group in views["groups"]]
     rows = RowVerdicts(found, decision, good, remarks, quarantine=chosen.named, caps=caps, seen=seen)
     skipped = unsearched(found, decision)
+    others, known = {**scores, VIEW_SCORE: readings.disagreement}, (found.labels, found.usable, good)
     facts = facts_of(decision, int(rows.removed.sum()), len(rows.removed)) | {
         "alpha": ALPHA,
         "seed": seed,
         "kind": material.kind,
         "cap": _facts_of_caps(caps, rows.spared),
         "views": views,
+        "p_values": facts_of_p_values(*known),
+        "detectable_by_route": routes(decision, pictures=Bend.possible(found.x)),
         "not_searched": {str(label): int((found.labels == label).sum()) for label in skipped},
         "model": "trained by screen" if model is None else type(model).__name__,
         "detectors": list(scores),
@@ -166,8 +174,8 @@ def screen(
     return ScreenReport(
         found.ids,
         rows.keep,
-        {SCORE: rows.scores, **scores, VIEW_SCORE: readings.disagreement},
-        {SCORE: rows.p_values},
+        {SCORE: rows.scores, **others},
+        {SCORE: rows.p_values, **{name: calibrated(values, *known) for name, values in others.items()}},
         rows.reasons,
         "screen",
         facts,

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
@@ -25,6 +26,8 @@ _EFFECT = 0.05  # level of the tests of effect, beside the corrected test
 FOLLOWS = 0.1
 PURE = 0.9
 MOSTLY = 0.6
+POWER = 0.8
+_LOOK_FOREIGN = 0.9
 _CORE = 0.8  # of all rows with an item that are in a proven group
 
 
@@ -276,7 +279,9 @@ def _foreignness(strange: Tensor, inside: Tensor, tests: int) -> tuple[float, fl
 
 
 def smallest_written(n: int, rest_foreign: float, alpha: float, tests: int) -> int | None:
-    """Rows of a pattern in a class of n that the search finds if nine in ten look foreign; None if no size would do.
+    """Rows of a pattern in a class of n that the search finds with power .8; None if no size up to half would do.
+
+    Each of its rows looks foreign with chance .9, and the rest of the class in its own share.
 
     Args:
         n: Rows of the class.
@@ -285,8 +290,8 @@ def smallest_written(n: int, rest_foreign: float, alpha: float, tests: int) -> i
         tests: What p-values are multiplied with.
     """
     for size in range(FEWEST, n // 2 + 1):
-        ours, others = int(0.9 * size), round(rest_foreign * (n - size))
-        seen = float(stats.hypergeom.sf(ours - 1, n, ours + others, size)) * tests <= alpha
-        if seen:
+        ours, others = np.arange(size + 1), round(rest_foreign * (n - size))
+        enough = stats.hypergeom.sf(ours - 1, n, ours + others, size) * tests <= alpha
+        if enough.any() and float(stats.binom.sf(int(enough.argmax()) - 1, size, _LOOK_FOREIGN)) >= POWER:
             return size
     return None
