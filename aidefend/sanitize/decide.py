@@ -52,7 +52,8 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         """JSON types: the class, the estimated poisoned share of its rows with interval, and the evidence."""
         share = wilson(int(self.group.inside.sum()), len(self.group.inside))
-        likeness = torch.bincount(self.group.looks_like[self.group.inside].clamp(min=0)).tolist()
+        likeness = self.group.looks_like[self.group.inside]
+        counts = torch.bincount(likeness[likeness >= 0]).tolist()  # -1: like no other class
         return {
             "class": self.group.label,
             "rows": len(self.group.inside),
@@ -63,7 +64,7 @@ class Verdict:
             "poison": self.poison,
             "proven_in_another_class": self.kin,
             "right_labels": isinstance(self.evidence, MarkEvidence),
-            "looks_like": {str(label): count for label, count in enumerate(likeness) if count},
+            "looks_like": {str(label): count for label, count in enumerate(counts) if count},
             "p_value": self.p_value,
             **self.evidence._asdict(),
         }

@@ -80,7 +80,8 @@ class WrittenVerdict:
         """JSON types."""
         inside = self.group.inside
         share = wilson(int(inside.sum()), len(inside))
-        likeness = torch.bincount(self.group.looks_like[inside].clamp(min=0)).tolist()
+        likeness = self.group.looks_like[inside]
+        counts = torch.bincount(likeness[likeness >= 0]).tolist()  # -1: like no other class
         return {
             "class": self.group.label,
             "rows": len(inside),
@@ -90,7 +91,7 @@ class WrittenVerdict:
             "high": share.high,
             "poison": self.poison,
             "pattern": self.pattern,
-            "looks_like": {str(label): count for label, count in enumerate(likeness) if count},
+            "looks_like": {str(label): count for label, count in enumerate(counts) if count},
             "p_value": self.p_value,
             **self.evidence._asdict(),
         }

@@ -7,6 +7,7 @@ import torch
 
 from aidefend.sanitize.decide import decide
 from aidefend.sanitize.features import Features
+from aidefend.sanitize.findings import RowVerdicts, facts_of
 from aidefend.sanitize.groups import ClassSearch
 from aidefend.sanitize.own_marks import examine_mark, marked_groups
 from aidefend.sanitize.view import IndependentView
@@ -51,12 +52,15 @@ def roughness(x):
     return (x[..., 1:] - x[..., :-1]).abs().mean(dim=(1, 2, 3))
 
 
-def world(x, labels, predict, features=None):
+def features_of(x, labels, features=None):
     n = len(x)
     seen = torch.stack([3 * contrast(x), *x.flatten(1)[:, ::29].T], dim=1) if features is None else features
-    nothing = torch.zeros(n)
-    found = Features(tuple(map(str, range(n))), x, labels, seen, torch.zeros(n, 3), nothing, torch.ones(n).bool())
-    return world_of(found, IndependentView(x, seed=0), predict, 0)
+    nothing, ids = torch.zeros(n), tuple(map(str, range(n)))
+    return Features(ids, x, labels, seen, torch.zeros(n, 3), nothing, torch.ones(n, dtype=torch.bool))
+
+
+def world(x, labels, predict, features=None):
+    return world_of(features_of(x, labels, features), IndependentView(x, seed=0), predict, 0)
 
 
 def search(here, score):
@@ -73,15 +77,32 @@ def evidence_of(here, score, chosen):
     return examine_mark(here, group, threshold=1.0)
 
 
-def test_a_constant_mark_that_the_model_believes_is_found_whole_and_nothing_else():
-    x, labels, marked = pictures()
-    decision = decide(world(x, labels, believes_mark), [contrast(x).double()], alpha=0.01)
-    (verdict,) = decision.poison
+@pytest.fixture(scope="module")
+def decided():
+    x, labels, _ = pictures()
+    return decide(world(x, labels, believes_mark), [contrast(x).double()], alpha=0.01)
+
+
+def test_a_constant_mark_that_the_model_believes_is_found_whole_and_nothing_else(decided):
+    _, _, marked = pictures()
+    (verdict,) = decided.poison
     told = verdict.to_dict()
     assert told["right_labels"] and told["class"] == 0 and told["p_value"] < 0.01
     assert torch.equal(verdict.group.rows[verdict.group.inside], marked.nonzero().flatten())
     assert told["transfer"] > 0.9 and told["scrambled"] < 0.2 and told["unlike"] < 0.65
-    assert 0 not in {one.group.label for one in decision.harmless}
+    assert 0 not in {one.group.label for one in decided.harmless}
+
+
+def test_reasons_say_that_the_labels_are_right_and_what_the_mark_does(decided):
+    x, labels, marked = pictures()
+    rows = RowVerdicts(features_of(x, labels), decided, torch.zeros(len(x), dtype=torch.bool))
+    assert torch.equal(rows.removed, marked) and torch.equal(rows.p_values < 0.01, marked)
+    group, evidence, *_ = rows.reasons[int(marked.nonzero()[0])]
+    assert group.startswith(f"mark with right labels in class 0: group of {MARKED} of its {A_CLASS} rows")
+    assert "constant mark" in evidence and "turns 1.00 of rows of other classes into 0" in evidence
+    (told,) = facts_of(decided, MARKED, len(x))["poison"]
+    assert told["looks_like"] == {}, "rows that look like no other class are not counted as class 0"
+    assert told["right_labels"] and set(told) >= {"transfer", "scrambled", "unlike", "p_unlike", "poisoned_share"}
 
 
 def test_the_strongest_null_decides():
