@@ -81,18 +81,23 @@ def decisions_of(report: Report) -> Decisions:
     for kept, weight, label, said in zip(
         report.keep.tolist(), weights.tolist(), proposed.tolist(), report.reasons, strict=True
     ):
-        action, words = _decided(kept, weight, label)
+        action = action_of(kept, weight, label)
+        words = _in_words(action, weight, label)
         actions.append(action)
         reasons.append((words if action != "keep" or not said else "keep", *said))
     return Decisions(report.ids, tuple(actions), weights, proposed, tuple(reasons))
 
 
-def _decided(kept: bool, weight: float, label: int) -> tuple[Action, str]:
-    """The action, and the decision in words."""
+def action_of(kept: bool, weight: float, label: int) -> Action:
+    """The action for one row: whether it is kept, its weight, and the label that is proposed (-1: none)."""
     if not kept:
-        return "quarantine", "quarantine"
+        return "quarantine"
     if label >= 0:
-        return "relabel", f"relabel to {label} is proposed; under the label it has, weight {weight:.2f}"
-    if weight < 1:
-        return "down-weight", f"down-weight to {weight:.2f}"
-    return "keep", _NOTHING
+        return "relabel"
+    return "down-weight" if weight < 1 else "keep"
+
+
+def _in_words(action: Action, weight: float, label: int) -> str:
+    if action == "relabel":
+        return f"relabel to {label} is proposed; under the label it has, weight {weight:.2f}"
+    return {"down-weight": f"down-weight to {weight:.2f}", "keep": _NOTHING, "quarantine": "quarantine"}[action]

@@ -16,18 +16,22 @@ from aidefend._core.random import derive_seed, make_generator
 from aidefend._core.stats import wilson
 from aidefend._core.storage import atomic_path, canonical_json
 from aidefend.sanitize.choose import Detector, named_detectors
+from aidefend.sanitize.decisions import PROPOSED, WEIGHT, action_of
 from aidefend.sanitize.feature_store import FeatureStore
 from aidefend.sanitize.features import Features, Layer
 from aidefend.sanitize.findings import SCORE, THREAT
+from aidefend.sanitize.provenance import read_names, removals
 from aidefend.sanitize.sample import ClassSample
 from aidefend.sanitize.screen import screen
 from aidefend.sanitize.screen_report import ScreenReport
 from aidefend.sanitize.separation import discriminant, held_out_log_odds, inverse_covariance, whitened, whitening
+from aidefend.sanitize.stream_remarks import StreamRemarks, stream_remarks
 
 _LEAST = 6
 _STREAM_LIMITS = (
     "Judged was a sample of each class; other rows are quarantined only where they are like a group that was found in "
-    "it. Wrong labels, near duplicates, sources and groups were not looked for in all rows."
+    "it. Of all rows it was asked whether their labels are wrong and whether they lie far out, in the features of the "
+    "suspect model, which may have learnt both; and whether they are copies, to the bit."
 )
 _NOT_USABLE = "the input, or what the model makes of it, holds NaN or infinity"
 
@@ -44,6 +48,7 @@ class StreamReport:
         store: The features; ids and labels are read from there.
         limits: What is not shown.
         reasons: Those of the quarantined rows of the sample, by id.
+        remarks: What is said of single rows.
     """
 
     keep: Tensor
@@ -53,6 +58,7 @@ class StreamReport:
     store: FeatureStore
     limits: str
     reasons: Mapping[str, tuple[str, ...]]
+    remarks: StreamRemarks
 
     def __len__(self) -> int:
         return len(self.keep)
@@ -64,8 +70,8 @@ class StreamReport:
         return f"screen_stream: {kept} of {len(self)} rows kept, {len(self) - kept} not; target classes {targets}"
 
     def rows(self, size: int = 1024) -> Iterator[dict[str, Any]]:
-        """Blocks of ids, labels, keep, score and reasons, in order, from disk."""
-        start = 0
+        """Blocks of ids, labels, keep, score, weight, proposed label (-1: none) and reasons, in order, from disk."""
+        start, weights = 0, self.weights()
         for block in self.store.blocks(size):
             stop = start + len(block["ids"])
             keep, scores = self.keep[start:stop], self.scores[start:stop]
@@ -74,17 +80,26 @@ class StreamReport:
                 "labels": block["labels"],
                 "keep": keep,
                 "scores": scores,
-                "reasons": [self._reasons(block, row, bool(keep[row]), float(scores[row])) for row in range(len(keep))],
+                "weights": weights[start:stop],
+                "proposed_labels": torch.where(keep, self.remarks.proposed[start:stop].long(), -1),
+                "reasons": [self._reasons(block, row, start) for row in range(len(keep))],
             }
             start = stop
 
     def to_jsonl(self, path: str | os.PathLike[str]) -> None:
-        """One line of JSON a row: id, row number, keep, score, reasons. The whole file or nothing."""
+        """One line of JSON a row: id, row number, decision, score, reasons. The whole file or nothing.
+
+        A decision is keep, action, weight, and the proposed label (null where none is), see `Decisions`.
+        """
         with atomic_path(path) as temporary, temporary.open("w", encoding="ascii") as file:
             row = 0
             for block in self.rows():
                 for place, row_id in enumerate(block["ids"]):
                     line = {"id": row_id, "row": row, "keep": bool(block["keep"][place])}
+                    kept, weight = bool(block["keep"][place]), float(block["weights"][place])
+                    label = int(block["proposed_labels"][place])
+                    line |= {"action": action_of(kept, weight, label), "weight": weight}
+                    line |= {"proposed_label": label if label >= 0 else None}
                     line |= {"scores": {SCORE: float(block["scores"][place])}, "reasons": block["reasons"][place]}
                     file.write(canonical_json(line) + "\n")
                     row += 1
@@ -94,14 +109,21 @@ class StreamReport:
         blocks = list(self.rows())
         ids = tuple(row_id for block in blocks for row_id in block["ids"])
         reasons = tuple(row for block in blocks for row in block["reasons"])
-        scores = {SCORE: self.scores.double()}
-        return ScreenReport(ids, self.keep, scores, {}, reasons, "screen_stream", self.parameters, THREAT, self.limits)
+        scores = {SCORE: self.scores.double(), "confident_learning": self.remarks.wrong.double()}
+        columns = {WEIGHT: self.weights(), PROPOSED: torch.cat([block["proposed_labels"] for block in blocks])}
+        facts = ("screen_stream", self.parameters, THREAT, self.limits)
+        return ScreenReport(ids, self.keep, scores, {}, reasons, *facts, columns=columns)
 
-    def _reasons(self, block: Mapping[str, Any], row: int, kept: bool, score: float) -> tuple[str, ...]:
+    def weights(self) -> Tensor:
+        """(N,) float32 weights for the loss of each row, by the rules of `Decisions`."""
+        return torch.where(self.keep, self.remarks.weights(), 0.0)
+
+    def _reasons(self, block: Mapping[str, Any], row: int, start: int) -> tuple[str, ...]:
+        score = float(self.scores[start + row])
         if not bool(block["usable"][row]):
             return (block["broken"].get(row, _NOT_USABLE),)
-        if kept:
-            return ()
+        if bool(self.keep[start + row]):
+            return tuple(self.remarks.words(start + row, int(block["labels"][row])))
         if block["ids"][row] in self.reasons:
             return tuple(self.reasons[block["ids"][row]])
         label = int(block["labels"][row])
@@ -115,6 +137,8 @@ def screen_stream(
     layer: Layer | None = None,
     *,
     detectors: Literal["auto"] | Sequence[Detector] = "auto",
+    sources: Sequence[Any] | None = None,
+    groups: Sequence[Any] | None = None,
     rows_per_class: int = 2000,
     shard_rows: int = 8192,
     batch_size: int = 512,
@@ -124,7 +148,8 @@ def screen_stream(
 
     The data go through the model once, features to disk. `screen` judges a sample of each class, chosen by content (the
     same for every order of the rows, and for every batch size). Where it finds a poisoned group, a linear discriminant
-    of the features that tells the group from the rest of its class judges all other rows of the class.
+    of the features that tells the group from the rest of its class judges all other rows of the class. All rows are
+    asked for wrong labels (with proposals), copies and outliers: remarks with weights, that quarantine nothing.
 
     Guarantee: on the sample that of `screen`. Beyond it none: how many rows of the sample the discriminant misjudges
         when it has not seen them is in `parameters["extended"]`, with intervals.
@@ -135,17 +160,20 @@ def screen_stream(
         path: Folder of the feature store; after a crash, the same call goes on there.
         detectors: See `screen`; they propose groups in the sample. To score all rows by a detector that needs features
             only, ask `report.store.scores(detector)`.
+        sources: One name a row, see `screen`; each source is scored as a whole by the features. In memory.
+        groups: The same for groups.
         rows_per_class: Size of the sample of each class, whose inputs are held in memory: at least 24.
         shard_rows: See `FeatureStore.write`.
         batch_size: See there.
         seed: Everything that is drawn.
-    Returns: The verdicts; not part of them are what needs all rows side by side: wrong labels, near duplicates, sources
-        and groups. Poison that is so rare that its sample is too small to show (see `sample.parameters["detectable"]`)
-        stays unseen: a class of a million rows with 2,000 sampled needs some hundredths of it poisoned.
+    Returns: The verdicts. Copies are found to the bit only, wrong labels and outliers in the features of the suspect
+        model: what it has learnt by heart goes unseen. Poison that is so rare that its sample is too small to show (see
+        `sample.parameters["detectable"]`) stays unseen: a class of a million rows with 2,000 sampled needs some
+        hundredths of it poisoned.
     Raises: ConfigurationError: no labels, no readable sample, a folder with another store. IncompatibleModel: the model
         fails on the data.
     Cost: one forward pass a sample; `screen` of `rows_per_class` times the classes; memory for that sample, one shard
-        of features, and 13 bytes a row.
+        of features, and some 50 bytes a row; five more passes over the features on disk for the remarks.
 
     Example:
         >>> import tempfile
@@ -167,7 +195,8 @@ def screen_stream(
         sample.add(ids, batch.x[rows], found.labels[rows])
 
     store = FeatureStore.write(data, model, path, layer, shard_rows=shard_rows, batch_size=batch_size, on_batch=offer)
-    return _judged(store, sample, model, layer, detectors, seed, columns_of(data))
+    sides = {"sources": read_names(sources, len(store), "sources"), "groups": read_names(groups, len(store), "groups")}
+    return _judged(store, sample, model, layer, detectors, seed, columns_of(data), sides)
 
 
 def _judged(
@@ -178,6 +207,7 @@ def _judged(
     detectors: Any,
     seed: int,
     columns: Any,
+    sides: Mapping[str, list[str] | None],
 ) -> StreamReport:
     parts = {label: sample.of(label) for label in sample.classes()}
     if not parts:
@@ -189,12 +219,16 @@ def _judged(
     rules = _rules(store, judged, place, labels, seed)
     keep, scores = _all_rows(store, judged, place, rules)
     extended = {str(label): rule.facts for label, rule in rules.items()}
+    remarks = stream_remarks(store, sides["sources"], seed)
     share = wilson(int((~keep & scores.isfinite()).sum()), len(keep))
     parameters = {
         "target_classes": list(judged.parameters["target_classes"]),
         "quarantined_share": {"value": share.value, "low": share.low, "high": share.high, "n": len(keep)},
         "extended": extended,
         "bad_rows": int(scores.isnan().sum()),
+        "remarks": {name: int(count) for name, count in remarks.counts(keep).items()},
+        "source_evidence": dict(remarks.sources),
+        **{name: removals(values, ~keep & scores.isfinite()) for name, values in sides.items() if values is not None},
         "sampled": {str(label): len(part[0]) for label, part in parts.items()},
         "detectable": dict(judged.parameters["detectable"]),
         "columns": columns,
@@ -204,7 +238,8 @@ def _judged(
         "shape": list(judged.parameters["shape"]),
     }
     reasons = {row_id: judged.reasons[row] for row_id, row in place.items() if not bool(judged.keep[row])}
-    return StreamReport(keep, scores, judged, parameters, store, f"{_STREAM_LIMITS} {judged.limits}", reasons)
+    limits = f"{_STREAM_LIMITS} {judged.limits}"
+    return StreamReport(keep, scores, judged, parameters, store, limits, reasons, remarks)
 
 
 class _Rule:

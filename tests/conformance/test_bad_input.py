@@ -679,6 +679,8 @@ CALLS = {
             "path": new_path(),
             "layer": "head",
             "detectors": [sanitize.Outliers()],
+            "sources": ["a"] * ROWS,
+            "groups": ["b"] * ROWS,
             "rows_per_class": 24,
             "shard_rows": 10,
             "batch_size": 8,

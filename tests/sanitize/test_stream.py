@@ -52,7 +52,8 @@ def test_every_row_has_a_verdict_a_reason_and_a_line(planted, found, tmp_path):
     assert [line["keep"] for line in lines] == found.keep.tolist() and [line["row"] for line in lines] == list(
         range(N + 2)
     )
-    assert all(bool(line["reasons"]) != line["keep"] for line in lines)
+    assert all(line["reasons"] for line in lines if not line["keep"])
+    assert all(said.startswith("kept: ") for line in lines if line["keep"] for said in line["reasons"])
     assert "NaN" in lines[N]["reasons"][0] and "shape (3,)" in lines[N + 1]["reasons"][0]
     report = found.report()
     assert torch.equal(report.keep, found.keep) and report.ids == tuple(line["id"] for line in lines)
