@@ -1,17 +1,34 @@
-"""Attackers for benchmarks of query monitors: a boundary walk, a recorder of queries, and disguises of a sequence."""
+"""Attackers for benchmarks of query monitors: a boundary walk, queries for a copy, and a recorder of queries."""
 
 import contextlib
 import dataclasses
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from aidefend import Threat
 
 
 class Enough(BaseException):
     """The attacker has what it wants, or no queries left."""
+
+
+class Stalled(BaseException):
+    """Every proposal would get the account flagged."""
+
+
+Make = Callable[[float], Tensor]
+
+
+def drawn(model: Callable[[Tensor], Tensor], make: Make) -> tuple[Tensor, Tensor]:
+    """A proposal of width 1 and its answer; a model with `draw` (an attacker with an oracle) chooses the width."""
+    if hasattr(model, "draw"):
+        found: tuple[Tensor, Tensor] = model.draw(make)
+        return found
+    x = make(1.0)
+    return x, model(x)
 
 
 class Recorder:
@@ -76,16 +93,26 @@ class Boundary:
         for _ in range(self.steps):
             gap = x - point
             distance = gap.norm()
-            noise = torch.randn(x.shape, generator=stream)
-            noise = noise - (noise * gap).sum() / distance**2 * gap
-            step = point + noise / noise.norm() * sideways * distance
-            step = (x - (x - step) / (x - step).norm() * distance).clamp(self.low, self.high)
-            if bool(model(step).argmax(dim=1) == y):
+
+            def around(
+                stretch: float, gap: Tensor = gap, distance: Tensor = distance, width: float = sideways
+            ) -> Tensor:
+                noise = torch.randn(x.shape, generator=stream)
+                noise = noise - (noise * gap).sum() / distance**2 * gap
+                step = x - gap + noise / noise.norm() * width * stretch * distance
+                return (x - (x - step) / (x - step).norm() * distance).clamp(self.low, self.high)
+
+            step, answer = drawn(model, around)
+            if bool(answer.argmax(dim=1) == y):
                 sideways = max(1e-3, sideways * 0.95)
                 continue
             sideways = min(0.5, sideways * 1.03)
-            trial = (step + inwards * (x - step)).clamp(self.low, self.high)
-            if bool(model(trial).argmax(dim=1) == y):
+
+            def inside(stretch: float, step: Tensor = step, width: float = inwards) -> Tensor:
+                return (step + min(0.9, width * stretch) * (x - step)).clamp(self.low, self.high)
+
+            trial, answer = drawn(model, inside)
+            if bool(answer.argmax(dim=1) == y):
                 inwards = max(1e-3, inwards * 0.9)
                 continue
             point, inwards = trial, min(0.5, inwards * 1.1)
@@ -104,3 +131,32 @@ class Boundary:
             else:
                 low = middle
         return point + low * (x - point)
+
+
+def jacobian_augmented(
+    victim: Callable[[Tensor], Tensor],
+    seeds: Tensor,
+    student: nn.Module,
+    queries: int,
+    step: float,
+    stream: torch.Generator,
+) -> Tensor:
+    """Queries of Papernot et al. 2017, from the paper: the set doubles along the signs of a copy's input gradients.
+
+    The copy is trained on all answers so far before each doubling; `student` ends as it was before the last one.
+    """
+    asked = seeds
+    labels = victim(seeds).argmax(dim=1)
+    while len(asked) < queries:
+        optimizer = torch.optim.Adam(student.parameters(), 2e-3)
+        for _ in range(6):
+            for rows in torch.randperm(len(asked), generator=stream).split(64):
+                optimizer.zero_grad()
+                cross_entropy(student(asked[rows]), labels[rows]).backward()
+                optimizer.step()
+        moved = asked.clone().requires_grad_(True)
+        student(moved).gather(1, labels[:, None]).sum().backward()
+        assert moved.grad is not None
+        new = (asked + step * moved.grad.sign()).clamp(0, 1)[: queries - len(asked)]
+        asked, labels = torch.cat([asked, new]), torch.cat([labels, victim(new).argmax(dim=1)])
+    return asked

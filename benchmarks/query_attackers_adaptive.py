@@ -1,10 +1,12 @@
-"""Attackers who know a query monitor: steps too wide for its radii, as OARS adapts them, and sequences in disguise."""
+"""Attackers who know a query monitor: steps too wide for its radii, widths that an oracle finds, and disguises."""
 
 import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from benchmarks.query_attackers import Stalled, drawn
 
 Model = Callable[[Tensor], Tensor]
 
@@ -31,10 +33,16 @@ class WideSquare:
         """Queries until the recorder ends it."""
         signs = (torch.rand(x.shape, generator=stream) < 0.5).float() * 2 - 1
         best = margin(model((x + self.eps * signs).clamp(0, 1)), int(y))
-        for _ in range(self.steps):
-            flip = torch.rand(x.shape, generator=stream) < self.share
+        trial = signs
+
+        def flipped(stretch: float) -> Tensor:
+            nonlocal trial
+            flip = torch.rand(x.shape, generator=stream) < min(0.5, self.share * stretch)
             trial = torch.where(flip, -signs, signs)
-            score = margin(model((x + self.eps * trial).clamp(0, 1)), int(y))
+            return (x + self.eps * trial).clamp(0, 1)
+
+        for _ in range(self.steps):
+            score = margin(drawn(model, flipped)[1], int(y))
             if bool(score < best):
                 signs, best = trial, score
 
@@ -51,15 +59,27 @@ class WideNES:
 
     def __call__(self, model: Model, x: Tensor, y: Tensor, stream: torch.Generator) -> None:
         """Queries until the recorder ends it."""
-        point, slope = x.clone(), torch.zeros_like(x)
+        point, slope, noise = x.clone(), torch.zeros_like(x), torch.zeros_like(x)
+
+        def up(stretch: float) -> Tensor:
+            nonlocal noise
+            noise = stretch * self.sigma * torch.randn(x.shape, generator=stream)
+            return (point + noise).clamp(0, 1)
+
+        def down(stretch: float) -> Tensor:
+            return (point - noise * (1 + 0.2 * (stretch > 1) * float(torch.rand((), generator=stream)))).clamp(0, 1)
+
+        def ball(near: Tensor) -> Tensor:
+            return torch.minimum(torch.maximum(near, x - self.eps), x + self.eps).clamp(0, 1)
+
         for _ in range(self.steps):
             for _ in range(self.pairs):
-                noise = self.sigma * torch.randn(x.shape, generator=stream)
-                up, down = model((point + noise).clamp(0, 1)), model((point - noise).clamp(0, 1))
-                slope += noise * (margin(up, int(y)) - margin(down, int(y)))
-            step = -self.rate * self.eps * slope.sign()
-            point = torch.minimum(torch.maximum(point + step, x - self.eps), x + self.eps).clamp(0, 1)
-            model(point)
+                above = drawn(model, up)[1]
+                below = drawn(model, down)[1]
+                slope += noise * (margin(above, int(y)) - margin(below, int(y)))
+            point = ball(point - self.rate * self.eps * slope.sign())
+            shaken = self.sigma * torch.randn(x.shape, generator=stream)
+            drawn(model, lambda stretch, p=point, s=shaken: ball(p + 0.5 * (stretch - 1) * s))  # type: ignore[misc]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,25 +100,35 @@ class WideHopSkipJump:
             point = self._pull(model, x, y, point)
             slope = torch.zeros_like(x)
             for _ in range(self.probes):
-                noise = torch.randn(x.shape, generator=stream)
-                noise = noise / noise.norm()
-                outside = bool(model((point + self.reach * noise).clamp(0, 1)).argmax(dim=1) != y)
-                slope += noise if outside else -noise
+                probe, answer = drawn(model, lambda stretch, at=point: self._probe(at, stretch, stream))  # type: ignore[misc]
+                noise = (probe - point) / (probe - point).norm()
+                slope += noise if bool(answer.argmax(dim=1) != y) else -noise
             length = float((point - x).norm()) / step**0.5
             for number in range(4):
                 trial = (point + length / 2**number * slope / slope.norm()).clamp(0, 1)
-                if bool(model(trial).argmax(dim=1) != y):
+                if self._other(model, trial, y):
                     point = trial
                     break
+
+    def _probe(self, point: Tensor, stretch: float, stream: torch.Generator) -> Tensor:
+        noise = torch.randn(point.shape, generator=stream)
+        return (point + stretch * self.reach * noise / noise.norm()).clamp(0, 1)
+
+    def _other(self, model: Model, x: Tensor, y: Tensor) -> bool:
+        """Whether x has another class; one that must not be asked about counts as if it had not."""
+        try:
+            return bool(drawn(model, lambda stretch: x)[1].argmax(dim=1) != y)
+        except Stalled:
+            return False
 
     def _pull(self, model: Model, x: Tensor, y: Tensor, point: Tensor) -> Tensor:
         low, high = 0.0, 1.0  # share of the way to x that keeps the other class
         for _ in range(self.bisections):
             middle = (low + high) / 2
-            if bool(model(point + middle * (x - point)).argmax(dim=1) == y):
-                high = middle
-            else:
+            if self._other(model, point + middle * (x - point), y):
                 low = middle
+            else:
+                high = middle
         return point + low * (x - point)
 
 

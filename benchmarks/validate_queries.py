@@ -1,16 +1,19 @@
 """Query monitoring: attacks flagged before they succeed, against benign accounts that are flagged, and what it costs.
 
-python -m benchmarks.validate_queries [--mnist mnist.npz] [--fashion fashion_mnist.npz] [--images 8] [--short]
+python -m benchmarks.validate_queries [--mnist mnist.npz] [--fashion fashion_mnist.npz] [--images 20] [--accounts 450]
 A small CNN on each data set. Benign accounts (`benchmarks.query_traffic`) ask about half of the test images to
 calibrate and about the other half to be counted; they include video, bursts of a still camera, retries, augmentation,
-few classes. Attacks run on rows of the second half that the model knows, one account an attack, until their first
-success (a wrong answer inside the threat) or their last query; thresholds never see them. "before" is the share of
-attacks that are flagged before they succeed, or flagged at all if they do not; "survive" is the share that succeeds
-unflagged. Attackers who know the monitor (its radii, in the units of x, and how many queries an account may ask) stand
-beside. Writes benchmarks/results/validate_queries.json.
+few classes. 1,000 are counted, in stores of as many accounts as set the threshold, and again in one store of all.
+Attacks run on rows of the second half that the model knows, one account an attack, until their first success (a wrong
+answer inside the threat) or their last query; thresholds never see them. "before" is the share of attacks that are
+flagged before they succeed, or flagged (or stalled) at all if they do not; "survive" is the share that succeeds
+unflagged. Attackers who know the monitor stand beside: steps as wide as its radius, widths found with an oracle
+(`query_attackers_oars`), disguises, copies of the model, and Blacklight against the same sequences. Writes
+benchmarks/results/validate_queries.json after each row; a run with the same settings goes on where the last one ended.
 """
 
 import argparse
+import functools
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable
@@ -25,13 +28,16 @@ from aidefend import Threat
 from aidefend._core.stats import wilson
 from aidefend.attacks import NES, Extraction, HopSkipJump, Square
 from aidefend.validate import MemoryStore, QueryMonitor
-from benchmarks.query_attackers import Boundary, record
+from benchmarks.query_attackers import Boundary, jacobian_augmented, record
 from benchmarks.query_attackers_adaptive import WideHopSkipJump, WideNES, WideSquare, interleaved, shifted
+from benchmarks.query_attackers_oars import OARS
 from benchmarks.query_baseline import Blacklight
 from benchmarks.query_traffic import KINDS, population
 from benchmarks.record import earlier, write_result
 
-ALPHA, MOST, LOOKED = 0.01, 400, 100
+ALPHA, MOST, LOOKED = 0.01, 1000, 100
+COUNTED, STOLEN, THIEVES = 1000, 2000, 3
+SHIFTED = ", shifted"
 EPS = {"mnist": (0.1, 2.0), "fashion_mnist": (0.05, 1.0)}
 KEY = b"a key for reproducible figures.."
 Sequence = tuple[Tensor, bool]
@@ -152,163 +158,218 @@ def show(data: str, arm: str, line: dict[str, Any]) -> dict[str, Any]:
     return line
 
 
-def run_data(
-    result: dict[str, Any], name: str, path: str, images_count: int, accounts: int, seed: int, short: bool
-) -> None:
-    """Everything about one data set, into `result`; `short` leaves out disguises and easy traffic."""
-    x, y, tx, ty = images(path)
-    model = trained(x, y, seed)
-    half = len(tx) // 2
-    days = population(tx[:half], ty[:half], accounts, seed)
-    streams = [(queries, model(queries)) for _, queries in days]
-    folder = tempfile.mkdtemp()
-    QueryMonitor.calibrate(streams, MemoryStore(), alpha=ALPHA, seed=seed, key=KEY).save(f"{folder}/rules")
-    easy = (
-        []
-        if short
-        else [stream for (kind, _), stream in zip(days, streams, strict=True) if kind not in ("video", "still camera")]
-    )
-    if not short:
-        QueryMonitor.calibrate(easy, MemoryStore(), alpha=ALPHA, seed=seed, key=KEY).save(f"{folder}/easy")
+class Bench:
+    """Everything about one data set; `row` keeps each figure at once and skips those that are there."""
 
-    def fresh(rules: str = "rules", clock: Callable[[], float] = lambda: 1.0) -> QueryMonitor:
-        return QueryMonitor.load(f"{folder}/{rules}", MemoryStore(), clock=clock)
-
-    result["accuracy"] = float((model(tx).argmax(dim=1) == ty).float().mean())
-    print(f"{name}: accuracy {result['accuracy']:.3f}", flush=True)
-    others = population(tx[half:], ty[half:], accounts * 3 // 4, seed + 1)
-    result["benign"] = {
-        rules: benign_shares(name, rules, fresh(rules), others, model)
-        for rules in ("rules", "easy")[: 1 if short else 2]
-    }
-    known = (model(tx[half:]).argmax(dim=1) == ty[half:]).nonzero().flatten()[:images_count] + half
-    victims, truth = tx[known], ty[known]
-    monitor = fresh()
-    radius = float(monitor._rules.norms.radii[1] * monitor._rules.sketcher.unit * monitor._rules.sketcher.scale[0])
-    result["radius_in_x"] = radius
-    plain = {arm: sequences(attack, model, victims, truth, seed) for arm, attack in plain_attacks(*EPS[name]).items()}
-    arms: dict[str, list[Sequence]] = dict(plain)
-    for arm, attack in adaptive_attacks(*EPS[name], radius).items():
-        arms[arm] = sequences(attack, model, victims, truth, seed)
-    for arm in () if short else ("square", "hopskipjump"):
-        attack = plain_attacks(*EPS[name])[arm]
-        arms[f"{arm}, shifted"] = shifted_sequences(attack, model, victims, truth, seed)
-    result["arms"] = {
-        arm: show(name, arm, summary((one, flag_at(fresh(), one[0], model, lambda i: "eve")[0]) for one in found))
-        for arm, found in arms.items()
-    }
-    if short:
-        result["blacklight"] = blacklight(name, days[:40], others[:40], arms)
-        return
-    result["easy"] = {
-        arm: show(
-            name,
-            f"{arm}, easy traffic",
-            summary((one, flag_at(fresh("easy"), one[0], model, lambda i: "eve")[0]) for one in found),
+    def __init__(self, result: dict[str, Any], name: str, path: str, size: tuple[int, int], seed: int) -> None:
+        count, self.accounts = size
+        self.result, self.name, self.seed = result, name, seed
+        self.own: dict[str, Any] = result.setdefault(
+            name, {"eps": EPS[name], "accounts": self.accounts, "images": count}
         )
-        for arm, found in plain.items()
+        x, y, tx, ty = images(path)
+        self.model = trained(x, y, seed)
+        half = len(tx) // 2
+        self.natural, self.folder = tx[half:], tempfile.mkdtemp()
+        self.days = population(tx[:half], ty[:half], self.accounts, seed)
+        self.others = population(tx[half:], ty[half:], COUNTED, seed + 1)
+        known = (self.model(tx[half:]).argmax(dim=1) == ty[half:]).nonzero().flatten() + half
+        self.victims, self.truth = tx[known[:count]], ty[known[:count]]
+        self.spare, self.spare_truth = tx[known[count : 2 * count]], ty[known[count : 2 * count]]
+        self._calibrate()
+        self.row("accuracy", lambda: float((self.model(tx).argmax(dim=1) == ty).float().mean()))
+        rules = self.fresh()._rules
+        self.radius = float(rules.norms.radii[1] * rules.sketcher.unit * rules.sketcher.scale[0])
+        self.row("radius_in_x", lambda: self.radius)
+
+    def _calibrate(self) -> None:
+        streams = [(queries, self.model(queries)) for _, queries in self.days]
+        rules = QueryMonitor.calibrate(streams, MemoryStore(), alpha=ALPHA, seed=self.seed, key=KEY)
+        rules.save(f"{self.folder}/rules")
+
+    def fresh(self, store: MemoryStore | None = None, clock: Callable[[], float] = lambda: 1.0) -> QueryMonitor:
+        """A monitor that has seen nothing."""
+        return QueryMonitor.load(f"{self.folder}/rules", MemoryStore() if store is None else store, clock=clock)
+
+    def row(self, key: str, make: Callable[[], Any]) -> None:
+        """One figure, kept as soon as it is known."""
+        if key not in self.own:
+            self.own[key] = make()
+            write_result("validate_queries", self.result, seeds=[self.seed])
+
+    def sequences(self, attacks: dict[str, tuple[Threat, Callable[..., object]]], arm: str) -> list[Sequence]:
+        """The queries of an attack on all victims."""
+        make = shifted_sequences if arm.endswith(SHIFTED) else sequences
+        return make(attacks[arm.removesuffix(SHIFTED)], self.model, self.victims, self.truth, self.seed)
+
+    def flags(self, label: str, found: list[Sequence], each: int = 10**9) -> dict[str, Any]:
+        """At which query of each sequence an account is flagged."""
+        rows = [(one, flag_at(self.fresh(), one[0], self.model, lambda i: f"eve-{i // each}")[0]) for one in found]
+        return show(self.name, label, summary(rows))
+
+
+def run_data(bench: Bench) -> None:
+    """All rows, those of the issue's target first."""
+    plain_of, wide_of = plain_attacks(*EPS[bench.name]), adaptive_attacks(*EPS[bench.name], bench.radius)
+    found = functools.cache(lambda arm: bench.sequences(plain_of | wide_of, arm))
+    for arm in (*plain_of, *wide_of):
+        bench.row(arm, lambda arm=arm: bench.flags(arm, found(arm)))
+    for arm in wide_of:
+        bench.row(f"{arm}: oars, accounts", lambda arm=arm: oars(bench, arm, wide_of[arm], bit=False))
+        bench.row(f"{arm}: oars, flag bit", lambda arm=arm: oars(bench, arm, wide_of[arm], bit=True))
+    bench.row("benign", lambda: benign_shares(bench, COUNTED // 4))
+    for each in (30, 10, 2):
+        for arm in plain_of:
+            label = f"{arm}, new account every {each}"
+            bench.row(label, lambda arm=arm, label=label, each=each: bench.flags(label, found(arm)[:8], each=each))
+    for label, pool in pools(bench).items():
+        bench.row(f"extraction, {label}", lambda label=label, pool=pool: extraction(bench, label, pool))
+    for arm in (f"square{SHIFTED}", f"hopskipjump{SHIFTED}"):
+        bench.row(arm, lambda arm=arm: bench.flags(arm, found(arm)))
+    for arm in (*plain_of, *wide_of):
+        bench.row(f"blacklight, {arm}", lambda arm=arm: blacklight(bench, arm, found(arm)[:8]))
+    bench.row("benign, one store", lambda: benign_shares(bench, COUNTED))
+    bench.row("disguised", lambda: disguises(bench, {arm: found(arm)[:6] for arm in ("square", "hopskipjump")}))
+
+
+def oars(bench: Bench, arm: str, attack: tuple[Threat, Callable[..., object]], bit: bool) -> dict[str, Any]:
+    """How many adaptive attacks succeed unflagged, beside the same attack without a monitor."""
+    threat, run = attack
+    adaptive = OARS(run, threat, MOST)
+    outcomes = []
+    for i in range(len(bench.victims)):
+        x, y, seed = bench.victims[i : i + 1], bench.truth[i : i + 1], bench.seed + i
+        start = lambda store: bench.fresh(store=store)  # noqa: E731
+        if bit:
+            outcomes.append(adaptive.by_flag_bit(start, bench.model, x, y, seed))
+        else:
+            own = (bench.spare[i : i + 1], bench.spare_truth[i : i + 1])
+            outcomes.append(adaptive.by_accounts(start, bench.model, x, y, own, seed))
+    wins, stopped = sum(one.success for one in outcomes), sum(one.flagged or one.stalled for one in outcomes)
+    lost = sum((one.flagged or one.stalled) and not one.success for one in outcomes)
+    line = {
+        "attacks": len(outcomes),
+        "before": wilson(lost, len(outcomes)),
+        "survive": wilson(wins, len(outcomes)),
+        "flagged": sum(one.flagged for one in outcomes),
+        "stalled": sum(one.stalled for one in outcomes),
+        "queries": statistics.median(one.queries for one in outcomes),
+        "width": statistics.median(one.stretch for one in outcomes),
+        "accounts": outcomes[0].accounts,
     }
-    result["disguised"] = disguises(name, plain, model, tx[half:], fresh)
-    result["blacklight"] = blacklight(name, days[:40], others[:40], arms)
-    if name == "mnist":
-        result["extraction"] = extraction(model, tx[half:], fresh, seed)
+    print(f"{bench.name}: {arm}, oars {'flag bit' if bit else 'accounts'}: {line}, stopped {stopped}", flush=True)
+    return line
 
 
-def benign_shares(
-    name: str, rules: str, monitor: QueryMonitor, days: list[tuple[str, Tensor]], model: nn.Module
-) -> Any:
-    """Flagged benign accounts, in all and by kind, while all ask side by side in one store."""
-    flagged = [monitor.watch(f"account-{i}", queries, model(queries)).flagged for i, (_, queries) in enumerate(days)]
-    kinds = {kind: [f for f, (k, _) in zip(flagged, days, strict=True) if k == kind] for kind in KINDS}
+def benign_shares(bench: Bench, together: int) -> dict[str, Any]:
+    """Flagged benign accounts, in all and by kind; so many ask side by side in one store."""
+    flagged: list[bool] = []
+    for start in range(0, len(bench.others), together):
+        monitor = bench.fresh()
+        part = bench.others[start : start + together]
+        flagged += [monitor.watch(f"account-{i}", x, bench.model(x)).flagged for i, (_, x) in enumerate(part)]
+    kinds = {kind: [f for f, (k, _) in zip(flagged, bench.others, strict=True) if k == kind] for kind in KINDS}
     shares = {"all": wilson(sum(flagged), len(flagged)), **{k: [sum(v), len(v)] for k, v in kinds.items()}}
-    print(f"{name}: benign accounts flagged, calibrated on {rules}: {shares}", flush=True)
+    print(f"{bench.name}: benign accounts flagged, {together} together: {shares}", flush=True)
     return shares
 
 
-def disguises(
-    name: str, plain: dict[str, list[Sequence]], model: nn.Module, benign: Tensor, fresh: Callable[..., QueryMonitor]
-) -> dict[str, Any]:
-    """The same queries from many accounts, among benign ones, or slowly."""
-    found: dict[str, Any] = {}
-    for arm in ("square", "hopskipjump"):
-        lines: dict[str, list[tuple[Sequence, int]]] = {}
-        for number, one in enumerate(plain[arm][:6]):
-            for each in (2, 10, 30):
-                at, _ = flag_at(fresh(), one[0], model, lambda i, each=each: f"eve-{i // each}")
-                lines.setdefault(f"{arm}, new account every {each}", []).append((one, at))
-            mixed = interleaved(one[0][:200], benign[number * 37 :], 9)
-            at, _ = flag_at(fresh(), mixed, model, lambda i: "eve")
+def disguises(bench: Bench, plain: dict[str, list[Sequence]]) -> dict[str, Any]:
+    """The same queries among benign ones, or slowly."""
+    lines: dict[str, list[tuple[Sequence, int]]] = {}
+    model = bench.model
+    for arm, found in plain.items():
+        for number, one in enumerate(found):
+            mixed = interleaved(one[0][:200], bench.natural[number * 37 :], 9)
+            at, _ = flag_at(bench.fresh(), mixed, model, lambda i: "eve")
             lines.setdefault(f"{arm}, 9 benign between", []).append((one, -(-at // 10)))
             for a_day in (10, 50):
-                now = [1e9]
-                monitor = fresh(clock=lambda now=now: now[0])
-                at = 0
+                now, at = [1e9], 0
+                monitor = bench.fresh(clock=lambda now=now: now[0])
                 for i in range(min(len(one[0]), 300)):
                     now[0] += 86_400 / a_day
                     if monitor.watch("eve", one[0][i : i + 1], model(one[0][i : i + 1])).remark:
                         at = i + 1
                         break
                 lines.setdefault(f"{arm}, {a_day} queries a life", []).append((one, at))
-        found |= {label: show(name, label, summary(rows)) for label, rows in lines.items()}
+    return {label: show(bench.name, label, summary(rows)) for label, rows in lines.items()}
+
+
+def blacklight(bench: Bench, arm: str, known: list[Sequence]) -> dict[str, Any]:
+    """The baseline, as published (the first hit counts) and with a number of hits read off benign accounts."""
+    hits = [Blacklight(784, 2).hits(queries[:LOOKED]) for queries, _ in known]
+    found = {}
+    for label, least in (("first hit", 0), ("calibrated", blacklight_benign(bench)["allowed_hits"])):
+        at = [next((i + 1 for i, hit in enumerate(own) if hit > least), 0) for own in hits]
+        found[label] = show(bench.name, f"blacklight, {label}: {arm}", summary(zip(known, at, strict=True)))
     return found
 
 
-def blacklight(
-    name: str, days: list[tuple[str, Tensor]], others: list[tuple[str, Tensor]], arms: dict[str, list[Sequence]]
-) -> dict[str, Any]:
-    """The baseline, as published (the first hit counts) and with a number of hits read off the same benign accounts."""
+def blacklight_benign(bench: Bench) -> dict[str, Any]:
+    """Benign accounts with any hit, and with more than their own kind had in calibration."""
+    if "blacklight, benign" in bench.own:
+        found: dict[str, Any] = bench.own["blacklight, benign"]
+        return found
     store = Blacklight(784, 0)
-    peaks = sorted((store.hits(queries)[-1] for _, queries in days[:100]), reverse=True)
+    peaks = sorted((store.hits(queries)[-1] for _, queries in bench.days[:100]), reverse=True)
     allowed = peaks[int(ALPHA * (len(peaks) + 1)) - 1]
     store = Blacklight(784, 1)
-    benign = [store.hits(queries)[-1] for _, queries in others]
-    found: dict[str, Any] = {
+    benign = [store.hits(queries)[-1] for _, queries in bench.others[:40]]
+    found = {
         "allowed_hits": allowed,
         "benign_first_hit": wilson(sum(peak > 0 for peak in benign), len(benign)),
         "benign_allowed": wilson(sum(peak > allowed for peak in benign), len(benign)),
     }
-    print(f"{name}: blacklight: {found}", flush=True)
-    for arm, known in arms.items():
-        hits = [Blacklight(784, 2).hits(queries[:LOOKED]) for queries, _ in known]
-        for label, least in (("first hit", 0), ("calibrated", allowed)):
-            at = [next((i + 1 for i, hit in enumerate(own) if hit > least), 0) for own in hits]
-            line = summary(zip(known, at, strict=True))
-            found[f"{label}: {arm}"] = show(name, f"blacklight, {label}: {arm}", line)
+    bench.row("blacklight, benign", lambda: found)
+    print(f"{bench.name}: blacklight: {found}", flush=True)
     return found
 
 
-def extraction(model: nn.Module, natural: Tensor, fresh: Callable[..., QueryMonitor], seed: int) -> dict[str, Any]:
-    """Copies of the model: at which query the account is flagged, and what the copy is worth then and later."""
-    stream = torch.Generator().manual_seed(seed)
-    half = natural[:2500]
-    pools = {
-        "digits of its own": half,
-        "mixtures of 20 digits": torch.lerp(
-            half[torch.randint(20, (2500,), generator=stream)],
-            half[torch.randint(20, (2500,), generator=stream)],
-            torch.rand(2500, 1, 1, 1, generator=stream),
-        ),
-        "noise": torch.rand(2500, 1, 28, 28, generator=stream),
+def pools(bench: Bench) -> dict[str, Callable[[int], Tensor]]:
+    """What a thief asks about, by the number of the thief."""
+    half = bench.natural[:2500]
+
+    def mixtures(seed: int) -> Tensor:
+        stream = torch.Generator().manual_seed(seed)
+        first, second = (half[20 * seed : 20 * seed + 20][torch.randint(20, (STOLEN,), generator=stream)] for _ in "ab")
+        return torch.lerp(first, second, torch.rand(STOLEN, 1, 1, 1, generator=stream))
+
+    def jacobian(seed: int) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            student = network()
+        stream = torch.Generator().manual_seed(seed)
+        return jacobian_augmented(bench.model, half[100 * seed : 100 * seed + 100], student, STOLEN, 0.1, stream)
+
+    def natural(seed: int) -> Tensor:
+        return half[torch.randperm(len(half), generator=torch.Generator().manual_seed(seed))[:STOLEN]]
+
+    def noise(seed: int) -> Tensor:
+        return torch.rand(STOLEN, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
+
+    return {
+        "Jacobian augmentation": jacobian,
+        "mixtures of 20 images": mixtures,
+        "noise": noise,
+        "natural images": natural,
     }
-    found: dict[str, Any] = {}
-    for label, pool in pools.items():
-        asked: list[Tensor] = []
 
-        def victim(x: Tensor, asked: list[Tensor] = asked) -> Tensor:
-            asked.append(x)
-            return model(x)
 
-        attack = Extraction(lambda seed: network(), queries=2000, epochs=10)
-        copy = attack(victim, pool, seed=seed)
-        queries = torch.cat(asked)[-2000:] if sum(map(len, asked)) > 2000 else torch.cat(asked)
-        at, _ = flag_at(fresh(), queries, model, lambda i: "eve")
-        line: dict[str, Any] = {"flag_query": at, "agreement_at_2000": copy.agreement(model, natural[2500:])}
-        if at:
-            early = Extraction(lambda seed: network(), queries=at, epochs=10)(model, pool, seed=seed)
-            line["agreement_at_flag"] = early.agreement(model, natural[2500:])
-        found[label] = line
-        print(f"mnist: extraction, {label}: {line}", flush=True)
-    return found
+def extraction(bench: Bench, label: str, pool: Callable[[int], Tensor]) -> dict[str, Any]:
+    """Copies of the model: at which query the account is flagged, and what the copy is worth then and later."""
+    found: list[dict[str, Any]] = []
+    for thief in range(THIEVES):
+        queries = pool(thief)
+        at, _ = flag_at(bench.fresh(), queries, bench.model, lambda i: "eve")
+        worth = {"agreement_at_end": STOLEN, "agreement_at_flag": at} if at else {"agreement_at_end": STOLEN}
+        line: dict[str, Any] = {"flag_query": at}
+        for key, count in worth.items():
+            attack = Extraction(lambda seed: network(), queries=count, epochs=10)
+            copy = attack(bench.model, queries[:count], seed=thief)
+            line[key] = copy.agreement(bench.model, bench.natural[2500:]).value
+        found.append(line)
+        print(f"{bench.name}: extraction, {label}: {line}", flush=True)
+    return {"queries": STOLEN, "flagged": sum(line["flag_query"] > 0 for line in found), "thieves": found}
 
 
 def main() -> None:
@@ -316,21 +377,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mnist")
     parser.add_argument("--fashion")
-    parser.add_argument("--short", action="store_true")
-    parser.add_argument("--images", type=int, default=8)
-    parser.add_argument("--accounts", type=int, default=300)
+    parser.add_argument("--images", type=int, default=20)
+    parser.add_argument("--accounts", type=int, default=450)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    settings = {"alpha": ALPHA, "most_queries": MOST}
+    settings = {"alpha": ALPHA, "most_queries": MOST, "counted": COUNTED, "seed": arguments.seed}
     result: dict[str, Any] = settings | earlier("validate_queries", settings)
     for name, path in (("mnist", arguments.mnist), ("fashion_mnist", arguments.fashion)):
-        if path is None:
-            continue
-        result[name] = {"eps": EPS[name], "accounts": arguments.accounts, "images": arguments.images}
-        try:
-            run_data(result[name], name, path, arguments.images, arguments.accounts, arguments.seed, arguments.short)
-        finally:  # what was measured is kept
-            write_result("validate_queries", result, seeds=[arguments.seed])
+        if path is not None:
+            run_data(Bench(result, name, path, (arguments.images, arguments.accounts), arguments.seed))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from aidefend.validate.queries.sqlite_store import SQLiteStore
 from aidefend.validate.queries.store import QueryStore, StoreHealth
 from aidefend.validate.queries.trail import Trail
 
-_SCHEMA = "aidefend.queries/1"
+_SCHEMA = "aidefend.queries/2"
 _ACTIONS = ("suspend", "alert")
 _NO_NAME = 256
 
