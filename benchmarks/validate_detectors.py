@@ -6,7 +6,8 @@ other data set, images turned by 90 degrees, inverted, noisy, mixed, pure noise.
 pytorch-ood's where it has one, and of the default ensemble against the best single one. Then the time of the score of
 `Mahalanobis` beside a loop over classes that reads the diagonal of an N x N product. pytorch-ood imports torchvision at
 its top for models and data sets that are not used here; where torchvision does not load, an empty stand-in takes its
-place. Without pytorch-ood (--alone) the column stays empty. Writes benchmarks/results/validate_detectors.json.
+place. Without pytorch-ood (--alone) the column stays empty. Writes benchmarks/results/validate_detectors.json after
+each network; a run with the same settings goes on where the last one ended.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from torch.nn.functional import cross_entropy
 from aidefend import validate
 from aidefend._core.stats import roc_auc
 from benchmarks.interleaved import interleave
-from benchmarks.record import write_result
+from benchmarks.record import earlier, write_result
 
 FIRST_SEED = 730
 DETECTORS = {
@@ -255,17 +256,28 @@ def main() -> None:
     arguments = parser.parse_args()
     peer, replaced = (None, False) if arguments.alone else peer_library()
     data = {"mnist": load(arguments.mnist), "fashion_mnist": load(arguments.fashion)}
-    seeds, runs = [FIRST_SEED + i for i in range(arguments.seeds)], []
+    seeds = [FIRST_SEED + i for i in range(arguments.seeds)]
+    settings = {"rows": arguments.rows, "torchvision_stand_in": replaced, "first_seed": FIRST_SEED}
+    result: dict[str, Any] = {**settings, "runs": [], "mahalanobis": []} | earlier("validate_detectors", settings)
+    runs, timing = result["runs"], result["mahalanobis"]
+
+    def keep() -> None:
+        result["pairs"] = summary(runs)
+        write_result(
+            "validate_detectors", result, seeds=sorted({one["seed"] for one in runs}), packages=["pytorch-ood"]
+        )
+
     for seed in seeds:
         for name, other in (("mnist", "fashion_mnist"), ("fashion_mnist", "mnist")):
-            runs.append(compared(name, data[name], data[other], arguments.rows, seed, peer))
-            print(f"{name}, seed {seed}: accuracy {runs[-1]['accuracy']:.4f}", flush=True)
-    pairs = summary(runs)
-    show(pairs)
-    timing = [speed(10, 20), speed(100, 10), speed(1000, 3)]
-    result = {"pairs": pairs, "runs": runs, "mahalanobis": timing, "rows": arguments.rows}
-    result["torchvision_stand_in"] = replaced
-    write_result("validate_detectors", result, seeds=seeds, packages=["pytorch-ood"])
+            if not any(one["seed"] == seed and one["data"] == name for one in runs):
+                runs.append(compared(name, data[name], data[other], arguments.rows, seed, peer))
+                print(f"{name}, seed {seed}: accuracy {runs[-1]['accuracy']:.4f}", flush=True)
+                keep()
+    show(result["pairs"])
+    for classes, rounds in ((10, 20), (100, 10), (1000, 3)):
+        if not any(one["classes"] == classes for one in timing):
+            timing.append(speed(classes, rounds))
+            keep()
 
 
 if __name__ == "__main__":
