@@ -1,6 +1,6 @@
 """The verdicts of a screen inside a data pipeline: a pure function from batch to batch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,11 +94,8 @@ def _places(columns: Mapping[str, Any], names: Samples, state: Mapping[str, Any]
         raise refuse("a label column", "batch", sorted(map(str, columns)), "Name the column y, label or target")
     used = [*inputs, label]
     count = check_same_rows(tuple(used), *(len(columns[name]) for name in used))
-    if state["parameters"].get("kind") == "text":
-        ids = (text_id(text, y) for text, y in zip(columns[inputs[0]], columns[label], strict=True))
-        return torch.tensor([state["rows"].get(row_id, -1) for row_id in ids], dtype=torch.int64)
-    if state["parameters"].get("kind") == "mixed":
-        found_rows = _mixed_ids(columns, inputs, label, state)
+    if state["parameters"].get("kind") in ("text", "mixed"):
+        found_rows = _written_ids(columns, inputs, label, state)
         return torch.tensor([state["rows"].get(row_id, -1) for row_id in found_rows], dtype=torch.int64)
     form = state["parameters"]["shape"], getattr(torch, state["parameters"]["dtype"])
     found = _ids(columns, count, names, *form)
@@ -108,14 +105,17 @@ def _places(columns: Mapping[str, Any], names: Samples, state: Mapping[str, Any]
     return torch.tensor([state["rows"].get(row_id, -1) for row_id in found], dtype=torch.int64)
 
 
-def _mixed_ids(
+def _written_ids(
     columns: Mapping[str, Any], inputs: Sequence[str], label: str, state: Mapping[str, Any]
 ) -> list[str | None]:
-    """Ids of rows of a table with categories or gaps."""
+    """Ids of texts, or of rows of a table with categories or gaps."""
     classes = (state["parameters"].get("columns") or {}).get("classes")
     place = None if classes is None else {name: number for number, name in enumerate(classes)}
     labels = (class_of(y) if place is None else place.get(str(y)) for (y,) in rows_of(columns, [label]))
-    texts = (row_text(inputs, row) for row in rows_of(columns, inputs))
+    if state["parameters"]["kind"] == "text":
+        texts: Iterable[Any] = columns[inputs[0]]
+    else:
+        texts = (row_text(inputs, row) for row in rows_of(columns, inputs))
     return [text_id(text, y) for text, y in zip(texts, labels, strict=True)]
 
 

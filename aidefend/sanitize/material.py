@@ -17,7 +17,7 @@ from aidefend._core.samples import LABEL_KEYS
 from aidefend.sanitize.features import Features, Layer, extract_features, predictor, read_samples
 from aidefend.sanitize.items import Items
 from aidefend.sanitize.mixed_table import MixedTable, encoded, numbers_of, on_columns, row_text
-from aidefend.sanitize.raw_table import RawTable, listed, raw_table, rows_of
+from aidefend.sanitize.raw_table import RawTable, class_numbers, listed, raw_table, rows_of
 from aidefend.sanitize.table_items import Column, TableItems, plain_columns
 from aidefend.sanitize.text_encoder import TextEncoder
 from aidefend.sanitize.text_items import TextItems
@@ -38,6 +38,7 @@ class Material:
         given: Whether the user gave the encoder: then models read its numbers, and not texts.
         names: Names of the columns of a table.
         table: The table with categories or gaps, or None.
+        classes: Names of the classes in order, where labels were words and the data do not say their order.
     """
 
     samples: Batch
@@ -46,6 +47,7 @@ class Material:
     given: bool = False
     names: tuple[str, ...] | None = None
     table: MixedTable | None = None
+    classes: tuple[str, ...] | None = None
 
     @property
     def kind(self) -> str:
@@ -55,6 +57,14 @@ class Material:
         if self.table is not None:
             return "mixed"
         return "table" if self.samples.x.ndim == 2 and self.samples.x.shape[1] <= _WIDEST_TABLE else "array"
+
+    def told(self, dataset: Any) -> dict[str, Any] | None:
+        """What has to be known to find the same columns and classes in a batch."""
+        if self.table is not None:
+            return self.table.told()
+        if self.classes is not None:
+            return {"inputs": None, "label": None, "classes": list(self.classes)}
+        return None if self.texts is not None else columns_of(dataset)
 
     def asked(self, model: Model | None, layer: Layer | None) -> tuple[Model | None, Layer | None]:
         """A user's model of a table with categories behind its numbers, and its layer by the name that it then has."""
@@ -135,14 +145,17 @@ def read_material(dataset: Any, encoder: Encoder | None = None) -> Material:
             return _mixed(encoded(raw))
         told = (columns_of(dataset) or {}).get("inputs")
         names = tuple(told) if isinstance(told, list | tuple) else _names_of(dataset)
-        return Material(read_samples(dataset), names=names)
+        rows, classes = with_class_numbers(dataset)
+        return Material(read_samples(rows), names=names, classes=classes)
     texts = check_items(found[0], str, "texts", "Pass a list of texts")
-    labels = check_labels(torch.as_tensor(np.asarray(found[1])), len(texts), name="labels")
+    numbers, classes = class_numbers(found[1])
+    labels = check_labels(torch.as_tensor(np.asarray(numbers)), len(texts), name="labels")
     ids = _text_ids(texts, labels)
     if not texts:
         raise refuse("at least one text", "dataset", "no text", "Pass the texts to be screened")
     used = TextEncoder() if encoder is None else encoder
-    return Material(Batch(ids, _encoded(used, list(texts)), labels), texts, used, encoder is not None)
+    samples = Batch(ids, _encoded(used, list(texts)), labels)
+    return Material(samples, texts, used, encoder is not None, classes=classes)
 
 
 def _is_mixed(raw: RawTable) -> bool:
@@ -152,7 +165,10 @@ def _is_mixed(raw: RawTable) -> bool:
         column is not None or np.asarray(raw.columns[name]).dtype.kind == "b"
         for name, column in zip(raw.inputs, numbers, strict=True)
     )
-    return not plain or any(column is not None and bool(np.isnan(column).any()) for column in numbers)
+    words = (
+        raw.label is not None and raw.classes is None and class_numbers(listed(raw.columns[raw.label]))[1] is not None
+    )
+    return not plain or words or any(column is not None and bool(np.isnan(column).any()) for column in numbers)
 
 
 def _mixed(table: MixedTable) -> Material:
@@ -193,8 +209,27 @@ def _texts_of(dataset: Any) -> tuple[Any, Any] | None:
         return (texts, listed(raw.columns[raw.label])) if _all_texts(texts) else None
     if _of_samples(dataset):
         pairs = [dataset[row] for row in range(len(dataset))]
-        return [text for text, _ in pairs], [int(label) for _, label in pairs]
+        return [text for text, _ in pairs], [label for _, label in pairs]
     return None
+
+
+def with_class_numbers(dataset: Any) -> tuple[Any, tuple[str, ...] | None]:
+    """A pair (x, y) whose labels are words with numbers in their place, and the names; other data as they are."""
+    if not isinstance(dataset, tuple | list) or len(dataset) != 2 or not isinstance(dataset[0], Tensor | np.ndarray):
+        return dataset, None
+    numbers, classes = class_numbers(dataset[1])
+    return (dataset, None) if classes is None else ((dataset[0], numbers), classes)
+
+
+def text_rows(dataset: Any) -> list[tuple[str, Any]]:
+    """The rows of a data set of texts as (text, label).
+
+    Raises: ConfigurationError: it holds no texts.
+    """
+    found = _texts_of(dataset)
+    if found is None:
+        raise refuse("the texts that were judged", "dataset", type(dataset).__name__, "Pass the same texts")
+    return list(zip(listed(found[0]), listed(found[1]), strict=True))
 
 
 def _all_texts(values: Any) -> bool:

@@ -77,6 +77,17 @@ def listed(values: Any) -> list[Any]:
     return list(values.tolist() if hasattr(values, "tolist") else values)
 
 
+def class_numbers(labels: Any) -> tuple[Any, tuple[str, ...] | None]:
+    """Labels in words as numbers, in the order of their sorted names, and the names; other labels as they are."""
+    words = isinstance(labels, list | tuple) or (isinstance(labels, np.ndarray) and labels.ndim == 1)
+    given = listed(labels) if words else []
+    if not given or not all(isinstance(label, str) for label in given):
+        return labels, None
+    names = tuple(sorted(set(given)))
+    place = {name: number for number, name in enumerate(names)}
+    return np.array([place[label] for label in given], dtype=np.int64), names
+
+
 def missing(value: Any) -> bool:
     """Whether an entry says that there is none: None, NaN, NaT, NA."""
     if value is None or type(value).__name__ in ("NAType", "NaTType"):

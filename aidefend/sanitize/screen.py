@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from aidefend._core.batches import Batch
 from aidefend._core.checks import check_int, check_labels, check_tensor
-from aidefend._core.frames import columns_of
 from aidefend._core.modules import Model
 from aidefend.sanitize.bend import Bend
 from aidefend.sanitize.calibration import calibrated, facts_of_p_values
@@ -147,6 +146,7 @@ def screen(
     seen = [words_of_views(group) for group in views["groups"]]
     rows = RowVerdicts(found, decision, good, remarks, quarantine=chosen.named, caps=caps, seen=seen)
     skipped = unsearched(found, decision)
+    told = material.told(dataset)
     others, known = {**scores, VIEW_SCORE: readings.disagreement}, (found.labels, found.usable, good)
     facts = facts_of(decision, int(rows.removed.sum()), len(rows.removed)) | {
         "alpha": ALPHA,
@@ -165,7 +165,8 @@ def screen(
         "trusted": {"rows": int(good.sum()), "in_quarantined_groups": int((good & rows.in_group).sum())},
         "bad_rows": int((~found.usable).sum()),
         "unreadable_rows": len(found.broken),
-        "columns": columns_of(dataset) if material.table is None else material.table.told(),
+        "columns": told,
+        "classes": None if told is None else told["classes"],
         "approximate": _approximate(chosen.detectors),
         "dtype": str(found.x.dtype).removeprefix("torch."),
         "shape": list(found.x.shape[1:]),

@@ -17,6 +17,7 @@ from aidefend._core.storage import atomic_path, canonical_json, plain
 from aidefend.sanitize.decisions import PROPOSED, WEIGHT, Decisions, decisions_of
 from aidefend.sanitize.gallery import page
 from aidefend.sanitize.kept_sampler import KeptSampler
+from aidefend.sanitize.material import text_rows, with_class_numbers
 from aidefend.sanitize.raw_table import named_rows
 
 _BEGIN = "aidefend.releases"
@@ -39,8 +40,10 @@ class ScreenReport(Report):
         return tuple(check_items(found, dict, "releases", "Pass what release() wrote"))
 
     def _subset(self, dataset: Any, indices: Tensor) -> Subset[Any]:
-        """Of a table with categories the rows are (dict from column to value, label as it stands)."""
-        return super()._subset(named_rows(dataset) if self.parameters.get("kind") == "mixed" else dataset, indices)
+        """Of a table with categories the rows are (dict from column to value, label as it stands), of texts pairs."""
+        kind = self.parameters.get("kind")
+        rows = named_rows(dataset) if kind == "mixed" else text_rows(dataset) if kind == "text" else dataset
+        return super()._subset(with_class_numbers(rows)[0], indices)
 
     def sampler(self, shuffle: bool = True, seed: int = 0, rank: int = 0, world_size: int = 1) -> KeptSampler:
         """Draws the kept rows from the data as it is; resumable, and the same rows on all ranks. See `KeptSampler`."""

@@ -172,3 +172,19 @@ def test_texts_in_tables_are_texts_and_malformed_tables_name_the_cure():
         screen(pandas.DataFrame({"job": ["a", "b"]}))
     with pytest.raises(ConfigurationError, match="at least one row with a label"):
         screen(pandas.DataFrame({"job": ["a", "b"], "label": [None, None]}))
+
+
+def test_labels_in_words_are_taken_in_every_form():
+    x, words = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32), np.array(["no", "yes"] * 20)
+    arrays = screen((x, words), detectors=[], seed=0)
+    assert arrays.parameters["classes"] == ["no", "yes"] and arrays.parameters["kind"] == "table"
+    assert torch.equal(arrays.keep, screen((x, np.arange(40) % 2), detectors=[], seed=0).keep)
+    looked_up = screen_batch({"x": x[:5], "y": words[:5]}, arrays.state())
+    assert looked_up["aidefend_keep"].all() and len(arrays.view((x, words))) == 40
+    frame = pandas.DataFrame(x, columns=["a", "b", "c"]).assign(label=words)
+    assert screen(frame, detectors=[], seed=0).parameters["classes"] == ["no", "yes"]
+    texts = ["a fine day", "rain all week"] * 20
+    mails = screen((texts, list(words)), detectors=[], seed=0)
+    assert mails.parameters["classes"] == ["no", "yes"] and len(mails.view((texts, list(words)))) == 40
+    assert screen_batch({"text": texts[:3], "label": list(words[:3])}, mails.state())["aidefend_keep"] == [True] * 3
+    assert not any(screen_batch({"text": texts[:1], "label": ["maybe"]}, mails.state())["aidefend_keep"])
