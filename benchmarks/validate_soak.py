@@ -1,12 +1,14 @@
 """A guard with every collaborator under steady traffic: flat memory, no lost event, no state that crosses principals.
 
 python -m benchmarks.validate_soak [--minutes 30] [--threads 4] [--quick]
-Threads ask one guard (policy, budget, audit log, metrics) for several principals at once: rows that are good, strange,
-not finite or of the wrong shape, by principals that may ask, may not, or run out of budget. Every row carries a tag of
-its call, which the model's answer shows again. Checked at the end: each answer carried the tag of its own question;
-each call has one event in the log, under its principal, with its counts; the log verifies under the first key; the
-budget of each principal is what it was served; the resident memory of the last quarter is that of the second. Prints
-the calls a second and p50/p99 of a call. Writes benchmarks/results/validate_soak.json.
+Threads ask one guard (policy, budget, audit log, metrics, query monitor in its SQLite store) for several principals at
+once: rows that are good, strange, not finite or of the wrong shape, by principals that may ask, may not, run out of
+budget, or search around one input as an attack does. Every row carries a tag of its call, which the model's answer
+shows again. Checked at the end: each answer carried the tag of its own question; each call has one event in the log,
+under its principal, with its counts; the log verifies under the first key; the budget of each principal is what it was
+served; the attacker is suspended and, of the benign accounts, no more than the calibrated rate allows, though they
+share the monitor with the attacker; the store stays within its capacity; the resident memory of the last quarter is
+that of the second. Prints the calls a second and p50/p99 of a call. Writes benchmarks/results/validate_soak.json.
 """
 
 import argparse
@@ -22,17 +24,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import binom
 from torch import Tensor, nn
 
 from aidefend.monitor import AccessPolicy, AuditLog, Bucket, Metrics, QueryBudget, Rule
-from aidefend.validate import Energy, Guard, InputSpec, NearestNeighbours
+from aidefend.validate import Energy, Guard, InputSpec, NearestNeighbours, QueryMonitor
 from benchmarks.record import write_result
 
 SEED = 1300
 WIDTH, CLASSES = 16, 6
 ALLOWED = tuple(f"team-{i}" for i in range(8))
-POOR, STRANGER = "team-poor", "stranger"
+POOR, STRANGER, ATTACKER = "team-poor", "stranger", "team-attacker"
 POOR_BUDGET = 50.0
+QUERY_ALPHA, LIFE, ACCOUNTS, DELAY = 0.005, 60.0, 340, (2.0, 10.0)
+SECONDS_A_CALL = 0.2  # of each thread: an account asks some 110 times in a life of the evidence
 KINDS = ("good", "good", "good", "good", "strange", "nan", "shape")
 
 
@@ -61,6 +66,7 @@ class Tally:
         self.rows: collections.Counter[str] = collections.Counter()
         self.answered: collections.Counter[str] = collections.Counter()
         self.charged: collections.Counter[str] = collections.Counter()
+        self.suspended: collections.Counter[str] = collections.Counter()
         self.wrong = 0
         self.seconds: list[float] = []
         self._lock = threading.Lock()
@@ -78,6 +84,7 @@ class Tally:
             self.rows[principal] += len(answered)
             self.answered[principal] += int(answered.sum())
             self.charged[principal] += len(answered) if ran else 0
+            self.suspended[principal] += any("queries: suspended" in row for row in decision.reasons[:1])
             self.wrong += crossed
             if len(self.seconds) < 200_000:
                 self.seconds.append(seconds)
@@ -94,20 +101,43 @@ def question(kind: str, tag: float, stream: torch.Generator) -> Tensor:
     return rows[:, 1:] if kind == "shape" else rows
 
 
+def attack(tag: float, stream: torch.Generator) -> Tensor:
+    """Four steps of a search around one input: what a decision-based attack sends."""
+    rows = (torch.full((4, WIDTH), 0.5) + 0.01 * torch.randn(4, WIDTH, generator=stream)).clamp(0, 1)
+    rows[:, -1] = tag
+    return rows
+
+
+def benign_accounts() -> list[tuple[Tensor, Tensor, list[float]]]:
+    """Traffic of accounts like the ones that will ask, over one life of the evidence: slow and fast ones."""
+    stream, model, accounts = torch.Generator().manual_seed(SEED + 1), Tagged().eval(), []
+    for _ in range(ACCOUNTS):
+        parts: list[Tensor] = []
+        for _ in range(20 + int(torch.randint(140, (1,), generator=stream))):
+            tag = int(torch.randint(2**20, (1,), generator=stream)) / 2**20
+            parts.append(question(KINDS[int(torch.randint(5, (1,), generator=stream))], tag, stream))
+        x = torch.cat(parts)
+        seconds = (LIFE * torch.rand(len(x), generator=stream)).sort().values.tolist()
+        with torch.no_grad():
+            accounts.append((x, model(x), seconds))
+    return accounts
+
+
 def client(guard: Guard, number: int, threads: int, until: float, tally: Tally) -> None:
     """Ask as several principals in turn until the time is over."""
     stream = torch.Generator().manual_seed(SEED + number)
     count = 0
     while time.monotonic() < until:
-        names = (*ALLOWED, POOR, STRANGER)
+        names = (*ALLOWED, POOR, STRANGER, ATTACKER)
         principal = names[int(torch.randint(len(names), (1,), generator=stream))]
         kind = KINDS[int(torch.randint(len(KINDS), (1,), generator=stream))]
         tag = ((count * threads + number) % 2**20) / 2**20  # exact in float32
-        x = question(kind, tag, stream)
+        x = attack(tag, stream) if principal == ATTACKER else question(kind, tag, stream)
         start = time.perf_counter()
         decision = guard(x, principal=principal)
         tally.add(principal, decision, tag, time.perf_counter() - start)
         count += 1
+        time.sleep(max(0.0, start + SECONDS_A_CALL - time.perf_counter()))  # as fast as the calibrated accounts asked
 
 
 def resident() -> float:
@@ -121,9 +151,14 @@ def run(minutes: float, threads: int, folder: Path) -> dict[str, Any]:
     key = secrets.token_bytes(32)
     rows = torch.rand(3000, WIDTH, generator=torch.Generator().manual_seed(SEED))
     buckets = {POOR: Bucket(POOR_BUDGET)}
-    policy = AccessPolicy([Rule("team", ("predict",), ("model",))], dict.fromkeys((*ALLOWED, POOR), ("team",)))
+    policy = AccessPolicy(
+        [Rule("team", ("predict",), ("model",))], dict.fromkeys((*ALLOWED, POOR, ATTACKER), ("team",))
+    )
     budget = QueryBudget(folder / "budget.sqlite", Bucket(1e9), overrides=buckets)
     log = AuditLog(folder / "log.jsonl", key)
+    monitor = QueryMonitor.calibrate(
+        benign_accounts(), folder / "queries.sqlite", alpha=QUERY_ALPHA, ttl=LIFE, seed=SEED, delay=DELAY
+    )
     guard = Guard.calibrate(
         Tagged().eval(),
         rows,
@@ -134,6 +169,7 @@ def run(minutes: float, threads: int, folder: Path) -> dict[str, Any]:
         budget=budget,
         log=log,
         metrics=Metrics(),
+        queries=monitor,
     )
     tally, memory, start = Tally(), [], time.monotonic()
     until = start + 60 * minutes
@@ -144,7 +180,29 @@ def run(minutes: float, threads: int, folder: Path) -> dict[str, Any]:
         time.sleep(min(5.0, max(0.2, 60 * minutes / 60)))
         memory.append(resident())
     seconds = time.monotonic() - start
-    return books(folder, key, budget, log, tally, memory, seconds)
+    found = books(folder, key, budget, log, tally, memory, seconds) | standings(monitor, tally, seconds)
+    monitor.close()
+    return found
+
+
+def standings(monitor: QueryMonitor, tally: Tally, seconds: float) -> dict[str, Any]:
+    """What the query monitor holds against whom."""
+    lives = len(ALLOWED) * math.ceil(seconds / LIFE)
+    flagged = [name for name in ALLOWED if monitor.standing(name).flagged]
+    health = monitor.health()
+    found = {
+        "query_alpha": QUERY_ALPHA,
+        "benign_account_lives": lives,
+        "benign_flagged": len(flagged),
+        "benign_flagged_at_most": int(binom.ppf(0.999, lives, QUERY_ALPHA)),
+        "attacker_calls_answered": tally.calls[ATTACKER] - tally.suspended[ATTACKER],
+        "attacker_calls_suspended": tally.suspended[ATTACKER],
+        "query_store": {name: getattr(health, name) for name in ("principals", "shared", "evicted", "evidence_lost")},
+    }
+    assert tally.suspended[ATTACKER], "the attacker was never suspended"
+    assert not any(tally.suspended[name] for name in {*ALLOWED, POOR} - {*flagged, POOR}), "suspended without a flag"
+    assert len(flagged) <= found["benign_flagged_at_most"], "benign accounts pay for what others asked"
+    return found
 
 
 def books(
@@ -159,7 +217,7 @@ def books(
         logged["calls"][event["principal"]] += 1
         logged["rows"][event["principal"]] += event["rows"]
         logged["accepted"][event["principal"]] += event["accepted"]
-    spent = {name: budget.spent(name) for name in (*ALLOWED, POOR)}
+    spent = {name: budget.spent(name) for name in (*ALLOWED, POOR, ATTACKER)}
     quarters = [memory[len(memory) * i // 4 : len(memory) * (i + 1) // 4] for i in range(4)]
     second, last = statistics.median(quarters[1]), statistics.median(quarters[3])
     total = sum(tally.calls.values())
