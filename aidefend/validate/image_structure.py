@@ -5,12 +5,14 @@ this one and the decoder see differently is refused. Nothing here allocates more
 """
 
 import dataclasses
+import itertools
 import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
 
 _END_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_AFTER_FILL = re.compile(rb"[^\xff]")
 _FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _ALONE = frozenset([0x01, *range(0xD0, 0xD8)])
 _PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
@@ -169,8 +171,12 @@ def _jpeg_marker(data: bytes, place: int) -> tuple[int, int]:
     """The marker at a place, which fill bytes may precede, and the place after it."""
     if data[place] != 0xFF:
         raise BadImage("damaged")
-    while data[place] == 0xFF:
-        place += 1
+    place += 1
+    if data[place] == 0xFF:
+        found = _AFTER_FILL.search(data, place)
+        if found is None:
+            raise BadImage("truncated")
+        place = found.start()
     return data[place], place + 1
 
 
@@ -185,17 +191,17 @@ def _after_scan(data: bytes, place: int, scans: int) -> int:
 
 def _gif(data: bytes) -> Structure:
     width, height, flags = struct.unpack_from("<HHB", data, 6)
-    place, frames, metadata = 13 + _colours(flags), 0, 0
+    place, frames, metadata, blocks = 13 + _colours(flags), 0, 0, 0
     while data[place] != 0x3B:
         kind, start = data[place], place
         if kind == 0x21:
-            place = _after_blocks(data, place + 2)
+            place, blocks = _after_blocks(data, place + 2, blocks)
             metadata += place - start
         elif kind == 0x2C:
             left, top, across, down, flags = struct.unpack_from("<HHHHB", data, place + 1)
             if left + across > width or top + down > height:  # a decoder would enlarge the canvas
                 raise BadImage("damaged")
-            place = _after_blocks(data, place + 11 + _colours(flags))
+            place, blocks = _after_blocks(data, place + 11 + _colours(flags), blocks)
             frames += 1
         else:
             raise BadImage("damaged")
@@ -208,10 +214,13 @@ def _colours(flags: int) -> int:
     return 3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0
 
 
-def _after_blocks(data: bytes, place: int) -> int:
-    while size := data[place]:
-        place += size + 1
-    return place + 1
+def _after_blocks(data: bytes, place: int, blocks: int) -> tuple[int, int]:
+    """The place after a run of blocks, and how many the file has had by then; encoders fill them with 255 bytes."""
+    while (size := data[place]) and blocks < _MOST_SEGMENTS:
+        place, blocks = place + size + 1, blocks + 1
+    if blocks >= _MOST_SEGMENTS:
+        raise BadImage("too many blocks")
+    return place + 1, blocks + 1
 
 
 def _bmp(data: bytes) -> Structure:
@@ -230,7 +239,11 @@ def _webp(data: bytes) -> Structure:
     end, place, frames, metadata = size + 8, 12, 0, 0
     if end > len(data):
         raise BadImage("truncated")
-    while place < end:
+    for count in itertools.count():
+        if place >= end:
+            break
+        if count > _MOST_SEGMENTS:
+            raise BadImage("too many blocks")
         kind, length = struct.unpack_from("<4sI", data, place)
         if place + 8 + length > end:
             raise BadImage("damaged")

@@ -7,13 +7,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from aidefend.validate.arrow_columns import MOST_BYTES, arrow_values
+from aidefend.validate.no_table import NoTable
 from aidefend.validate.spec_header import kind_fault, memory_fault
 
 Columns = dict[str, Any]
-
-
-class NoTable(Exception):
-    """Why an object is no table; the message is the fault."""
 
 
 def columns_of(data: Any, most_rows: int, most_columns: int) -> tuple[Columns, int]:
@@ -34,7 +32,9 @@ def columns_of(data: Any, most_rows: int, most_columns: int) -> tuple[Columns, i
     rows = {_length(values) for values in columns.values()}
     if len(rows) != 1:
         raise NoTable("input: columns of different lengths")
-    return {name: _readable(values) for name, values in columns.items()}, _capped(rows.pop(), most_rows)
+    n = _capped(rows.pop(), most_rows)
+    _check_bytes(sum(values.nbytes for values in columns.values() if type(values) is np.ndarray))
+    return {name: _readable(values) for name, values in columns.items()}, n
 
 
 def _of_rows(data: Any, most_rows: int, most_columns: int) -> tuple[Columns, int]:
@@ -61,8 +61,9 @@ def _of_pandas(data: Any, most_rows: int, most_columns: int) -> tuple[Columns, i
 
 def _array_of(series: Any) -> Any:
     values = series.array
-    plain = isinstance(series.dtype, np.dtype) and series.dtype.kind in "iufb"
-    return series.to_numpy() if plain else list(values)
+    if isinstance(series.dtype, np.dtype) and series.dtype.kind in "iufb":
+        return series.to_numpy()
+    return arrow_values(values.__arrow_array__()) if type(values).__name__.startswith("Arrow") else list(values)
 
 
 def _of_arrow(data: Any, most_rows: int, most_columns: int) -> tuple[Columns, int]:
@@ -71,7 +72,8 @@ def _of_arrow(data: Any, most_rows: int, most_columns: int) -> tuple[Columns, in
     if len(set(names)) != len(names):
         raise NoTable("input: a column occurs twice")
     n = _capped(data.num_rows, most_rows)
-    return {name: data.column(i).to_pylist() for i, name in enumerate(names)}, n
+    _check_bytes(data.nbytes)
+    return {name: arrow_values(data.column(i)) for i, name in enumerate(names)}, n
 
 
 def _is(data: object, library: str, name: str) -> bool:
@@ -104,6 +106,11 @@ def _capped(n: int, most: int) -> int:
     if n > most:
         raise NoTable("input: too many rows")
     return n
+
+
+def _check_bytes(count: int) -> None:
+    if count > MOST_BYTES:
+        raise NoTable("input: too many bytes")
 
 
 def _readable(values: Any) -> Any:

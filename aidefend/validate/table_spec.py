@@ -12,11 +12,12 @@ from torch import Tensor
 
 from aidefend._core.checks import check_choice, check_int, check_number, refuse
 from aidefend._core.storage import plain
+from aidefend.validate.no_table import NoTable
 from aidefend.validate.spec_file import read_spec, spec_fields, write_spec
 from aidefend.validate.spec_header import MOST_ROWS
 from aidefend.validate.spec_result import SpecResult, refused_batch
 from aidefend.validate.table_columns import Column, judge_column
-from aidefend.validate.table_forms import Columns, NoTable, columns_of
+from aidefend.validate.table_forms import Columns, columns_of
 from aidefend.validate.table_inference import infer_column
 from aidefend.validate.table_schema import table_schema
 
