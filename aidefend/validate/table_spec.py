@@ -29,7 +29,8 @@ _MOST_COLUMNS = 10_000
 class TableSpec:
     """The rules that every table must satisfy: which columns there are, and what each may hold.
 
-    Guarantee: `check` never raises, and asks for the numbers of rows and columns before it converts anything. A row
+    Guarantee: `check` never raises, and asks for the numbers of rows, columns and bytes (256 MiB) before it converts
+        anything. A row
         that breaks a rule changes no verdict on another. Values are judged as they are: "5" is no number, True is no
         integer, and an object of an unknown class is never asked anything.
     Args:
