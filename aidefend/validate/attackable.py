@@ -10,6 +10,7 @@ from aidefend._core.checks import check_int, check_not_empty, check_tensor
 from aidefend._core.stats import Interval, wilson
 from aidefend.validate.calibrating import rows_a_pass
 from aidefend.validate.detector import Rows, score_columns
+from aidefend.validate.features import healthy_rows
 from aidefend.validate.judging import Panel
 from aidefend.validate.spec import InputSpec
 
@@ -23,6 +24,7 @@ class AttackableGuard(nn.Module):
     the last class wins exactly for the rows that the guard refuses, and its gradient leads around the detectors. A row
     that the specification refuses, or whose output is not finite, has the constant row (0, .., 0, 1). Nothing is
     hardened, logged or charged: this is what an attacker who holds the whole system sees.
+    Around a regression model there are no classes: K is 1, and the one class has the constant logit 0.
     Guarantee: `argmax == K` where and only where the guard in mode "enforce" refuses the row as an input.
     """
 
@@ -43,9 +45,11 @@ class AttackableGuard(nn.Module):
         panel, given = self._panel(), self.spec.clip(x)
         given = given if len(rows) == len(x) else given[rows]
         outputs = panel.capture.run(panel.model, given)
-        healthy = torch.isfinite(outputs.logits).all(dim=1) & torch.isfinite(outputs.features).all(dim=1)
-        logits = outputs.logits[healthy]
-        scores = score_columns(panel.detectors, Rows(outputs.features[healthy], logits, given[healthy], panel.model))
+        healthy = healthy_rows(outputs.features, outputs.logits)
+        of_classes = panel.capture.task == "classification"
+        logits = outputs.logits[healthy] if of_classes else outputs.features.new_zeros(int(healthy.sum()), 1)
+        seen = logits if of_classes else None
+        scores = score_columns(panel.detectors, Rows(outputs.features[healthy], seen, given[healthy], panel.model))
         margin = panel.calibration.margin(scores, logits.argmax(dim=1)).clamp(-_LARGEST_MARGIN, _LARGEST_MARGIN)
         refusal = logits.amax(dim=1) + margin.to(logits)
         joined = torch.cat([logits, refusal[:, None]], dim=1)

@@ -27,16 +27,20 @@ from aidefend.validate.conformal_law import MODES
 from aidefend.validate.conformal_law import Mode as Promise
 from aidefend.validate.detector import Detector, FittedDetector, Rows, score_columns, unique_names
 from aidefend.validate.ensemble import Ensemble
-from aidefend.validate.features import PassCapture
+from aidefend.validate.features import PassCapture, healthy_rows
 from aidefend.validate.model_identity import identify, plain_modules, served, unwrapped
 from aidefend.validate.spec import InputSpec
+from aidefend.validate.tasks import TASKS, Task, check_task
 
 _PURPOSES = ("fit", "reference", "calibration")
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What was calibrated, on how much, for which model; JSON types only. `promise` is a mode of `Calibration`."""
+    """What was calibrated, on how much, for which model; JSON types only. `promise` is a mode of `Calibration`.
+
+    For a regression model, `num_classes` is K of outputs (N, K), and 0 for outputs (N,).
+    """
 
     alpha: float
     promise: Promise
@@ -51,11 +55,18 @@ class Facts:
     num_classes: int
     logits_dtype: str
     identity: dict[str, str]
+    task: Task = "classification"
 
     def __post_init__(self) -> None:
+        check_choice(self.task, TASKS, "task")
         check_choice(self.promise, MODES, "promise")
-        check_int(self.num_classes, "num_classes", 2)
+        check_int(self.num_classes, "num_classes", 2 if self.task == "classification" else 0)
         check_choice(self.logits_dtype, ("float16", "bfloat16", "float32", "float64"), "logits_dtype")
+
+    @property
+    def classes(self) -> int:
+        """Number of classes of the attackable view: 1 where the model has none."""
+        return self.num_classes if self.task == "classification" else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +91,12 @@ class CleanRows:
     labels: Tensor | None
     x: Tensor | None
     refused: int
+    task: Task = "classification"
+
+    @property
+    def for_detectors(self) -> Tensor | None:
+        """The logits, or None where the outputs are numbers."""
+        return self.logits if self.task == "classification" else None
 
 
 def calibrate(
@@ -95,6 +112,7 @@ def calibrate(
     batch_size: int,
     promise: Promise = "marginal",
     delta: float = 0.05,
+    task: Task = "classification",
 ) -> Calibrated:
     """Split the data, run the model once over it, fit the detectors, calibrate. See `Guard.calibrate`."""
     check_int(seed, "seed", 0)
@@ -104,6 +122,7 @@ def calibrate(
     if train_ids is not None:
         check_items(train_ids, str, "train_ids", "Pass the content ids of the training rows")
     check_detectors(detectors)
+    check_task(task, promise, detectors)
     check_mode(model)
     model = served(model)
     order = _Order(fit is not None, len(detectors), alpha, promise, delta, seed)
@@ -111,19 +130,20 @@ def calibrate(
     rules = InputSpec.infer(batch.x for batch in parts["fit"]) if spec is None else spec
     with preserve(model), torch.no_grad():
         module = _find_layer(model, layer, detectors, parts["fit"], rules)
-        capture = PassCapture(model, module)
+        capture = PassCapture(model, module, task)
         rows = {
             name: run_rows(model, capture, parts[name], rules, batch_size, name, needs_inputs(detectors))
             for name in _PURPOSES
             if parts[name]
         }
     logits = rows["calibration"].logits
-    _check_logits(logits)
+    if task == "classification":
+        _check_logits(logits)
     with torch.no_grad():
         fitted = tuple(_fitted(detector, rows["fit"], model) for detector in detectors)
         scores = score_rows_of(fitted, rows["calibration"], model, batch_size)
         basis = scores[:0] if "reference" not in rows else score_rows_of(fitted, rows["reference"], model, batch_size)
-        classes = logits.argmax(dim=1)
+        classes = predicted_classes(rows["calibration"])
         calibration = JointCalibration.of(unique_names(fitted), scores, basis, alpha, promise, delta, classes)
     facts = Facts(
         alpha=float(alpha),
@@ -136,9 +156,10 @@ def calibrate(
         calibration_n=len(scores),
         refused_n=rows["calibration"].refused,
         layer=_layer_name(model, module),
-        num_classes=logits.shape[1],
+        num_classes=logits.shape[1] if logits.ndim == 2 else 0,
         logits_dtype=str(logits.dtype).removeprefix("torch."),
         identity=identify(model),
+        task=task,
     )
     return Calibrated(rules, fitted, calibration, facts)
 
@@ -151,9 +172,13 @@ def needs_inputs(detectors: Iterable[Any]) -> bool:
 
 
 def _fitted(detector: Detector, rows: CleanRows, model: Model) -> FittedDetector:
-    if isinstance(detector, Ensemble):
-        return detector.fit(rows.features, rows.logits, rows.labels, x=rows.x, model=model)
-    return detector.fit(rows.features, rows.logits, rows.labels)
+    given = (rows.features, rows.for_detectors, rows.labels if rows.task == "classification" else None)
+    return detector.fit(*given, x=rows.x, model=model) if isinstance(detector, Ensemble) else detector.fit(*given)
+
+
+def predicted_classes(rows: CleanRows) -> Tensor | None:
+    """(N,) int64, or None where there are no classes."""
+    return rows.logits.argmax(dim=1) if rows.task == "classification" else None
 
 
 def score_rows_of(detectors: Sequence[FittedDetector], rows: CleanRows, model: Model, batch_size: int) -> Tensor:
@@ -162,7 +187,8 @@ def score_rows_of(detectors: Sequence[FittedDetector], rows: CleanRows, model: M
     for start in range(0, len(rows.logits), batch_size):
         part = slice(start, start + batch_size)
         x = None if rows.x is None else rows.x[part]
-        parts.append(score_columns(detectors, Rows(rows.features[part], rows.logits[part], x, model)))
+        logits = None if rows.for_detectors is None else rows.for_detectors[part]
+        parts.append(score_columns(detectors, Rows(rows.features[part], logits, x, model)))
     return torch.cat(parts)
 
 
@@ -285,8 +311,9 @@ def run_rows(
         torch.cat(known) if len(known) == len(labels) else None,
         torch.cat(inputs) if keep_inputs else None,
         refused,
+        capture.task,
     )
-    healthy = torch.isfinite(rows.features).all(dim=1) & torch.isfinite(rows.logits).all(dim=1)
+    healthy = healthy_rows(rows.features, rows.logits)
     if not bool(healthy.all()):
         reason = f"{int((~healthy).sum())} of {len(healthy)} clean rows give NaN or infinity"
         raise IncompatibleModel("Expected finite outputs.", [Offender("", reason, "Repair the model or the data")])

@@ -112,7 +112,9 @@ class JointCalibration(nn.Module):
             return cls(names, scores, nothing, nothing[0], nothing, alpha, mode, delta, classes)
         return cls(names, scores, *Tails.of(reference), alpha, mode, delta, classes)
 
-    def replaced(self, scores: Tensor, classes: Tensor, history: Sequence[Mapping[str, Any]]) -> "JointCalibration":
+    def replaced(
+        self, scores: Tensor, classes: Tensor | None, history: Sequence[Mapping[str, Any]]
+    ) -> "JointCalibration":
         """The same statistic and mode, calibrated on other rows."""
         tails = (self.knots, self.heights, self.slopes)
         return JointCalibration(self.names, scores, *tails, self.alpha, self.mode, self.delta, classes, history)

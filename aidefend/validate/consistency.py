@@ -44,6 +44,7 @@ class Consistency:
     seed: int = 0
     name: ClassVar[str] = "consistency"
     uses_features: ClassVar[bool] = False
+    uses_logits: ClassVar[bool] = True
     uses_inputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

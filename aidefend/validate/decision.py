@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aidefend._core.batches import content_ids
+from aidefend._core.errors import InputRejected
 from aidefend._core.report import Report
 from aidefend.validate.spec_result import quarantined_rows
 
@@ -137,6 +138,15 @@ def decide(x: object, verdict: Verdict, mode: str, parameters: Mapping[str, Any]
         verdict.drifted,
         _make_report=functools.partial(_report, x, _version(x), verdict, {**parameters, "mode": mode}),
     )
+
+
+def all_answered(decision: GuardDecision) -> Tensor:
+    """The outputs, if every row has one. Raises: InputRejected."""
+    if bool(decision.accepted.all()):
+        return decision.outputs
+    count = len(decision.accepted) - int(decision.accepted.sum())
+    message = f"Expected rows that the guard accepts, got {count} of {len(decision.accepted)} refused."
+    raise InputRejected(f"{message} See .report for the reasons.", decision.report)
 
 
 def _version(x: object) -> int:

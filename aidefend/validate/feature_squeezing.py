@@ -44,6 +44,7 @@ class FeatureSqueezing:
     squeezers: Sequence[Squeezer] | None = None
     name: ClassVar[str] = "feature-squeezing"
     uses_features: ClassVar[bool] = False
+    uses_logits: ClassVar[bool] = True
     uses_inputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

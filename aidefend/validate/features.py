@@ -8,16 +8,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aidefend._core.checks import check_logits
 from aidefend._core.errors import IncompatibleModel, Offender
 from aidefend._core.modules import Model
+from aidefend.validate.tasks import Task, check_answers
 
 
 class Outputs(NamedTuple):
-    """Logits (N, K) as the model gave them and features (N, d) of the same pass, gradients attached."""
+    """Logits (N, K) as the model gave them and features (N, d) of the same pass, gradients attached.
+
+    Of a regression model, `logits` are its numbers, (N,) or (N, K): for clients, never for a detector.
+    """
 
     logits: Tensor
     features: Tensor
+
+
+def healthy_rows(features: Tensor, answers: Tensor) -> Tensor:
+    """(N,) bool: every feature (N, d) and every answer (N,) or (N, K) of the row is finite."""
+    return torch.isfinite(features).all(dim=1) & torch.isfinite(answers.reshape(len(answers), -1)).all(dim=1)
 
 
 class PassCapture:
@@ -27,7 +35,8 @@ class PassCapture:
     that run at the same time do not see each other's features.
     """
 
-    def __init__(self, model: Model, layer: nn.Module | None) -> None:
+    def __init__(self, model: Model, layer: nn.Module | None, task: Task = "classification") -> None:
+        self.task: Task = task
         self._passes: dict[int, list[Tensor]] = {}
         hook = torch.compiler.disable(self._record) if _is_compiled(model) else self._record
         self._handle = None if layer is None else layer.register_forward_pre_hook(hook)
@@ -55,10 +64,10 @@ class PassCapture:
         """One pass over x (N, ...), N >= 1.
 
         Raises: IncompatibleModel: the layer did not run, or gave no row of features for each row of x.
-            ConfigurationError: the outputs are not logits (N, K >= 2).
+            ConfigurationError: the outputs are not logits (N, K >= 2), or not numbers.
         """
         with self._recording() as found:
-            logits = check_logits(model(x), len(x))
+            logits = check_answers(model(x), len(x), self.task)
         if self._handle is None:
             return Outputs(logits, logits.new_zeros(len(x), 0))
         if not found:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from aidefend._core.checks import check_choice, check_kind, refuse
-from aidefend._core.errors import InputRejected
 from aidefend._core.evidence import Evidence
 from aidefend._core.modules import Model
 from aidefend._core.stats import Interval
@@ -31,8 +30,9 @@ from aidefend.validate.collaborators import (
     plain_principal,
 )
 from aidefend.validate.conformal_law import Mode as Promise
-from aidefend.validate.decision import GuardDecision, Verdict, decide, refuse_whole
+from aidefend.validate.decision import GuardDecision, Verdict, all_answered, decide, refuse_whole
 from aidefend.validate.detector import Detector, unique_names
+from aidefend.validate.exact_calibration import kept_dtypes
 from aidefend.validate.features import PassCapture
 from aidefend.validate.guard_file import read_guard, write_guard
 from aidefend.validate.judging import Mode, Panel, blank_row, judge
@@ -44,6 +44,7 @@ from aidefend.validate.recalibrating import recalibrated
 from aidefend.validate.settling import Call, settle
 from aidefend.validate.spec import InputSpec
 from aidefend.validate.spec_header import count_rows
+from aidefend.validate.tasks import TASKS, Task, blank_answer, check_company
 
 _MODES = ("enforce", "monitor", "shadow")
 _DETECTORS = (Energy(), NearestNeighbours(k=50))
@@ -94,9 +95,10 @@ class Guard(nn.Module):
             if isinstance(detector, nn.Module):
                 self.add_module(f"detector_{name}", detector)
         self._switches = list(model.modules()) if isinstance(model, nn.Module) else []
-        logits = torch.zeros(1, facts.num_classes, dtype=getattr(torch, facts.logits_dtype))
-        self._blank = blank_row(logits, parts.spec.smallest_row(), output, mode)
-        self._capture = PassCapture(model, layer)
+        check_company(facts.task, output, self.collaborators.queries)
+        answer = blank_answer(facts.num_classes, getattr(torch, facts.logits_dtype))
+        self._blank = blank_row(answer, parts.spec.smallest_row(), output, mode)
+        self._capture = PassCapture(model, layer, facts.task)
         self._closed = False
         self.eval()
 
@@ -125,6 +127,7 @@ class Guard(nn.Module):
         promise: Promise = "marginal",
         delta: float = 0.05,
         batch_size: int = 256,
+        task: Task = "classification",
     ) -> "Guard":
         """Fit the detectors and calibrate the decision on clean rows.
 
@@ -160,6 +163,8 @@ class Guard(nn.Module):
                 classes) or "calibration-conditional" (for this very calibration set).
             delta: How often the last of these may fail over calibration sets, in (0, 1).
             batch_size: Rows a pass during calibration.
+            task: "regression" for a model that returns numbers (N,) or (N, K): detectors then read features or inputs
+                alone (by default `NearestNeighbours`), and what reads classes is refused.
         Returns: An open guard.
         Raises: ConfigurationError: too few rows for alpha (says how many), rows shared with `fit` or `train_ids`, data
                 that contradicts `spec`.
@@ -176,8 +181,10 @@ class Guard(nn.Module):
         """
         collaborators = Collaborators(policy, budget, log, metrics, resource, queries, drift)
         check_choice(mode, _MODES, "mode")
+        check_choice(task, TASKS, "task")
+        detectors = _DETECTORS[1:] if task == "regression" and detectors is _DETECTORS else detectors
         rows = (calibration_loader, spec, detectors, alpha, fit, layer, train_ids, seed, batch_size)
-        parts = calibrate(model, *rows, promise, delta)
+        parts = calibrate(model, *rows, promise, delta, task)
         return cls(model, parts, mode, output, collaborators)
 
     def forward(self, x: object, principal: str | None = None) -> GuardDecision:
@@ -217,12 +224,7 @@ class Guard(nn.Module):
 
         Raises: InputRejected: a row was refused; `.report` says which and why (for the operator, not for the client).
         """
-        decision = self(x, principal=principal)
-        if bool(decision.accepted.all()):
-            return decision.outputs
-        count = len(decision.accepted) - int(decision.accepted.sum())
-        message = f"Expected rows that the guard accepts, got {count} of {len(decision.accepted)} refused."
-        raise InputRejected(f"{message} See .report for the reasons.", decision.report)
+        return all_answered(self(x, principal=principal))
 
     def _verdict(self, x: object, rows: int, admission: Admission, principal: str | None) -> tuple[Verdict, bool]:
         """The verdict, and whether the model has run."""
@@ -260,7 +262,7 @@ class Guard(nn.Module):
 
     def attackable(self) -> AttackableGuard:
         """The whole as one differentiable classifier (N, ...) -> (N, K + 1), whose last class is the refusal."""
-        return AttackableGuard(self, self._panel, self.spec, self.facts.num_classes)
+        return AttackableGuard(self, self._panel, self.spec, self.facts.classes)
 
     def follow(self, drift: Drift | None) -> None:
         """Show a drift monitor the p-values of all rows that are scored from now on; None = no longer.
@@ -388,11 +390,7 @@ class Guard(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Guard":
         """Move everything, but change the dtype of the model alone: the calibration stays exact."""
-        own = [module for name, child in self.named_children() if name != "model" for module in child.modules()]
-        kept = [(module, name, buffer) for module in own for name, buffer in module._buffers.items()]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call, unused-ignore]
-        for module, name, buffer in kept:
-            if buffer is not None:
-                moved = module._buffers[name]
-                module._buffers[name] = buffer if moved is None else buffer.to(moved.device)
+        children = [child for name, child in self.named_children() if name != "model"]
+        with kept_dtypes([module for child in children for module in child.modules()]):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call, unused-ignore]
         return self

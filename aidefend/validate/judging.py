@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from aidefend.validate.calibration import COMBINED, JointCalibration, Judged
 from aidefend.validate.collaborators import Watched, failure
 from aidefend.validate.decision import Verdict, refused_constant
 from aidefend.validate.detector import FittedDetector, Rows, in_numpy, score_columns, score_rows
-from aidefend.validate.features import Outputs, PassCapture
+from aidefend.validate.features import Outputs, PassCapture, healthy_rows
 from aidefend.validate.few_rows import MOST_ROWS
 from aidefend.validate.outputs import Output, harden
 from aidefend.validate.spec_result import SpecResult
@@ -129,7 +129,7 @@ def _healthy(outputs: Outputs) -> Tensor | None:
         total = (outputs.logits.sum() + outputs.features.sum()).item()
     if math.isfinite(total):
         return None
-    return _unless_all(torch.isfinite(outputs.logits).all(dim=1) & torch.isfinite(outputs.features).all(dim=1))
+    return _unless_all(healthy_rows(outputs.features, outputs.logits))
 
 
 def _picked(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -178,7 +178,8 @@ def _opinion(panel: Panel, outputs: Outputs, x: Tensor) -> _Opinion:
     """Scores, p-values and refusals; if a detector fails, every row is refused without numbers."""
     calibration = panel.calibration
     try:
-        rows = Rows(outputs.features, outputs.logits, x, panel.model, checked=True)
+        logits = outputs.logits if panel.capture.task == "classification" else None
+        rows = Rows(outputs.features, logits, x, panel.model, checked=True)
         judged = _judged(panel, rows)
     except Exception as error:
         n = len(outputs.logits)
@@ -196,10 +197,11 @@ def _opinion(panel: Panel, outputs: Outputs, x: Tensor) -> _Opinion:
 
 def _judged(panel: Panel, rows: Rows) -> Judged:
     """The calibration's answer; in plain numbers where there are few, since each tensor operation has its price."""
-    calibration, logits = panel.calibration, cast(Tensor, rows.logits)
-    if calibration.mode == "class-conditional":
-        return calibration.judge(score_columns(panel.detectors, rows).to(calibration.device), logits.argmax(dim=1))
-    if logits.shape[0] <= MOST_ROWS and in_numpy(logits) and in_numpy(calibration.scores):
+    calibration, features = panel.calibration, rows.features
+    if calibration.mode == "class-conditional" and rows.logits is not None:
+        scores = score_columns(panel.detectors, rows).to(calibration.device)
+        return calibration.judge(scores, rows.logits.argmax(dim=1))
+    if features.shape[0] <= MOST_ROWS and in_numpy(features) and in_numpy(calibration.scores):
         return calibration.judge_few([*zip(*(score_rows(one, rows).tolist() for one in panel.detectors), strict=True)])
     return calibration.judge(score_columns(panel.detectors, rows).to(calibration.device))
 

@@ -19,6 +19,7 @@ class _LogitScore:
     """What they share: nothing to learn, nothing to store."""
 
     uses_features: ClassVar[bool] = False
+    uses_logits: ClassVar[bool] = True
 
     def settings(self) -> Mapping[str, Any]:
         """Its configuration as JSON types."""

@@ -9,7 +9,14 @@ import torch
 from aidefend._core.batches import input_id, iterate
 from aidefend._core.checks import check_int, check_items, check_kind, check_not_empty, refuse
 from aidefend._core.modules import Model, preserve
-from aidefend.validate.calibrating import Calibrated, check_mode, needs_inputs, run_rows, score_rows_of
+from aidefend.validate.calibrating import (
+    Calibrated,
+    check_mode,
+    needs_inputs,
+    predicted_classes,
+    run_rows,
+    score_rows_of,
+)
 from aidefend.validate.features import PassCapture
 
 
@@ -39,8 +46,8 @@ def recalibrated(
         rows = run_rows(model, capture, batches, parts.spec, batch_size, "calibration", asks)
         scores = score_rows_of(parts.detectors, rows, model, batch_size)
     old = parts.calibration
-    new = old.replaced(scores, rows.logits.argmax(dim=1), ())
+    new = old.replaced(scores, predicted_classes(rows), ())
     entry = {"reason": reason, "before": old.law.summary(), "after": new.law.summary()}
-    new = old.replaced(scores, rows.logits.argmax(dim=1), (*old.history, entry))
+    new = old.replaced(scores, predicted_classes(rows), (*old.history, entry))
     facts = dataclasses.replace(parts.facts, calibration_n=len(scores), refused_n=rows.refused)
     return dataclasses.replace(parts, calibration=new, facts=facts), entry

@@ -39,6 +39,7 @@ class ViM:
 
     dimension: int | None = None
     head: nn.Linear | None = None
+    uses_logits: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.dimension is not None:

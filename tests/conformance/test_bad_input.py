@@ -1063,6 +1063,7 @@ CALLS = {
             "calibration_loader": MANY,
             "spec": None,
             "detectors": [validate.Energy()],
+            "task": "classification",
             "alpha": 0.05,
             "fit": None,
             "layer": None,
@@ -1091,7 +1092,7 @@ CALLS = {
     "validate.Guard.call": (lambda **a: guard()(**a), lambda: {"x": X, "principal": None}),
     "validate.Guard.load": (
         lambda **a: validate.Guard.load(**a).close(),
-        lambda: {"path": saved(guard()), "model": Net()},
+        lambda: {"path": saved(guard()), "model": Net(), "autoencoder": None},
     ),
     "validate.Capacity": (validate.Capacity, lambda: {"principals": 16, "shared": 128}),
     "validate.MemoryStore": (validate.MemoryStore, lambda: {"capacity": validate.Capacity()}),
