@@ -1,6 +1,6 @@
 """Query monitoring: attacks flagged before they succeed, against benign accounts that are flagged, and what it costs.
 
-python -m benchmarks.validate_queries [--mnist mnist.npz] [--fashion fashion_mnist.npz] [--images 20] [--accounts 450]
+python -m benchmarks.validate_queries [--mnist mnist.npz] [--fashion fashion_mnist.npz] [--images 20] [--strict]
 A small CNN on each data set. Benign accounts (`benchmarks.query_traffic`) ask about half of the test images to
 calibrate and about the other half to be counted; they include video, bursts of a still camera, retries, augmentation,
 few classes. 1,000 are counted, in stores of as many accounts as set the threshold, and again in one store of all.
@@ -8,7 +8,8 @@ Attacks run on rows of the second half that the model knows, one account an atta
 answer inside the threat) or their last query; thresholds never see them. "before" is the share of attacks that are
 flagged before they succeed, or flagged (or stalled) at all if they do not; "survive" is the share that succeeds
 unflagged. Attackers who know the monitor stand beside: steps as wide as its radius, widths found with an oracle
-(`query_attackers_oars`), disguises, copies of the model, and Blacklight against the same sequences. Writes
+(`query_attackers_oars`), disguises, copies of the model, and Blacklight against the same sequences. The threshold keeps
+to alpha on average over calibrations, or, with --strict, for this very calibration with 95 % confidence. Writes
 benchmarks/results/validate_queries.json after each row; a run with the same settings goes on where the last one ended.
 """
 
@@ -161,12 +162,11 @@ def show(data: str, arm: str, line: dict[str, Any]) -> dict[str, Any]:
 class Bench:
     """Everything about one data set; `row` keeps each figure at once and skips those that are there."""
 
-    def __init__(self, result: dict[str, Any], name: str, path: str, size: tuple[int, int], seed: int) -> None:
+    def __init__(self, settings: dict[str, Any], name: str, path: str, size: tuple[int, int], strict: bool) -> None:
         count, self.accounts = size
-        self.result, self.name, self.seed = result, name, seed
-        self.own: dict[str, Any] = result.setdefault(
-            name, {"eps": EPS[name], "accounts": self.accounts, "images": count}
-        )
+        self.settings, self.name, self.strict, self.seed = settings, name, strict, int(settings["seed"])
+        seed = self.seed
+        self.own: dict[str, Any] = earlier("validate_queries", settings).get(name, {})
         x, y, tx, ty = images(path)
         self.model = trained(x, y, seed)
         half = len(tx) // 2
@@ -181,10 +181,12 @@ class Bench:
         rules = self.fresh()._rules
         self.radius = float(rules.norms.radii[1] * rules.sketcher.unit * rules.sketcher.scale[0])
         self.row("radius_in_x", lambda: self.radius)
+        self.row("size", lambda: {"eps": EPS[name], "accounts": self.accounts, "images": count})
 
     def _calibrate(self) -> None:
         streams = [(queries, self.model(queries)) for _, queries in self.days]
-        rules = QueryMonitor.calibrate(streams, MemoryStore(), alpha=ALPHA, seed=self.seed, key=KEY)
+        promise = "calibration-conditional" if self.strict else "marginal"
+        rules = QueryMonitor.calibrate(streams, MemoryStore(), alpha=ALPHA, promise=promise, seed=self.seed, key=KEY)
         rules.save(f"{self.folder}/rules")
 
     def fresh(self, store: MemoryStore | None = None, clock: Callable[[], float] = lambda: 1.0) -> QueryMonitor:
@@ -192,10 +194,13 @@ class Bench:
         return QueryMonitor.load(f"{self.folder}/rules", MemoryStore() if store is None else store, clock=clock)
 
     def row(self, key: str, make: Callable[[], Any]) -> None:
-        """One figure, kept as soon as it is known."""
+        """One figure, kept as soon as it is known, beside what other runs have kept meanwhile."""
+        key += ", strict" * self.strict
         if key not in self.own:
             self.own[key] = make()
-            write_result("validate_queries", self.result, seeds=[self.seed])
+            result = self.settings | earlier("validate_queries", self.settings)
+            result[self.name] = result.get(self.name, {}) | self.own
+            write_result("validate_queries", result, seeds=[self.seed])
 
     def sequences(self, attacks: dict[str, tuple[Threat, Callable[..., object]]], arm: str) -> list[Sequence]:
         """The queries of an attack on all victims."""
@@ -212,12 +217,14 @@ def run_data(bench: Bench) -> None:
     """All rows, those of the issue's target first."""
     plain_of, wide_of = plain_attacks(*EPS[bench.name]), adaptive_attacks(*EPS[bench.name], bench.radius)
     found = functools.cache(lambda arm: bench.sequences(plain_of | wide_of, arm))
-    for arm in (*plain_of, *wide_of):
+    for arm in plain_of:
+        bench.row(arm, lambda arm=arm: bench.flags(arm, found(arm)))
+    bench.row("benign", lambda: benign_shares(bench, COUNTED // 4))
+    for arm in wide_of:
         bench.row(arm, lambda arm=arm: bench.flags(arm, found(arm)))
     for arm in wide_of:
         bench.row(f"{arm}: oars, accounts", lambda arm=arm: oars(bench, arm, wide_of[arm], bit=False))
         bench.row(f"{arm}: oars, flag bit", lambda arm=arm: oars(bench, arm, wide_of[arm], bit=True))
-    bench.row("benign", lambda: benign_shares(bench, COUNTED // 4))
     for each in (30, 10, 2):
         for arm in plain_of:
             label = f"{arm}, new account every {each}"
@@ -307,9 +314,10 @@ def blacklight(bench: Bench, arm: str, known: list[Sequence]) -> dict[str, Any]:
 
 def blacklight_benign(bench: Bench) -> dict[str, Any]:
     """Benign accounts with any hit, and with more than their own kind had in calibration."""
-    if "blacklight, benign" in bench.own:
-        found: dict[str, Any] = bench.own["blacklight, benign"]
-        return found
+    key = "blacklight, benign" + ", strict" * bench.strict
+    if key in bench.own:
+        known: dict[str, Any] = bench.own[key]
+        return known
     store = Blacklight(784, 0)
     peaks = sorted((store.hits(queries)[-1] for _, queries in bench.days[:100]), reverse=True)
     allowed = peaks[int(ALPHA * (len(peaks) + 1)) - 1]
@@ -379,13 +387,13 @@ def main() -> None:
     parser.add_argument("--fashion")
     parser.add_argument("--images", type=int, default=20)
     parser.add_argument("--accounts", type=int, default=450)
+    parser.add_argument("--strict", action="store_true", help="at most alpha for this very calibration, not on average")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    settings = {"alpha": ALPHA, "most_queries": MOST, "counted": COUNTED, "seed": arguments.seed}
-    result: dict[str, Any] = settings | earlier("validate_queries", settings)
+    settings: dict[str, Any] = {"alpha": ALPHA, "most_queries": MOST, "counted": COUNTED, "seed": arguments.seed}
     for name, path in (("mnist", arguments.mnist), ("fashion_mnist", arguments.fashion)):
         if path is not None:
-            run_data(Bench(result, name, path, (arguments.images, arguments.accounts), arguments.seed))
+            run_data(Bench(settings, name, path, (arguments.images, arguments.accounts), arguments.strict))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 
 from aidefend import AidefendError, ConfigurationError
 from aidefend.validate import Capacity, Energy, Guard, MemoryStore, QueryMonitor, RedisStore, SQLiteStore
+from aidefend.validate.queries.calibrating import check_streams, replay_scores
 from tests.validate.query_world import CLASSES, FakeRedis, day, days, model, probes
 from tests.validate.small_world import model as guarded_model
 from tests.validate.small_world import rows
@@ -261,6 +263,28 @@ def test_other_shapes_and_classes_are_refused(saved):
 def test_too_few_accounts_say_how_many_are_needed():
     with pytest.raises(ConfigurationError, match="at least 119 benign principals"):
         QueryMonitor.calibrate(STREAMS, MemoryStore(), alpha=0.01)
+
+
+@pytest.mark.parametrize(("promise", "n", "rank"), [("marginal", 54, 2), ("calibration-conditional", 59, 1)])
+def test_so_many_calibrated_accounts_lie_above_the_threshold_as_the_promise_allows(promise, n, rank):
+    """Given the calibration, the rate is Beta(rank, n + 1 - rank): the second promise alone keeps to .05 with 95 %."""
+    options = {"alpha": 0.05, "promise": promise, "key": KEY}
+    monitor = QueryMonitor.calibrate(STREAMS, MemoryStore(), **options)
+    order = np.random.Generator(np.random.Philox(key=0)).permutation(80)
+    scores = replay_scores(monitor._rules, check_streams([STREAMS[i] for i in order[80 - n :]]))
+    assert (scores > monitor.threshold).sum() == rank - 1 and (scores == monitor.threshold).any()
+    assert monitor.level == pytest.approx(rank / (n + 1))
+    kept = stats.beta(rank, n + 1 - rank).cdf(0.05)
+    assert kept >= 0.95 if promise == "calibration-conditional" else kept < 0.95
+
+
+def test_a_promise_for_this_very_calibration_needs_more_accounts():
+    few = {"alpha": 0.05, "promise": "calibration-conditional"}
+    with pytest.raises(ConfigurationError, match=r"at least 79 benign principals.*59 for the threshold"):
+        QueryMonitor.calibrate(STREAMS[:78], MemoryStore(), **few)
+    for wrong in ({"promise": "class-conditional"}, {"promise": None}, {"delta": 0.0}, {"delta": "no"}):
+        with pytest.raises(ConfigurationError, match=next(iter(wrong))):
+            QueryMonitor.calibrate(STREAMS, MemoryStore(), alpha=0.05, **wrong)
 
 
 @pytest.mark.parametrize(

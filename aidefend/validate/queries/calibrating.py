@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from aidefend._core.checks import check_tensor, refuse
-from aidefend.validate.conformal_law import least_rows, rank_for
+from aidefend.validate.conformal_law import Mode, least_calibration_rows, rank_of
 from aidefend.validate.queries.crowds import Session, join_crowd
 from aidefend.validate.queries.norms import Answered, Array, Norms
 from aidefend.validate.queries.rules import Rules, answer, join, read_rows
@@ -69,23 +69,37 @@ def _check_stream(number: int, stream: Any) -> Stream:
     return Stream(x, outputs, times - times[0])
 
 
-def calibrate_rules(streams: list[Stream], alpha: float, ttl: float, ring: int, seed: int, key: bytes | None) -> Rules:
+class Promise(NamedTuple):
+    """What the rate of flagged benign principals keeps to."""
+
+    alpha: float
+    mode: Mode
+    delta: float
+
+
+def calibrate_rules(
+    streams: list[Stream], promise: Promise, ttl: float, ring: int, seed: int, key: bytes | None
+) -> Rules:
     """A third of the principals (at least 20) says what is usual, the others how far benign principals go beyond it."""
-    least = least_rows(alpha) + _LEAST_REFERENCE
-    if len(streams) < least:
-        rule = f"at least {least} benign principals for alpha={alpha:g} (1 / alpha - 1, and {_LEAST_REFERENCE} more)"
+    needed = least_calibration_rows(*promise)
+    if len(streams) < needed + _LEAST_REFERENCE:
+        rule = (
+            f"at least {needed + _LEAST_REFERENCE} benign principals for alpha={promise.alpha:g}"
+            f" ({needed} for the threshold, and {_LEAST_REFERENCE} more)"
+        )
         raise refuse(rule, "streams", f"{len(streams)} principals", "Collect more principal-days, or raise alpha")
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(streams))
-    share = min(max(_LEAST_REFERENCE, len(streams) // 3), len(streams) - least_rows(alpha))
+    share = min(max(_LEAST_REFERENCE, len(streams) // 3), len(streams) - needed)
     reference, rest = ([streams[i] for i in part] for part in (order[:share], order[share:]))
-    rules = _learn(reference, alpha, ttl, ring, key or secrets.token_bytes(32), len(rest))
+    rank = rank_of(len(rest), *promise)
+    rules = _learn(reference, promise.alpha, ttl, ring, key or secrets.token_bytes(32), (len(rest), rank))
     peaks = replay(rules, reference)
     usual = np.stack([np.median(peaks, axis=0), np.ones(len(STATISTICS))], axis=1)
     beyond = np.maximum(peaks - usual[:, 0], 0.0).mean(axis=0)
     usual[:, 1] = beyond + np.array([_UNITS[name] for name in STATISTICS])
     rules = _with(rules, usual, 0.0)
     scores = np.sort(replay_scores(rules, rest))[::-1]
-    return _with(rules, usual, float(scores[rank_for(alpha, len(scores)) - 1]))
+    return _with(rules, usual, float(scores[rank - 1]))
 
 
 def replay_scores(rules: Rules, streams: list[Stream]) -> Array:
@@ -143,7 +157,7 @@ def take_note(
     return trail.statistics(norms)
 
 
-def _learn(streams: list[Stream], alpha: float, ttl: float, ring: int, key: bytes, principals: int) -> Rules:
+def _learn(streams: list[Stream], alpha: float, ttl: float, ring: int, key: bytes, counts: tuple[int, int]) -> Rules:
     """Scales, radii and what is usual, from the reference principals."""
     flats, logits = zip(*(read_rows(stream.x, stream.outputs) for stream in streams), strict=True)
     centre, scale = _scales(np.concatenate(flats), streams[0].x.ndim)
@@ -165,7 +179,7 @@ def _learn(streams: list[Stream], alpha: float, ttl: float, ring: int, key: byte
     sketcher = Sketcher(key, centre, scale, unit, step)
     blank = np.ones((len(STATISTICS), 2))
     shape = tuple(streams[0].x.shape[1:])
-    return Rules(sketcher, norms, blank, 0.0, alpha, principals, shape, ttl, ring)
+    return Rules(sketcher, norms, blank, 0.0, alpha, *counts, shape, ttl, ring)
 
 
 def _scales(flat: Floats, ndim: int) -> tuple[Floats, Floats]:

@@ -23,8 +23,8 @@ from aidefend._core.checks import (
 )
 from aidefend._core.errors import AidefendError
 from aidefend._core.storage import canonical_json, unique_fields, write_atomic
-from aidefend.validate.conformal_law import rank_for
-from aidefend.validate.queries.calibrating import calibrate_rules, check_streams, mark, take_note
+from aidefend.validate.conformal_law import Mode
+from aidefend.validate.queries.calibrating import Promise, calibrate_rules, check_streams, mark, take_note
 from aidefend.validate.queries.crowds import Session
 from aidefend.validate.queries.norms import Array
 from aidefend.validate.queries.rules import Rules
@@ -34,6 +34,7 @@ from aidefend.validate.queries.trail import Trail
 
 _SCHEMA = "aidefend.queries/2"
 _ACTIONS = ("suspend", "alert")
+_PROMISES = ("marginal", "calibration-conditional")
 _NO_NAME = 256
 
 
@@ -124,6 +125,8 @@ class QueryMonitor:
         store: QueryStore | str | os.PathLike[str],
         *,
         alpha: float = 0.01,
+        promise: Mode = "marginal",
+        delta: float = 0.05,
         ttl: float = 86_400.0,
         ring: int = 64,
         seed: int = 0,
@@ -141,6 +144,10 @@ class QueryMonitor:
                 retries, augmentation, few classes), in the proportion in which you serve them.
             store: As in the class.
             alpha: Share of benign accounts that may be flagged, in (0, 1).
+            promise: "marginal": at most alpha on average over calibrations; this very one may flag more. Or
+                "calibration-conditional": at most alpha for this very one with confidence 1 - delta; needs
+                log(delta) / log(1 - alpha) + 20 accounts (319 at .01 and .05).
+            delta: See `promise`, in (0, 1).
             ttl: Life of the evidence in seconds, 1 or more; calibrate on accounts observed for about as long.
             ring: Queries of an account that are kept, 8 to 4,096.
             seed: Splits the accounts: a third says what is usual, the others set the threshold.
@@ -151,12 +158,14 @@ class QueryMonitor:
         Raises: ConfigurationError: too few accounts for alpha (says how many), or malformed streams.
         """
         check_probability(alpha, "alpha")
+        check_probability(delta, "delta")
+        check_choice(promise, _PROMISES, "promise")
         check_number(ttl, "ttl", 1.0, 1e9)
         check_int(ring, "ring", 8, 4096)
         check_int(seed, "seed", 0)
         if key is not None and (not isinstance(key, bytes) or len(key) < 16):
             raise refuse("key of at least 16 secret bytes", "key", type(key).__name__, "Take secrets.token_bytes(32)")
-        rules = calibrate_rules(check_streams(streams), alpha, ttl, ring, seed, key)
+        rules = calibrate_rules(check_streams(streams), Promise(alpha, promise, delta), ttl, ring, seed, key)
         return cls(rules, store, action=action, delay=delay, clock=clock)
 
     def watch(self, principal: str, x: Tensor, outputs: Tensor) -> QueryStanding:
@@ -215,8 +224,7 @@ class QueryMonitor:
     @property
     def level(self) -> float:
         """The share of benign accounts that is flagged on average over calibrations: at most alpha."""
-        n = self._rules.principals
-        return rank_for(self._rules.alpha, n) / (n + 1)
+        return self._rules.rank / (self._rules.principals + 1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the calibration, not the state, as JSON that its owner alone may read: the secret key is in it."""

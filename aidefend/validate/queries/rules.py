@@ -28,6 +28,7 @@ class Rules:
         threshold: Of the joint score.
         alpha: Share of benign principals that may be flagged.
         principals: How many of them the threshold was read off.
+        rank: It is the rank-th largest of their scores.
         shape: Of one row.
         ttl: Seconds after which evidence has faded to 1 / e, and the life of an entry.
         ring: Queries of a principal that are kept.
@@ -39,6 +40,7 @@ class Rules:
     threshold: float
     alpha: float
     principals: int
+    rank: int
     shape: tuple[int, ...]
     ttl: float
     ring: int
@@ -47,6 +49,7 @@ class Rules:
         check_number(self.threshold, "threshold")
         check_probability(self.alpha, "alpha")
         check_int(self.principals, "principals")
+        check_int(self.rank, "rank", 1, self.principals)
         check_number(self.ttl, "ttl", 1.0, 1e9)
         check_int(self.ring, "ring", 8, 4096)
         if self.usual.shape != (len(STATISTICS), 2) or not bool((self.usual[:, 1] > 0).all()):
@@ -83,7 +86,7 @@ class Rules:
             "norms": self.norms.to_dict(),
             "usual": self.usual.tolist(),
             "statistics": list(STATISTICS),
-            **{name: getattr(self, name) for name in ("threshold", "alpha", "principals", "ttl", "ring")},
+            **{name: getattr(self, name) for name in ("threshold", "alpha", "principals", "rank", "ttl", "ring")},
             "shape": list(self.shape),
         }
 
@@ -101,7 +104,7 @@ class Rules:
             raise ValueError("centre and scale do not fit the shape")
         key = base64.b64decode(data["key"], validate=True)
         sketcher = Sketcher(key, centre, scale, float(data["unit"]), float(data["step"]))
-        rest = {name: data[name] for name in ("threshold", "alpha", "principals", "ttl", "ring")}
+        rest = {name: data[name] for name in ("threshold", "alpha", "principals", "rank", "ttl", "ring")}
         usual = np.array(data["usual"], dtype=np.float64)
         return cls(sketcher, Norms.from_dict(data["norms"]), usual, shape=shape, **rest)
 
