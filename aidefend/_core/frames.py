@@ -109,7 +109,7 @@ def raw_column(values: Any) -> Any:
 def with_names(data: Any) -> Samples:
     """The data with the names of its columns, as far as a table needs them said: see `Samples` for the rule."""
     given = data if isinstance(data, Samples) else Samples(data)
-    names = _column_names(given.data)
+    names = column_widths(given.data)
     if given.inputs is not None or names is None:
         return given
     label = given.label if given.label is not None else next((name for name in LABEL_KEYS if name in names), None)
@@ -123,7 +123,7 @@ def columns_of(data: Any) -> dict[str, Any] | None:
     return None if all(value is None for value in names.values()) else names
 
 
-def _column_names(data: Any) -> dict[str, bool] | None:
+def column_widths(data: Any) -> dict[str, bool] | None:
     """Each column of a table and whether it holds more than one number a row; None where the data is no table."""
     if isinstance(data, str | os.PathLike) and is_stored(data):
         data = _opened(Path(data))

@@ -1,6 +1,7 @@
 """Tables with categories and gaps: columns of text, bool or category, and missing entries, as rows of numbers."""
 
 import dataclasses
+import datetime
 import hashlib
 import math
 from collections import Counter
@@ -98,6 +99,8 @@ def numbers_of(values: Any) -> "np.ndarray[Any, Any] | None":
     if array.dtype.kind != "O" or array.ndim != 1:
         return None
     there = [value for value in array if not missing(value)]
+    if there and all(isinstance(value, datetime.date) for value in there):
+        return numbers_of(np.array([None if missing(value) else value for value in array], dtype="datetime64[s]"))
     if not there or not all(_is_number(value) for value in there):
         return None
     return np.array([math.nan if missing(value) else float(value) for value in array])
@@ -119,7 +122,7 @@ def _of_numbers(name: str, numbers: "np.ndarray[Any, Any]") -> list[tuple[Column
 
 def _of_categories(name: str, values: Any) -> list[tuple[Column, np.ndarray, tuple[Any, ...]]]:
     entries = [None if missing(value) else value for value in listed(values)]
-    keys = [MISSING if value is None else _said(value) for value in entries]
+    keys = [MISSING if value is None else str(value) for value in entries]
     counts = Counter(keys)
     common = [key for key, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if count >= FEWEST]
     place = {key: cell for cell, key in enumerate(common[:_MOST])}
@@ -133,10 +136,6 @@ def _of_categories(name: str, values: Any) -> list[tuple[Column, np.ndarray, tup
         first.setdefault(cell, value)
     names = (*place, *(f"(a rare value, {number + 1} of {_RARE})" for number in range(width - len(place))))
     return [(Column(name, (), names), block, tuple(first.get(cell, entries[0]) for cell in range(width)))]
-
-
-def _said(value: Any) -> str:
-    return value if isinstance(value, str) else str(value)
 
 
 def _bucket(key: str) -> int:
@@ -153,9 +152,9 @@ def _labels(raw: RawTable) -> tuple[Tensor, tuple[str, ...] | None, tuple[tuple[
     if not there:
         raise refuse("at least one row with a label", raw.label, "none", "Pass labelled rows")
     numbers = raw.classes is None and all(class_of(value) is not None for value in there)
-    names = tuple(map(str, raw.classes)) if raw.classes is not None else tuple(sorted({_said(v) for v in there}))
+    names = tuple(map(str, raw.classes)) if raw.classes is not None else tuple(sorted({str(v) for v in there}))
     place = {name: number for number, name in enumerate(names)}
-    found = [None if missing(v) else class_of(v) if numbers else place.get(_said(v)) for v in given]
+    found = [None if missing(v) else class_of(v) if numbers else place.get(str(v)) for v in given]
     known = [label for label in found if label is not None]
     if not known:
         raise refuse(f"labels among {list(names)[:20]}", raw.label, there[0], "Correct classes=")
@@ -184,7 +183,7 @@ def _canonical(value: Any) -> Any:
         return bool(value)
     if isinstance(value, int | float | np.number):
         return str(int(value)) if math.isfinite(value) and int(value) == value else repr(float(value))
-    return ["text", _said(value)]
+    return ["text", str(value)]
 
 
 def on_columns(model: Model, decoded: Callable[[Tensor], Any]) -> Model:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from aidefend._core.checks import refuse
-from aidefend._core.frames import column_batches, is_frame, is_hugging_face, is_stored
+from aidefend._core.frames import column_batches, column_widths, is_frame, is_hugging_face, is_stored
 from aidefend._core.samples import INPUT_KEYS, LABEL_KEYS, Columns, Samples, widths
 
 _AT_ONCE = 65_536
@@ -73,7 +73,9 @@ def rows_of(columns: Mapping[str, Any], names: Sequence[str]) -> list[tuple[Any,
 
 
 def listed(values: Any) -> list[Any]:
-    """A column as a list."""
+    """A column as a list; points in time as `datetime`, whichever library holds them."""
+    if isinstance(values, np.ndarray) and values.dtype.kind == "M":
+        values = values.astype("datetime64[us]")
     return list(values.tolist() if hasattr(values, "tolist") else values)
 
 
@@ -99,16 +101,22 @@ def missing(value: Any) -> bool:
 
 def _columns(data: Any) -> Columns | None:
     if isinstance(data, np.ndarray):
-        return Columns({name: data[name] for name in data.dtype.names}) if data.dtype.names and data.ndim == 1 else None
+        if not data.dtype.names or data.ndim != 1:
+            return None
+        parts = {name: data[name] for name in data.dtype.names}
+        texts = {
+            name: np.char.decode(part, "utf-8", "replace") for name, part in parts.items() if part.dtype.kind == "S"
+        }
+        return Columns(parts | texts)
     if isinstance(data, Mapping):
         return _of_dict(data)
+    if hasattr(data, "read_next_batch"):  # it can be read once only, and not by us
+        return None
+    if not (is_hugging_face(data) or is_frame(data) or is_stored(data)) or any((column_widths(data) or {}).values()):
+        return None  # pictures and lists are not read to find out that they are no table
     if is_hugging_face(data):
         return Columns(data.with_format(None)[:]) if hasattr(data, "__len__") else None
-    if is_frame(data):
-        return next(column_batches(data, max(len(data), 1)))
-    if is_stored(data) and not hasattr(data, "read_next_batch"):  # a stream can be read once only, and not by us
-        return _joined(list(column_batches(data, _AT_ONCE)))
-    return None
+    return _joined(list(column_batches(data, _AT_ONCE)))
 
 
 def _of_dict(data: Mapping[Any, Any]) -> Columns | None:
@@ -124,7 +132,7 @@ def _joined(parts: Sequence[Columns]) -> Columns | None:
         return None
     if len(parts) == 1:
         return parts[0]
-    return Columns({name: [value for part in parts for value in part[name]] for name in parts[0]})
+    return Columns({name: [value for part in parts for value in listed(part[name])] for name in parts[0]})
 
 
 def _declared(data: Any) -> frozenset[str]:

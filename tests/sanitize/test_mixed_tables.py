@@ -165,6 +165,22 @@ def test_rows_are_named_by_their_values_whatever_held_them():
     assert [class_of(value) for value in (1, 2.0, True, 1.5, -1, "1", math.nan)] == [1, 2, 1, None, None, None, None]
 
 
+def test_points_in_time_are_numbers_and_bytes_are_texts_in_every_library():
+    days = pandas.date_range("2024-01-01", periods=12)
+    frame = pandas.DataFrame({"day": days, "job": ["a", "b"] * 6, "label": [0, 1] * 6})
+    frame.loc[3, "day"] = pandas.NaT
+    one, other = read_material(frame), read_material(pyarrow.Table.from_pandas(frame))
+    assert one.samples.ids == other.samples.ids and torch.equal(one.samples.x, other.samples.x)
+    assert float(one.samples.x[1, 0] - one.samples.x[0, 0]) == pytest.approx(86_400, rel=1e-2)
+    raw = np.array([(b"a", 0), (b"b", 1)] * 6, dtype=[("job", "S1"), ("label", "i8")])
+    assert read_material(raw).table.columns[0].categories == ("a", "b")
+
+
+def test_columns_of_lists_make_no_mixed_table():
+    table = pyarrow.table({"pixels": [[1.0, 2.0]] * 4, "label": [0, 1, 0, 1]})
+    assert raw_table(table) is None
+
+
 def test_texts_in_tables_are_texts_and_malformed_tables_name_the_cure():
     frame = pandas.DataFrame({"text": ["a fine day", "rain"] * 5, "label": [0, 1] * 5})
     assert read_material(frame).kind == "text"
