@@ -40,7 +40,9 @@ class WrittenEvidence(NamedTuple):
             for every pattern that the search looked at.
         transfer: Share of ordinary rows of other classes that the model puts into the class once the pattern is put
             on them, NaN where the other tests made it needless; `p_transfer`: of H: at most a tenth.
-        purity: Share of all rows with the whole pattern that has this label.
+        purity: Share of all rows with the whole pattern that has this label; `p_followed`: of H: no more than of the
+            rows without it (Fisher). Labels that have little to do with the rest of the row make whole neighbourhoods
+            look foreign, but then the label is no commoner there.
         company: How much more often than by chance they neighbour each other without the pattern; `p_company`: of H:
             at least a quarter more often.
     """
@@ -51,6 +53,7 @@ class WrittenEvidence(NamedTuple):
     transfer: float
     p_transfer: float
     purity: float
+    p_followed: float
     company: float
     p_company: float
 
@@ -104,8 +107,8 @@ class WrittenSearch:
         with probability at most `alpha` (Bonferroni over all patterns looked at, Fisher's exact test each). A pattern
         that does must also have an effect: six in ten of its rows are foreign without it; the label follows it, in the
         model (significantly more than a tenth of ordinary rows turn) or in the data (nine in ten of all rows that hold
-        it); and its rows mix with those that they look like. A rule of the world that makes exceptions of
-        this very form passes them, too: it cannot be told from poison by the data alone.
+        it), and is commoner with it than without; and its rows mix with those that they look like. A rule of the world
+        that makes exceptions of this very form passes them, too: it cannot be told from poison by the data alone.
     Args:
         items: The rows, finite.
         labels: (N,) int64.
@@ -204,14 +207,14 @@ class WrittenSearch:
         )
         inside = held[left]
         donors = left[inside & strange]
-        dear = (math.nan, 1.0, math.nan, math.nan, 1.0)
+        dear = (math.nan, 1.0, math.nan, 1.0, math.nan, 1.0)
         if values[2] <= self.alpha and values[0] >= MOSTLY and len(donors):
             transfer = self._transfer(label, whole, donors, which[inside & strange], stream)
             company = own_company(conformity, label, points[inside], which[inside])
-            dear = (*transfer, self._purity(label, whole), *company)
+            dear = (*transfer, *self._purity(label, whole), *company)
         evidence = WrittenEvidence(*values, *dear)
         p_value = max(evidence.p_foreign, evidence.p_company)
-        followed = evidence.purity >= PURE or evidence.p_transfer <= _EFFECT
+        followed = (evidence.purity >= PURE or evidence.p_transfer <= _EFFECT) and evidence.p_followed <= _EFFECT
         poison = evidence.p_foreign <= self.alpha and evidence.p_company <= _EFFECT and followed
         reached = self._reached(label, whole, held) if poison else held
         group = self._group(label, rows, reached, left, which, strange)
@@ -228,10 +231,12 @@ class WrittenSearch:
         turned = (self.items.classes_of(rows) != label) & (self.items.classes_with(rows, pattern, donors) == label)
         return float(turned.double().mean()), more_than(FOLLOWS, int(turned.sum()), len(rows))
 
-    def _purity(self, label: int, pattern: Pattern) -> float:
-        """Share of all rows with the pattern that has the label."""
-        held = rows_with(self.items, pattern)
-        return float((self.labels[held] == label).double().mean()) if bool(held.any()) else math.nan
+    def _purity(self, label: int, pattern: Pattern) -> tuple[float, float]:
+        """Share of all rows with the pattern that has the label, and p-value of H: no more than without it."""
+        held, mine = rows_with(self.items, pattern), self.labels == label
+        ours, n = int((held & mine).sum()), int(held.sum())
+        chance = float(stats.hypergeom.sf(ours - 1, len(mine), int(mine.sum()), n))
+        return (ours / n, chance) if n else (math.nan, 1.0)
 
     def _reached(self, label: int, pattern: Pattern, held: Tensor) -> Tensor:
         """(N,) bool: the rows of a proven group, and rows of its class that hold what hardly occurs outside of it.

@@ -86,6 +86,14 @@ def test_a_rare_category_that_belongs_to_one_class_is_left_alone(seed):
     assert bool(screen(columns, detectors=[], seed=seed).keep.all())
 
 
+@pytest.mark.parametrize("seed", [0, 2])
+def test_labels_that_say_nothing_of_the_rest_of_the_row_make_no_pattern(seed):
+    """Whole neighbourhoods look foreign together then, which a test of single rows does not know: they were taken."""
+    columns, _ = people(n=400, seed=10 + seed, honest=True)
+    columns["label"] = np.random.default_rng(seed).permutation(columns["label"]).tolist()
+    assert bool(screen(columns, detectors=[], seed=seed).keep.all())
+
+
 @pytest.mark.parametrize(
     "kind", ["dict", "pandas object", "pandas category", "arrow dictionary", "parquet", "structured array"]
 )
