@@ -1,11 +1,14 @@
 """Repairs of backdoored models from a few trusted rows, and what reversing says of models with and without a backdoor.
 
-python -m benchmarks.sanitize_repair --data mnist.npz [--seeds 1] [--rows 10000] [--trusted 500] [--methods ...]
-[--attacks ...]
+python -m benchmarks.sanitize_repair --data mnist.npz [--first-seed 430] [--seeds 2] [--rows 10000] [--trusted 500]
+[--methods ...] [--attacks ...] [--reverse]
 A small CNN is trained on poisoned images; every method repairs the same model with the same trusted rows, which are
 drawn from the rest of the training data and carry no trigger. Per attack and method: accuracy and attack success on
-test images, the verdict of `retest` with the true trigger, and seconds; then, for backdoored and for clean models, how
-many times smaller than usual the smallest reversed trigger is. Writes benchmarks/results/sanitize_repair_NAME.json.
+test images, before and after ten more passes over the trusted rows, the verdict of `retest` with the true trigger
+(where it leads to one class), and seconds. With --reverse also, for backdoored and for clean models, how many times
+smaller than usual the smallest reversed trigger is. Writes benchmarks/results/sanitize_repair_NAME.json after each row;
+rows that are there are not run again.
+Seed 420 chose the default method and its settings; 300, 400 and 410 were looked at while the others were made.
 """
 
 import argparse
@@ -21,10 +24,11 @@ from torch import Tensor, nn
 from aidefend.attacks import poisoning
 from aidefend.sanitize import repair, retest, reverse_trigger
 from aidefend.sanitize.repair.repair import RepairMethod
-from benchmarks.record import write_result
+from aidefend.sanitize.repair.tuning import trusted_rows, tuned
+from benchmarks.record import earlier, write_result
 from benchmarks.sanitize_screen import TARGET, World, judged, trained, world
 
-FIRST_SEED = 410  # 300 and 400 were looked at while the methods were made
+FIRST_SEED = 430
 SUSPECTS = 50
 
 
@@ -47,21 +51,23 @@ def trusted_part(data: dict[str, Any], rows: int, count: int, seed: int) -> tupl
     return images, torch.from_numpy(data["train_y"][chosen]).long()
 
 
-def rows_of(w: World, model: nn.Module, trusted: Any, methods: list[Any], seed: int) -> Iterator[dict[str, Any]]:
-    """One row for the model as it is, and one for each method."""
-    accuracy, success = judged(model, w)
-    yield {"method": "none", "accuracy": accuracy, "asr": success, "verdict": "", "seconds": 0.0}
+def row_of(w: World, model: nn.Module, trusted: Any, method: Any, seed: int) -> dict[str, Any]:
+    """One method on one model; "none" is the model as it is."""
+    if method == "none":
+        accuracy, success = judged(model, w)
+        return {"method": method, "accuracy": accuracy, "asr": success}
+    start = time.perf_counter()
     poison = w.is_poison.nonzero().flatten()[:SUSPECTS]
-    for method in methods:
-        start = time.perf_counter()
-        more = {"suspects": (w.x[poison], w.y[poison])} if method == "abl" else {}
-        repaired = repair(model, trusted, method, seed=seed, **more)
-        seconds = time.perf_counter() - start
-        accuracy, success = judged(repaired, w)
-        verdict = ""
-        if w.trigger is not None and bool((w.aim(w.test_y) == TARGET).all()):
-            verdict = retest(model, repaired, trusted, w.trigger, TARGET, seed=seed).verdict
-        yield {"method": method, "accuracy": accuracy, "asr": success, "verdict": verdict, "seconds": seconds}
+    more = {"suspects": (w.x[poison], w.y[poison])} if method == "abl" else {}
+    repaired = repair(model, trusted, method, seed=seed, **more)
+    seconds = time.perf_counter() - start
+    accuracy, success = judged(repaired, w)
+    on = tuned(repaired, trusted_rows(repaired, trusted, seed), rate=1e-3, epochs=10, seed=seed)
+    row = {"method": method, "accuracy": accuracy, "asr": success, "asr_after_tuning": judged(on, w)[1]}
+    if w.trigger is not None and bool((w.aim(w.test_y) == TARGET).all()):
+        test = retest(model, repaired, trusted, w.trigger, TARGET, seed=seed)
+        row |= {"verdict": test.verdict, "reminded": test.success_after_reminder, "control": test.success_of_control}
+    return row | {"seconds": seconds}
 
 
 def reversed_row(model: nn.Module, trusted: Any, seed: int) -> dict[str, Any]:
@@ -74,56 +80,65 @@ def main() -> None:
     """Print the rows as they come, then the counts of the target."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True)
+    parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--trusted", type=int, default=500)
     parser.add_argument("--methods", nargs="*", default=list(get_args(RepairMethod)))
-    parser.add_argument("--attacks", nargs="*", default=["none", *attacks()])
+    parser.add_argument("--attacks", nargs="*", default=list(attacks()))
+    parser.add_argument("--reverse", action="store_true", help="reverse triggers, of clean models, too")
     parser.add_argument("--name", default="", help="added to the name of the result")
     arguments = parser.parse_args()
     with np.load(arguments.data) as arrays:
         data = {name: arrays[name] for name in arrays.files}
-    seeds, table, reversals = range(FIRST_SEED, FIRST_SEED + arguments.seeds), [], []
-    for seed in seeds:
+    settings = {"training_rows": arguments.rows, "trusted_rows": arguments.trusted}
+    name = f"sanitize_repair_{Path(arguments.data).stem}{arguments.name}"
+    known = earlier(name, settings)
+    table: dict[str, list[dict[str, Any]]] = {part: known.get(part, []) for part in ("rows", "reversed")}
+    for part, row in new_rows(arguments, data, table):
+        table[part].append(row)
+        print(" ".join(f"{v:.4f}" if isinstance(v, float) else f"{v!s:18}" for v in row.values()), flush=True)
+        seeds = sorted({row["seed"] for rows in table.values() for row in rows})
+        write_result(name, table | settings | {"met": met(table["rows"])}, seeds=seeds)
+    print("\nattacks repaired (mean attack success < 2 %, mean accuracy loss < 2 points):", met(table["rows"]))
+
+
+def new_rows(arguments: argparse.Namespace, data: Any, table: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Which part of the table, and the row; those that are in the table are left out, and so is what only they need."""
+    done = {(row["attack"], row["seed"], row["method"]) for row in table["rows"]}
+    done |= {(row["attack"], row["seed"], "reverse") for row in table["reversed"]}
+    wanted = ["none", *arguments.methods, *(["reverse"] if arguments.reverse else [])]
+    named = [*arguments.attacks, *(["none"] if arguments.reverse else [])]
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         trusted = trusted_part(data, arguments.rows, arguments.trusted, seed)
-        for name in arguments.attacks:
-            attack = attacks().get(name)
-            w = world(data, attack, arguments.rows, seed)
+        for attack in named:
+            todo = [m for m in (wanted if attack != "none" else ["reverse"]) if (attack, seed, m) not in done]
+            if not todo:
+                continue
+            w = world(data, attacks().get(attack), arguments.rows, seed)
             model = trained(w.x, w.y, seed)
-            reversals.append({"attack": name, "seed": seed} | reversed_row(model, trusted, seed))
-            print(reversals[-1], flush=True)
-            for row in rows_of(w, model, trusted, arguments.methods, seed) if attack is not None else ():
-                table.append({"attack": name, "seed": seed} | row)
-                print(
-                    " ".join(f"{v:.4f}" if isinstance(v, float) else f"{v!s:27}" for v in table[-1].values()),
-                    flush=True,
-                )
-            write(arguments, table, reversals, list(seeds))  # after each attack: a run takes long
-    counts = met(table, arguments.methods)
-    print("\nattacks repaired (mean attack success < 2 %, mean accuracy loss < 2 points):", counts)
+            for method in todo:
+                key = {"attack": attack, "seed": seed}
+                if method == "reverse":
+                    yield "reversed", key | reversed_row(model, trusted, seed)
+                else:
+                    yield "rows", key | row_of(w, model, trusted, method, seed)
 
 
-def write(arguments: argparse.Namespace, table: list[Any], reversals: list[Any], seeds: list[int]) -> None:
-    """The result so far."""
-    result = {"rows": table, "reversed": reversals, "met": met(table, arguments.methods)}
-    result |= {"training_rows": arguments.rows, "trusted_rows": arguments.trusted}
-    write_result(f"sanitize_repair_{Path(arguments.data).stem}{arguments.name}", result, seeds=seeds, packages=[])
-
-
-def met(table: list[dict[str, Any]], methods: list[Any]) -> dict[str, int]:
-    """For each method the number of attacks, of six, for which the target holds in the mean over the seeds."""
-
-    def mean(attack: str, method: str, what: str) -> float:
-        return float(np.mean([row[what] for row in table if (row["attack"], row["method"]) == (attack, method)]))
-
-    return {
-        method: sum(
-            mean(attack, method, "asr") < 0.02
-            and mean(attack, "none", "accuracy") - mean(attack, method, "accuracy") < 0.02
-            for attack in dict.fromkeys(row["attack"] for row in table)
-        )
-        for method in methods
-    }
+def met(table: list[dict[str, Any]]) -> dict[str, str]:
+    """For each method the number of attacks, of those it ran on, for which the target holds in the mean of seeds."""
+    accuracy = {(row["attack"], row["seed"]): row["accuracy"] for row in table if row["method"] == "none"}
+    found = {}
+    for method in dict.fromkeys(row["method"] for row in table if row["method"] != "none"):
+        mine = [row for row in table if row["method"] == method]
+        each = [[row for row in mine if row["attack"] == attack] for attack in dict.fromkeys(r["attack"] for r in mine)]
+        holds = [
+            np.mean([max(row["asr"], row["asr_after_tuning"]) for row in rows]) < 0.02
+            and np.mean([accuracy[row["attack"], row["seed"]] - row["accuracy"] for row in rows]) < 0.02
+            for rows in each
+        ]
+        found[method] = f"{sum(holds)} of {len(holds)}"
+    return found
 
 
 if __name__ == "__main__":

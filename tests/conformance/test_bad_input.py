@@ -779,7 +779,13 @@ CALLS = {
     ),
     "sanitize.repair.fine-pruning": (
         sanitize.repair,
-        lambda: {"model": Net(), "trusted": TensorDataset(X, Y), "layer": "head", "epochs": 1},
+        lambda: {
+            "model": Net(),
+            "trusted": TensorDataset(X, Y),
+            "method": "fine-pruning",
+            "layer": "head",
+            "epochs": 1,
+        },
     ),
     "sanitize.repair.abl": (
         lambda model, trusted, suspects: sanitize.repair(model, trusted, "abl", suspects=suspects, epochs=1),

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import importlib
+from typing import get_args
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ from aidefend.sanitize import RepairTest, repair, retest, reverse_trigger
 from aidefend.sanitize.repair import trigger_unlearning
 from aidefend.sanitize.repair.attention import attention
 from aidefend.sanitize.repair.pruning import activity, fine_pruned, fragility, lipschitz_pruned, without_fragile
+from aidefend.sanitize.repair.repair import RepairMethod
 from aidefend.sanitize.repair.trigger_search import Triggers, forms_for, search, start
 from aidefend.sanitize.repair.tuning import accuracy, trusted_rows, tuned, weighted_layers
 from aidefend.sanitize.repair.unlearning import unlearned
 
-METHODS = ("fine-tuning", "fine-pruning", "anp", "clp", "nad", "i-bau", "ft-sam", "abl", "trigger-unlearning")
+METHODS = get_args(RepairMethod)
 CLASSES = 5
 repair_door = importlib.import_module("aidefend.sanitize.repair.repair")
 
@@ -119,6 +121,7 @@ def test_every_method_leaves_the_model_and_its_accuracy(world, method, short):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.global_random("fresh weights are drawn from a seed of their own")
 def test_a_seed_gives_one_result(world, method, short):
     first, second = (
         repair(world.model, world.trusted, method, epochs=1, seed=5, **settings(world, method)) for _ in range(2)
@@ -360,7 +363,9 @@ def test_bad_arguments_are_named(world):
     with pytest.raises(ConfigurationError, match="one row of class 1"):
         repair(world.model, (x[[0, 5, 1]], y[[0, 5, 1]]))
     with pytest.raises(ConfigurationError, match="layer"):
-        repair(world.model, world.trusted, layer="2")
+        repair(world.model, world.trusted, "fine-pruning", layer="2")
+    with pytest.raises(ConfigurationError, match="fine-pruning"):
+        repair(world.model, world.trusted, layer="3")
     with pytest.raises(ConfigurationError, match="trusted"):
         repair(world.model, (torch.where(x == x[0, 0, 0, 0], torch.nan, x), y))
     with pytest.raises(IncompatibleModel):
