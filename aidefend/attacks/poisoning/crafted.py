@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from aidefend._core.batches import as_dataset, gather
-from aidefend._core.checks import check_kind, check_labels, check_tensor, expected, refuse
+from aidefend._core.checks import check_int, check_kind, check_labels, check_number, check_tensor, expected, refuse
 from aidefend._core.errors import AidefendError, IncompatibleModel
 from aidefend._core.modules import Model, freeze, preserve
 from aidefend._core.threat import Threat
@@ -64,6 +64,14 @@ def check_victims(victims: Any, threat: Threat) -> Tensor:
     if victims.ndim < 2 or not len(victims):
         raise refuse("victims of shape (V >= 1, ...)", "victims", victims, "Pass at least one input, as a batch")
     return threat.check(victims, "victims")
+
+
+def check_crafted(victims: Any, threat: Any, target: Any, rate: Any, steps: Any) -> None:
+    """What attacks on single victims ask of their fields."""
+    check_victims(victims, check_threat(threat))
+    check_int(target, "target", 0)
+    check_number(rate, "rate", 0, 1, open_low=True, open_high=True)
+    check_int(steps, "steps")
 
 
 @contextmanager

@@ -32,12 +32,27 @@ TACTICS: tuple[Mapping[str, Any], ...] = (
 
 
 class Trial(NamedTuple):
-    """One disguise that was tried: the fields it changed, the detector's AUC on its poison, its success, its rows."""
+    """One disguise that was tried: the fields it changed, the detector's AUC on its poison, its success, its rows.
+
+    Args:
+        changes: Fields of the plain attack that it changed.
+        suspicion: The detector's area under the ROC curve on its poison, in [0, 1].
+        success: Share in [0, 1] of rows of other classes that the trigger sends to the target in the surrogate.
+        poisoned: The data set.
+        without: The same share, of the same rows, in a surrogate that was trained on the clean data: what the trigger
+            does by itself. `gained` is what the poison brought about.
+    """
 
     changes: Mapping[str, Any]
     suspicion: float
     success: float
     poisoned: Poisoned
+    without: float = 0.0
+
+    @property
+    def gained(self) -> float:
+        """Success beyond that of the trigger alone, in [-1, 1]."""
+        return self.success - self.without
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,7 +61,8 @@ class Evading:
 
     In each round every tactic is tried on the best disguise so far: the data are poisoned, a surrogate is trained, the
     detector scores all rows, and its area under the ROC curve on the poison is what is lowered. A tactic is accepted if
-    it lowers it and the success of the trigger stays at `floor` or above. With `push` the best disguise's pixels then
+    it lowers it and the success of the trigger, less what the trigger does to a surrogate of the clean data,
+    stays at `floor` or above. With `push` the best disguise's pixels then
     take gradient steps against `penalty`, in as many rounds of steps and training, accepted by the same rule.
 
     Guarantee: none, it is an attack; its choice is made on its own surrogates, never on the defender's model. Exactly
@@ -55,8 +71,8 @@ class Evading:
         attack: The plain attack, a `Disguised` with its trigger, target and rate.
         score: What is evaded: (x (N, ...), y (N,), model) -> (N,), up = suspicious, NaN = no opinion.
         train: (x, y) -> model from x to logits: the attacker's training, seeded by you.
-        floor: Least success of the trigger on the surrogate, in [0, 1]; it is measured on up to 500 rows of other
-            classes that the attack left alone.
+        floor: Least success of the trigger on the surrogate beyond its success on one of the clean data, in [0, 1]; it
+            is measured on up to 500 rows of other classes that the attack left alone.
         tactics: What may change: mappings from fields of `Disguised` to values; None: `TACTICS`.
         rounds: Rounds of the search, and of pushing, >= 1.
         push: How far gradient steps may move a poisoned row after the disguise; None: no steps.
@@ -64,7 +80,7 @@ class Evading:
         steps: Gradient steps a round of pushing, >= 1.
     Raises: ConfigurationError: arguments out of range, a score or a model of the wrong shape, unknown fields in
         `tactics`.
-    Cost: At most 1 + rounds * len(tactics) + rounds trainings and scores, and rounds * steps passes of the poison.
+    Cost: At most 2 + rounds * len(tactics) + rounds trainings, one score less, and rounds * steps passes of the poison.
     Source: the procedure of Tramer, Carlini, Brendel, Madry 2020 (evaluate against an attack that knows the defense),
         for training data.
 
@@ -120,54 +136,64 @@ class Evading:
 
     def search(self, dataset: Any, seed: int = 0) -> list[Trial]:
         """The plain attack, then every accepted trial: suspicion falls from one to the next."""
-        accepted = [self._tried(dataset, {}, seed)]
+        clean = self._trained(*_in_memory(dataset, self.attack))
+        accepted = [self._tried(dataset, {}, seed, clean)]
         for _ in range(self.rounds):
             last = accepted[-1][0]
-            tries = [self._tried(dataset, {**last.changes, **tactic}, seed) for tactic in self._tactics]
+            tries = [self._tried(dataset, {**last.changes, **tactic}, seed, clean) for tactic in self._tactics]
             better = [tried for tried in tries if self._improves(tried[0], last)]
             if not better:
                 break
             accepted.append(min(better, key=lambda tried: tried[0].suspicion))
         trials = [trial for trial, _ in accepted]
-        return trials if self.push is None else self._pushed(dataset, trials, accepted[-1][1])
+        return trials if self.push is None else self._pushed(dataset, trials, accepted[-1][1], clean)
 
     def _improves(self, trial: Trial, last: Trial) -> bool:
-        return trial.success >= self.floor and trial.suspicion < last.suspicion
+        return trial.gained >= self.floor and trial.suspicion < last.suspicion
 
-    def _tried(self, dataset: Any, changes: Mapping[str, Any], seed: int) -> tuple[Trial, Model]:
+    def _trained(self, x: Tensor, y: Tensor) -> Model:
+        return check_callable(self.train(x, y), "train(x, y)", "Return a model from x to logits")
+
+    def _tried(self, dataset: Any, changes: Mapping[str, Any], seed: int, clean: Model) -> tuple[Trial, Model]:
         poisoned = dataclasses.replace(self.attack, **changes).poison(dataset, seed)
-        return self._judged(poisoned, changes)
+        return self._judged(poisoned, changes, clean)
 
-    def _judged(self, poisoned: Poisoned, changes: Mapping[str, Any]) -> tuple[Trial, Model]:
+    def _judged(self, poisoned: Poisoned, changes: Mapping[str, Any], clean: Model) -> tuple[Trial, Model]:
         """Train on the poisoned data, ask the detector, try the trigger."""
-        x, y = _rows_of(poisoned, self.attack)
-        model = check_callable(self.train(x, y), "train(x, y)", "Return a model from x to logits")
+        x, y = _in_memory(poisoned.dataset, self.attack)
+        model = self._trained(x, y)
         scores = self.score(x, y, model)
         if not isinstance(scores, Tensor) or scores.shape != (len(x),):
             raise refuse(f"score(x, y, model) of shape ({len(x)},)", "score", scores, "Return one number for each row")
         suspicion = _area(scores.detach().double().cpu(), poisoned.is_poison)
-        return Trial(changes, suspicion, self._success(model, x, y, poisoned), poisoned), model
+        marked = self._marked(x, y, poisoned)
+        success, without = (self._success(net, marked) for net in (model, clean))
+        return Trial(changes, suspicion, success, poisoned, without), model
 
-    def _success(self, model: Model, x: Tensor, y: Tensor, poisoned: Poisoned) -> float:
-        """Share of rows of other classes, untouched by the attack, that the trigger turns."""
+    def _marked(self, x: Tensor, y: Tensor, poisoned: Poisoned) -> Tensor:
+        """Rows of other classes, untouched by the attack, with the trigger of the test."""
         left = (y != self.attack.target) & ~poisoned.is_poison
         if poisoned.is_cover is not None:
             left = left & ~poisoned.is_cover
         if self.attack.source_class is not None:
             left = left & (y == self.attack.source_class)
         rows = left.nonzero().flatten()[:_TRIALS]
-        if not len(rows):
+        with torch.no_grad():
+            return poisoned.trigger(x[rows]) if len(rows) else x[:0]
+
+    def _success(self, model: Model, marked: Tensor) -> float:
+        """Share of the rows that the model puts into the target class."""
+        if not len(marked):
             return 0.0
         with preserve(model), torch.no_grad():
-            marked = poisoned.trigger(x[rows])
             answers = in_batches(lambda part: called(model, part, "train(x, y)").argmax(dim=1), marked, 512)
         return float((answers.cpu() == self.attack.target).double().mean())
 
-    def _pushed(self, dataset: Any, accepted: list[Trial], model: Model) -> list[Trial]:
+    def _pushed(self, dataset: Any, accepted: list[Trial], model: Model, clean_model: Model) -> list[Trial]:
         """Rounds of gradient steps on the pixels of the best disguise, each on a model trained on the last one."""
         last = accepted[-1]
         base, clean, labels = read_rows(dataset, Threat("linf", 0.0, bounds=self.attack.bounds))
-        x, y = _rows_of(last.poisoned, self.attack)
+        x, y = _in_memory(last.poisoned.dataset, self.attack)
         origin, point, poison = x[last.poisoned.is_poison], x[last.poisoned.is_poison], last.poisoned.is_poison
         for _ in range(self.rounds if len(origin) else 0):
             ours = clean[(labels == self.attack.target) & ~poison]
@@ -177,7 +203,7 @@ class Evading:
             rows = changed.nonzero().flatten()
             held = plant_inputs(base, len(y), rows, x[rows], y[rows], self.attack.target, last.poisoned.stamp)
             held = dataclasses.replace(held, is_poison=poison, is_cover=last.poisoned.is_cover)
-            trial, model = self._judged(held, {**last.changes, "push": self.push})
+            trial, model = self._judged(held, {**last.changes, "push": self.push}, clean_model)
             if self._improves(trial, accepted[-1]):
                 accepted.append(trial)
         return accepted
@@ -187,10 +213,10 @@ class Evading:
         return check_threat(self.push)
 
 
-def _rows_of(poisoned: Poisoned, attack: Disguised) -> tuple[Tensor, Tensor]:
-    """Inputs and labels of the poisoned data, in memory."""
+def _in_memory(dataset: Any, attack: Disguised) -> tuple[Tensor, Tensor]:
+    """Inputs and labels of a data set."""
     low, high = attack.bounds
-    _, x, y = read_rows(poisoned.dataset, Threat("linf", 0.0, bounds=(low, high)))
+    _, x, y = read_rows(dataset, Threat("linf", 0.0, bounds=(low, high)))
     return x.clone(), y
 
 

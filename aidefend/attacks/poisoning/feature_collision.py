@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aidefend._core.checks import check_callable, check_flag, check_int, check_number
+from aidefend._core.checks import check_callable, check_flag
 from aidefend._core.threat import Threat
 from aidefend.attacks.poisoning.crafted import (
     called,
-    check_threat,
-    check_victims,
+    check_crafted,
     plant_inputs,
     read_rows,
     slope,
@@ -69,13 +68,9 @@ class FeatureCollision:
 
     def __post_init__(self) -> None:
         check_callable(self.features, "features", "Pass a module or function from x to features")
-        check_threat(self.threat)
-        check_victims(self.victims, self.threat)
-        check_int(self.target, "target", 0)
-        check_number(self.rate, "rate", 0, 1, open_low=True, open_high=True)
+        check_crafted(self.victims, self.threat, self.target, self.rate, self.steps)
         check_flag(self.together, "together")
         check_flag(self.nearest, "nearest")
-        check_int(self.steps, "steps")
 
     def poison(self, dataset: Any, seed: int = 0) -> Poisoned:
         """The data set with poison in it, and its ground truth. There is no trigger: judge `victims`."""

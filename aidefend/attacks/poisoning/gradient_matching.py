@@ -13,15 +13,13 @@ from aidefend._core.checks import (
     check_kind,
     check_logits,
     check_not_empty,
-    check_number,
     refuse,
 )
 from aidefend._core.random import derive_seed
 from aidefend._core.threat import Threat
 from aidefend.attacks.poisoning.crafted import (
     called,
-    check_threat,
-    check_victims,
+    check_crafted,
     plant_inputs,
     read_rows,
     slope,
@@ -78,11 +76,7 @@ class GradientMatching:
 
     def __post_init__(self) -> None:
         check_kind(self.surrogate, torch.nn.Module, "surrogate", "Pass a module from x to logits")
-        check_threat(self.threat)
-        check_victims(self.victims, self.threat)
-        check_int(self.target, "target", 0)
-        check_number(self.rate, "rate", 0, 1, open_low=True, open_high=True)
-        check_int(self.steps, "steps")
+        check_crafted(self.victims, self.threat, self.target, self.rate, self.steps)
         check_int(self.restarts, "restarts")
         check_flag(self.largest, "largest")
 

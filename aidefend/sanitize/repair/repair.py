@@ -46,8 +46,9 @@ def repair(
     with the best accuracy. Nothing about a trigger is asked or used.
 
     Guarantee: none about a trigger. Where the trusted rows suffice for it, "relearning" returns a copy that depends on
-        the architecture, the buffers, the trusted rows and the seed alone, so on no weight that an attacker trained;
-        a repair that lowers the success of one trigger may hide it and not remove it: judge it with
+        the architecture, the buffers, the trusted rows and the seed alone (and, in a random order, on entries of
+        parameters that no `reset_parameters` draws), so on nothing else that an attacker trained; any other
+        repair that lowers the success of one trigger may hide it and not remove it: judge it with
         `retest`, which trains on and names such repairs "superficial". `benchmarks/sanitize_repair.py` measures
         the methods on digits; what it was not run on is not known. Voided by trusted rows that carry the trigger.
     Args:

@@ -130,14 +130,25 @@ def corner(x, y, model):
     return x[:, 0, -3:-1, -3:-1].mean(dim=(1, 2))
 
 
+def poisoned(y):
+    """Whether class 1 has more than its share of `data`."""
+    return bool((y == 1).sum() > len(y) / 4)
+
+
 def always(x, y):
-    return Reads(0.9)
+    """Learns the trigger from any poison."""
+    return Reads(0.9 if poisoned(y) else 2.0)
 
 
 def only_if_taught(x, y):
     """Learns the trigger only from rows that show most of it."""
     taught = bool((x[y == 1][:, 0, -3:-1, -3:-1].amin(dim=(1, 2)) > 0.8).any())
-    return Reads(0.9 if taught else 2.0)
+    return Reads(0.9 if taught and poisoned(y) else 2.0)
+
+
+def gullible(x, y):
+    """Obeys the trigger without having learnt it."""
+    return Reads(0.9)
 
 
 FAINT = ({"opacity": (0.1, 0.1)}, {"opacity": (0.9, 0.9)})
@@ -159,6 +170,14 @@ def test_a_disguise_that_kills_the_trigger_is_not_taken():
 
     trials = Evading(Disguised(STAMP, 1, 0.1), full, only_if_taught, tactics=FAINT).search(data(), seed=0)
     assert dict(trials[-1].changes) == {"opacity": (0.9, 0.9)} and trials[-1].success == 1.0
+
+
+def test_what_the_trigger_does_to_a_clean_model_is_no_success_of_the_poison():
+    """Planted: a model that obeys whatever it was trained on. No disguise may count as alive."""
+    trials = Evading(Disguised(STAMP, 1, 0.1), corner, gullible, tactics=FAINT).search(data(), seed=0)
+    assert len(trials) == 1 and (trials[0].success, trials[0].without, trials[0].gained) == (1.0, 1.0, 0.0)
+    taught = Evading(Disguised(STAMP, 1, 0.1), corner, always, tactics=FAINT).search(data(), seed=0)
+    assert [(trial.success, trial.without, trial.gained) for trial in taught] == [(1.0, 0.0, 1.0)] * 2
 
 
 def test_where_nothing_helps_the_plain_attack_comes_back():
