@@ -128,7 +128,7 @@ def test_the_first_copy_knows_nothing_of_the_model(world):  # noqa: F811
 
 
 def test_the_backdoor_goes_and_stays_away(world):  # noqa: F811
-    repaired = repair(world.model, world.trusted)
+    repaired = repair(world.model, world.trusted, epochs=8)
     assert world.success(repaired) < 0.02
     assert accuracy(repaired, *world.test) > accuracy(world.model, *world.test) - 0.02
     assert retest(world.model, repaired, world.trusted, world.trigger, 0).verdict == "held"

@@ -46,11 +46,11 @@ def repair(
     with the best accuracy. Nothing about a trigger is asked or used.
 
     Guarantee: none about a trigger. Where the trusted rows suffice for it, "relearning" returns a copy that depends on
-        the architecture, the buffers, the trusted rows and the seed alone (and, in a random order, on entries of
-        parameters that no `reset_parameters` draws), so on nothing else that an attacker trained; any other
-        repair that lowers the success of one trigger may hide it and not remove it: judge it with
-        `retest`, which trains on and names such repairs "superficial". `benchmarks/sanitize_repair.py` measures
-        the methods on digits; what it was not run on is not known. Voided by trusted rows that carry the trigger.
+        architecture, buffers, trusted rows and seed alone (parameters that no `reset_parameters` draws keep their
+        entries, in a random order). Any other repair that lowers the success of one trigger may hide it and not remove
+        it: judge it with `retest`, which trains on and names such repairs "superficial".
+        `benchmarks/sanitize_repair.py` measures the methods on digits; what it was not run on is not known. Voided by
+        trusted rows that carry the trigger.
     Args:
         model: From x to logits (N, K); it stays as it is.
         trusted: Rows with right labels, at least two of each class; 1 to 5 % of the training data is usual.
