@@ -8,8 +8,9 @@ import torch
 from aidefend.sanitize.decide import decide
 from aidefend.sanitize.features import Features
 from aidefend.sanitize.findings import RowVerdicts, facts_of
-from aidefend.sanitize.groups import ClassSearch
-from aidefend.sanitize.own_marks import examine_mark, marked_groups
+from aidefend.sanitize.groups import ClassSearch, Group
+from aidefend.sanitize.own_marks import examine_mark, marked_groups, unlike_marked
+from aidefend.sanitize.trigger import Trigger
 from aidefend.sanitize.view import IndependentView
 from aidefend.sanitize.world import world_of
 
@@ -158,6 +159,30 @@ def test_without_a_gap_nothing_else_is_asked():
 def test_data_without_a_mark_loses_nothing(seed):
     x, labels, _ = pictures("nothing", seed)
     assert decide(world(x, labels, believes_mark), [contrast(x).double()], alpha=0.01).poison == ()
+
+
+def known_group(here, chosen, pattern):
+    """These rows of class 0 with a pattern that was not estimated."""
+    rows = (here.labels == 0).nonzero().flatten()
+    inside, none = chosen[rows], torch.zeros(0, dtype=torch.int64)
+    trigger = Trigger(pattern, pattern, pattern.abs() > 0.1)
+    return Group(0, rows, inside, inside.double(), inside & False, rows, trigger, none, rows[inside].float())
+
+
+@pytest.mark.parametrize(("style", "low", "high"), [("mark", 0.3, 0.6), ("negative", 0.75, 1.0)])
+def test_with_the_true_mark_on_the_rest_is_as_near_to_the_group_as_to_itself(style, low, high):
+    x, labels, chosen = pictures(style)
+    here = world(x, labels, believes_mark)
+    pattern = checks().unsqueeze(0) if style == "mark" else (x[chosen].mean(dim=0) - x[~chosen & (labels == 0)].mean(0))
+    unlike, p_value = unlike_marked(here, known_group(here, chosen, pattern), torch.Generator().manual_seed(0))
+    assert low < unlike <= high and (p_value < 1e-6) == (style == "mark")
+
+
+def test_without_the_mark_on_the_rest_stays_unlike():
+    x, labels, chosen = pictures()
+    here = world(x, labels, believes_mark)
+    nothing = torch.zeros(1, SIDE, SIDE)
+    assert unlike_marked(here, known_group(here, chosen, nothing), torch.Generator().manual_seed(0)) == (1.0, 1.0)
 
 
 def test_in_a_table_a_shared_value_is_an_ordinary_thing():
