@@ -7,7 +7,7 @@ user's model; an `Ensemble` of Energy, RelativeMahalanobis and NearestNeighbours
 settings (data, seed, alpha), at least 90 % should fall inside the 95 % range of the beta-binomial law. Beside it, two
 usual ways with the same scores and rows: refuse where any member does at alpha, and Bonferroni over the members'
 conformal p-values. "guard" is what a user gets: `Guard.calibrate` with its default detectors around the same model, and
-a specification inferred from the fitted rows; every refused row counts, whoever refused it. The first 500 test rows are
+a specification inferred from the fitted rows; every refused row counts, whoever refused it. The first 100 test rows are
 asked once more, each alone: none should be judged otherwise. Writes benchmarks/results/validate_fpr.json.
 """
 
@@ -70,7 +70,7 @@ def classifier(x: Tensor, y: Tensor, fit: Tensor, seed: int) -> nn.Sequential:
 
 
 def guarded(data: tuple[Tensor, Tensor], sizes: tuple[int, int, int], seed: int) -> list[dict[str, Any]]:
-    """Shares of clean test rows that a guard refuses, by alpha: rows in hundreds, and the first 500 one by one."""
+    """Shares of clean test rows that a guard refuses, by alpha: rows in hundreds, and the first 100 one by one."""
     x, y = data
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     fit, calibration, test = order[: sum(sizes)].split(sizes)
@@ -79,13 +79,13 @@ def guarded(data: tuple[Tensor, Tensor], sizes: tuple[int, int, int], seed: int)
         spec = InputSpec.infer(x[fit])
         with Guard.calibrate(model, x[calibration], spec, alpha=alpha, fit=x[fit], seed=seed) as guard:
             refused = torch.cat([~guard(part).accepted for part in x[test].split(100)])
-            alone = torch.cat([~guard(x[row : row + 1]).accepted for row in test[:500].tolist()])
+            alone = torch.cat([~guard(x[row : row + 1]).accepted for row in test[:100].tolist()])
             by_spec = int((~spec.check(x[test]).accepted).sum())
             _, low, high = guard.calibration.law.expected_share(len(test))
         share = float(refused.double().mean())
         entry = {"alpha": alpha, "seed": seed, "low": low, "high": high, "n": guard.facts.calibration_n}
         entry |= {"share": {"guard": share}, "inside": {"guard": bool(low <= share <= high)}}
-        found.append(entry | {"by_spec": by_spec, "changed_alone": int((alone != refused[:500]).sum())})
+        found.append(entry | {"by_spec": by_spec, "changed_alone": int((alone != refused[:100]).sum())})
     return found
 
 
@@ -144,7 +144,7 @@ def main() -> None:
     total = {way: statistics.fmean(one["inside"][way] for one in settings) for way in WAYS}
     print(f"inside the 95 % range, of {len(settings)} settings: {total}")
     total["guard"] = statistics.fmean(one["inside"]["guard"] for one in whole)
-    changed, asked = sum(one["changed_alone"] for one in whole), 500 * len(whole)
+    changed, asked = sum(one["changed_alone"] for one in whole), 100 * len(whole)
     print(f"guard inside: {total['guard']:.3f} of {len(whole)}; {changed} of {asked} rows judged otherwise when alone")
     assert min(total["calibrated"], total["guard"]) >= 0.9
     result = {"inside": total, "sizes": {name: list(sizes) for name, sizes in SIZES.items()}, "settings": settings}
