@@ -24,9 +24,11 @@ from aidefend.validate.spec_values import (
     finite_rows,
     flush_subnormals,
     has_subnormals,
+    highest_bits,
     knows_subnormals,
     limits_of,
     outside,
+    plainly_inside,
     row_extremes,
     subnormal_rows,
     survey,
@@ -157,7 +159,7 @@ class InputSpec:
             fault = kind_fault(x)
             if fault is not None or not isinstance(x, Tensor):
                 return refused_batch(fault or "input: not a plain tensor", count_rows(x))
-            plain = Tensor.detach(x)  # without the attributes that were set on x, which could stand for its methods
+            plain = Tensor.detach(x) if vars(x) else x  # attributes that were set on x could stand for its methods
             fault = self._fault(plain)
             return self._check_rows(plain) if fault is None else refused_batch(fault, count_rows(x))
         except Exception:  # a tensor whose own header or numbers cannot be read
@@ -190,6 +192,13 @@ class InputSpec:
         return flush_subnormals(x) if self._small(x.detach()) and self.denormals == "clip" else x
 
     @cached_property
+    def _highest(self) -> int | None:
+        """Of a range from 0 up: the bits of its upper limit, where bits are enough to compare."""
+        limits = self._limits
+        starts_at_zero = limits is not None and not isinstance(limits[1], list) and self.low == 0
+        return highest_bits(float(limits[1]), self.dtype) if starts_at_zero and limits is not None else None  # type: ignore[arg-type]  # no list, see above
+
+    @cached_property
     def _limits(self) -> Limits | None:
         """What numbers are compared with; None where every one is fine."""
         if self.dtype == torch.bool or (self.low is None and self.high is None):
@@ -197,12 +206,12 @@ class InputSpec:
         return limits_of(self.low, self.high, self.dtype, self.tolerance)
 
     def _check_rows(self, x: Tensor) -> SpecResult:
+        if self._highest is not None and plainly_inside(x, self._highest):
+            return _all_accepted(x)
         finite, inside, small = self._look(x)
         whole = inside or self.out_of_range == "clip"
         if finite and whole and (not small or self.denormals == "clip"):
-            n = x.shape[0]
-            accepted = torch.ones(n, dtype=torch.bool, device=x.device)
-            return SpecResult(None, accepted, ((),) * n, x if inside and not small else self.clip(x))
+            return _all_accepted(x if inside and not small else self.clip(x))
         return self._row_by_row(x)
 
     def _look(self, x: Tensor) -> tuple[bool, bool, bool]:
@@ -272,6 +281,11 @@ class InputSpec:
 
 
 _LARGEST = float(torch.finfo(torch.float64).max)
+
+
+def _all_accepted(x: Tensor) -> SpecResult:
+    n = x.shape[0]
+    return SpecResult(None, torch.ones(n, dtype=torch.bool, device=x.device), ((),) * n, x)
 
 
 def _reasons(rules: Reasons, marks: list[list[bool]]) -> tuple[Reasons, ...]:

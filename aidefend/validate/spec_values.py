@@ -31,6 +31,31 @@ def survey(x: Tensor, subnormal: bool) -> tuple[float, float, bool]:
     return low, high, subnormal and knows_subnormals(x.dtype) and _any_subnormal(numbers, x.dtype)
 
 
+def highest_bits(most: float, dtype: torch.dtype) -> int | None:
+    """The bits of the largest number of float32 or float64 up to `most` > 0; None for other dtypes."""
+    kinds = {torch.float32: np.float32, torch.float64: np.float64}
+    if dtype not in kinds or not 0 < most < math.inf:
+        return None
+    number = kinds[dtype](min(most, torch.finfo(dtype).max))
+    number = np.nextafter(number, kinds[dtype](0)) if float(number) > most else number
+    return int(number.view(_BITS[dtype][1]))
+
+
+def plainly_inside(x: Tensor, highest: int) -> bool:
+    """Whether all numbers of a small batch on the CPU are 0 or normal, and lie between 0 and that of `highest_bits`.
+
+    False may also mean: not looked at. Bits of positive numbers are in the order of the numbers; those of negative
+    ones, of infinity and NaN are higher than all of them. So two reductions tell what else takes five steps.
+    """
+    if not 0 < x.numel() <= _FEW or x.device.type != "cpu":
+        return False
+    _, unsigned, mantissa = _BITS[x.dtype]
+    bits = x.numpy().view(unsigned)
+    if np.maximum.reduce(bits, axis=None) > highest:
+        return False
+    return bool(np.minimum.reduce(bits - 1, axis=None) >= 2**mantissa - 1)  # zero becomes the largest of all
+
+
 def row_extremes(x: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest number by row and first dimension of a row: x (N, C, ...) to two (N, C), NaN kept."""
     inner = tuple(range(2, x.ndim))

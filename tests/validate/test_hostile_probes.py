@@ -1,5 +1,6 @@
 """Inputs that were made to break a specification: bombs in headers, shared memory, signalling NaN, endless blocks."""
 
+import math
 import struct
 import sys
 import time
@@ -59,6 +60,29 @@ def test_denormals_are_seen_where_the_processor_flushes_them(rows):
     finally:
         torch.set_flush_denormal(False)
     assert (~result.accepted).nonzero().flatten().tolist() == [1]
+
+
+@pytest.mark.parametrize(("dtype", "integer"), [(torch.float32, torch.int32), (torch.float64, torch.int64)])
+@pytest.mark.parametrize("high", [1.0, 0.1, 255.0, 1e-40, 1e300])
+def test_the_short_look_at_the_bits_decides_like_the_long_one(dtype, integer, high):
+    """Ordinary numbers, both zeros, the neighbours of the limit, denormals, infinity, NaN: one beside clean rows."""
+    spec = InputSpec((2,), dtype, 0.0, high, denormals="reject")
+    long = InputSpec((2,), dtype, (0.0, 0.0), (high, high), denormals="reject")  # by column: no short look
+    limit = torch.tensor(high, dtype=dtype)
+    edge = limit.view(integer)
+    near = torch.stack([edge - 1, edge, edge + 1, edge + 2**12]).view(dtype)
+    others = torch.tensor([0.0, -0.0, high / 2, high * (1 + 9e-7), -1e-7, -1.0, math.inf, -math.inf, math.nan]).to(
+        dtype
+    )
+    tiny = torch.tensor([1, 5, -(2**31) + 3 if dtype == torch.float32 else 3], dtype=integer).view(dtype)
+    smallest = torch.tensor([torch.finfo(dtype).tiny, -torch.finfo(dtype).tiny], dtype=dtype)
+    seen = set()
+    for value in torch.cat([near, others, tiny, smallest]):
+        x = torch.full((3, 2), min(0.5, high / 2) if high > 1e-30 else 0.0, dtype=dtype)
+        x[1, 0] = value
+        assert spec.check(x).reasons == long.check(x).reasons, value
+        seen.add(spec.check(x).reasons[1])
+    assert len(seen) >= 3 and () in seen
 
 
 class LiesAboutItsClass(Tensor):
