@@ -36,8 +36,8 @@ WIDTH, CLASSES = 16, 6
 ALLOWED = tuple(f"team-{i}" for i in range(8))
 POOR, STRANGER, ATTACKER = "team-poor", "stranger", "team-attacker"
 POOR_BUDGET = 50.0
-QUERY_ALPHA, LIFE, ACCOUNTS, DELAY = 0.005, 60.0, 340, (2.0, 10.0)
-SECONDS_A_CALL = 0.2  # of each thread: an account asks some 110 times in a life of the evidence
+QUERY_ALPHA, LIFE, SPAN, ACCOUNTS, DELAY = 0.01, 20.0, 100.0, 160, (2.0, 10.0)
+SECONDS_A_CALL = 0.2  # of each thread: an account asks some 180 times in a span
 KINDS = ("good", "good", "good", "good", "strange", "nan", "shape")
 
 
@@ -109,15 +109,19 @@ def attack(tag: float, stream: torch.Generator) -> Tensor:
 
 
 def benign_accounts() -> list[tuple[Tensor, Tensor, list[float]]]:
-    """Traffic of accounts like the ones that will ask, over one life of the evidence: slow and fast ones."""
+    """Traffic of accounts like the ones that will ask, slow and fast ones, over five lives of the evidence.
+
+    Evidence fades and is never reset: in its first life an account that asks steadily has gathered but 63 % of what it
+    will have from then on, so a shorter look would set the threshold too low for it.
+    """
     stream, model, accounts = torch.Generator().manual_seed(SEED + 1), Tagged().eval(), []
     for _ in range(ACCOUNTS):
         parts: list[Tensor] = []
-        for _ in range(20 + int(torch.randint(140, (1,), generator=stream))):
+        for _ in range(100 + int(torch.randint(160, (1,), generator=stream))):
             tag = int(torch.randint(2**20, (1,), generator=stream)) / 2**20
             parts.append(question(KINDS[int(torch.randint(5, (1,), generator=stream))], tag, stream))
         x = torch.cat(parts)
-        seconds = (LIFE * torch.rand(len(x), generator=stream)).sort().values.tolist()
+        seconds = (SPAN * torch.rand(len(x), generator=stream)).sort().values.tolist()
         with torch.no_grad():
             accounts.append((x, model(x), seconds))
     return accounts
@@ -187,18 +191,19 @@ def run(minutes: float, threads: int, folder: Path) -> dict[str, Any]:
 
 def standings(monitor: QueryMonitor, tally: Tally, seconds: float) -> dict[str, Any]:
     """What the query monitor holds against whom."""
-    lives = len(ALLOWED) * math.ceil(seconds / LIFE)
+    lives = len(ALLOWED) * math.ceil(seconds / SPAN)
     flagged = [name for name in ALLOWED if monitor.standing(name).flagged]
     health = monitor.health()
     found = {
         "query_alpha": QUERY_ALPHA,
-        "benign_account_lives": lives,
+        "benign_account_spans": lives,
         "benign_flagged": len(flagged),
         "benign_flagged_at_most": int(binom.ppf(0.999, lives, QUERY_ALPHA)),
         "attacker_calls_answered": tally.calls[ATTACKER] - tally.suspended[ATTACKER],
         "attacker_calls_suspended": tally.suspended[ATTACKER],
         "query_store": {name: getattr(health, name) for name in ("principals", "shared", "evicted", "evidence_lost")},
     }
+    print(found, flush=True)
     assert tally.suspended[ATTACKER], "the attacker was never suspended"
     assert not any(tally.suspended[name] for name in {*ALLOWED, POOR} - {*flagged, POOR}), "suspended without a flag"
     assert len(flagged) <= found["benign_flagged_at_most"], "benign accounts pay for what others asked"
