@@ -1,7 +1,7 @@
 """For each detector a poison that it sees, and the same attack disguised against it: it ranks lower and still works.
 
-The fast test takes the disguise that the search finds; the slow one searches, on surrogates of the attacker's own, and
-lets a defender with other first weights judge.
+One test takes the disguise that the search finds, for `FAST` detectors in the fast suite; the other, slow, searches on
+surrogates of the attacker's own and lets a defender with other first weights judge.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ DETECTORS = {  # by how much the area under the ROC curve has to fall, and the t
     "TrainingDynamics": (0.1, 1),
     "TriggerConsistency": (0.15, 0),
 }
+FAST = ("ActivationClustering", "Scan", "SpectralSignature")  # one score each of clusters, likelihood, spectrum
 SUCCESS = 0.5
 
 
@@ -63,7 +64,9 @@ def seen():
     return found, of
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in DETECTORS]
+)
 def test_the_disguise_lowers_the_score_and_the_backdoor_stays(name, seen):
     found, of = seen
     case, (fall, tactic) = found[name], DETECTORS[name]
