@@ -38,6 +38,7 @@ POOR, STRANGER, ATTACKER = "team-poor", "stranger", "team-attacker"
 POOR_BUDGET = 50.0
 QUERY_ALPHA, LIFE, SPAN, ACCOUNTS, DELAY = 0.01, 20.0, 100.0, 160, (2.0, 10.0)
 SECONDS_A_CALL = 0.2  # of each thread: an account asks some 180 times in a span
+_SCATTER = 0x9E3779B1  # odd: no tag comes twice; tags that crept up from 0 would be unlike the calibrated ones
 KINDS = ("good", "good", "good", "good", "strange", "nan", "shape")
 
 
@@ -135,7 +136,7 @@ def client(guard: Guard, number: int, threads: int, until: float, tally: Tally) 
         names = (*ALLOWED, POOR, STRANGER, ATTACKER)
         principal = names[int(torch.randint(len(names), (1,), generator=stream))]
         kind = KINDS[int(torch.randint(len(KINDS), (1,), generator=stream))]
-        tag = ((count * threads + number) % 2**20) / 2**20  # exact in float32
+        tag = ((count * threads + number) * _SCATTER % 2**20) / 2**20  # exact in float32, and all over (0, 1)
         x = attack(tag, stream) if principal == ATTACKER else question(kind, tag, stream)
         start = time.perf_counter()
         decision = guard(x, principal=principal)
