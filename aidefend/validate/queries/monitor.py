@@ -64,8 +64,9 @@ class QueryMonitor:
     to the next, answers that change among them, distances, classes, margins and inputs unlike the benign ones, and the
     volume. Their joint score is compared with a threshold that was read off benign accounts alone.
 
-    Guarantee: (1) A benign account whose queries over a life of the evidence (`ttl`) are exchangeable with the
-        calibrated ones is flagged at all with probability at most alpha. Drift, other traffic, and someone who asks
+    Guarantee: (1) A benign account is flagged within the time span of the calibrated streams with probability at most
+        alpha, if its stream is exchangeable with them. It says nothing of a longer time: who asks on has more chances,
+        and in the steady state more evidence (see `ttl` of `calibrate`). Drift, other traffic, and someone who asks
         near an account's own inputs void it. (2) No answer tells which query was flagged: at that call the client sees
         what it would have seen otherwise. An account is suspended a random time (`delay`) later. (3) Memory is bounded
         by the store; what it gives up early is counted in `health()`. (4) About attackers: none. One who asks slowly,
@@ -148,7 +149,9 @@ class QueryMonitor:
                 "calibration-conditional": at most alpha for this very one with confidence 1 - delta; needs
                 log(delta) / log(1 - alpha) + 20 accounts (319 at .01 and .05).
             delta: See `promise`, in (0, 1).
-            ttl: Life of the evidence in seconds, 1 or more; calibrate on accounts observed for about as long.
+            ttl: Life of the evidence in seconds, 1 or more: in this time it fades to 1 / e. Calibrate on accounts
+                observed for as long as the promise is to hold, about five `ttl` or more: one that asks steadily holds
+                in the end 1.6 times the evidence that its first `ttl` leaves.
             ring: Queries of an account that are kept, 8 to 4,096.
             seed: Splits the accounts: a third says what is usual, the others set the threshold.
             key: >= 16 secret bytes for the fingerprints; None takes 32 from the operating system.
