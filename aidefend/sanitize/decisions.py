@@ -1,7 +1,7 @@
 """What to do with each row, as one table: keep, quarantine, down-weight, or relabel. Nothing is done by itself."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -95,6 +95,12 @@ def action_of(kept: bool, weight: float, label: int) -> Action:
     if label >= 0:
         return "relabel"
     return "down-weight" if weight < 1 else "keep"
+
+
+def as_json(kept: bool, weight: float, label: int) -> dict[str, Any]:
+    """The decision on one row as JSON types: keep, action, weight, and the proposed label (null where none is)."""
+    action = action_of(kept, weight, label)
+    return {"keep": kept, "action": action, "weight": weight, "proposed_label": label if label >= 0 else None}
 
 
 def _in_words(action: Action, weight: float, label: int) -> str:

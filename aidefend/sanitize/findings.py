@@ -170,10 +170,7 @@ def _said(verdict: Verdict | WrittenVerdict) -> tuple[str, str]:
         return _said_of_pattern(facts)
     if facts["right_labels"]:
         return _said_of_mark(facts)
-    group = (
-        f"structured poison in class {label}: group of {facts['group']} of its {facts['rows']} rows "
-        f"(share {facts['poisoned_share']:.3f}, 95 % interval {facts['low']:.3f} to {facts['high']:.3f})"
-    )
+    group = f"structured poison in class {label}: group of {_size_of(facts)}"
     evidence = (
         f"evidence: {facts['foreign']:.2f} of the group fit another class and not {label}; it stands apart in the "
         f"features; its common pattern turns {facts['transfer']:.2f} of other rows into {label} "
@@ -182,12 +179,16 @@ def _said(verdict: Verdict | WrittenVerdict) -> tuple[str, str]:
     return group, evidence
 
 
-def _said_of_mark(facts: Mapping[str, Any]) -> tuple[str, str]:
-    label = facts["class"]
-    group = (
-        f"mark with right labels in class {label}: group of {facts['group']} of its {facts['rows']} rows "
+def _size_of(facts: Mapping[str, Any]) -> str:
+    return (
+        f"{facts['group']} of its {facts['rows']} rows "
         f"(share {facts['poisoned_share']:.3f}, 95 % interval {facts['low']:.3f} to {facts['high']:.3f})"
     )
+
+
+def _said_of_mark(facts: Mapping[str, Any]) -> tuple[str, str]:
+    label = facts["class"]
+    group = f"mark with right labels in class {label}: group of {_size_of(facts)}"
     evidence = (
         f"evidence: it stands apart in the features, by a constant mark: the rest of the class looks the same with it; "
         f"it turns {facts['transfer']:.2f} of rows of other classes into {label}, with its cells in another order "
@@ -198,10 +199,7 @@ def _said_of_mark(facts: Mapping[str, Any]) -> tuple[str, str]:
 
 def _said_of_pattern(facts: Mapping[str, Any]) -> tuple[str, str]:
     label = facts["class"]
-    group = (
-        f"written pattern in class {label}: {facts['pattern']} in {facts['group']} of its {facts['rows']} rows "
-        f"(share {facts['poisoned_share']:.3f}, 95 % interval {facts['low']:.3f} to {facts['high']:.3f})"
-    )
+    group = f"written pattern in class {label}: {facts['pattern']} in {_size_of(facts)}"
     evidence = (
         f"evidence: without it {facts['foreign']:.2f} of them fit another class and not {label} (of the rest of the "
         f"class {facts['rest_foreign']:.2f}); {facts['purity']:.2f} of all rows with it are labelled {label}; it turns "

@@ -16,7 +16,7 @@ from aidefend._core.modules import Model
 from aidefend._core.samples import LABEL_KEYS
 from aidefend.sanitize.features import Features, Layer, extract_features, predictor, read_samples
 from aidefend.sanitize.items import Items
-from aidefend.sanitize.mixed_table import MixedTable, encoded, numbers_of, on_columns, row_text
+from aidefend.sanitize.mixed_table import MixedTable, encoded, numbers_of, row_text
 from aidefend.sanitize.raw_table import RawTable, class_numbers, listed, raw_table, rows_of
 from aidefend.sanitize.table_items import Column, TableItems, plain_columns
 from aidefend.sanitize.text_encoder import TextEncoder
@@ -70,16 +70,15 @@ class Material:
         """A user's model of a table with categories behind its numbers, and its layer by the name that it then has."""
         if self.table is None or model is None:
             return model, layer
-        named = f"model.{layer}" if isinstance(layer, str) and isinstance(model, nn.Module) else layer
-        return on_columns(model, self.table.decoded), named
+        return behind_numbers(model, self.table.decoded), _layer_behind(model, layer)
 
     def features(self, model: Model, layer: Layer | None, own: bool) -> Features:
         """Features of all samples; a user's model of texts reads texts."""
         if self.texts is None or own or self.given:
             return dataclasses.replace(extract_features(self.samples, model, layer), texts=self.texts)
         handles = torch.arange(len(self.texts)).unsqueeze(1)
-        named = f"model.{layer}" if isinstance(layer, str) and isinstance(model, nn.Module) else layer
-        found = extract_features(self.samples._replace(x=handles), on_texts(model, self.texts), named)
+        asked = _on_texts(model, self.texts)
+        found = extract_features(self.samples._replace(x=handles), asked, _layer_behind(model, layer))
         return dataclasses.replace(found, x=self.samples.x, texts=self.texts)
 
     def items(self, found: Features, model: Model, own: bool, seed: int) -> Items | None:
@@ -104,27 +103,31 @@ class Material:
         encoder = self.encoder
         if encoder is not None and (own or self.given):
             return lambda texts: predictor(model)(_encoded(encoder, texts))
-        return lambda texts: predictor(on_texts(model, texts))(torch.arange(len(texts)).unsqueeze(1))
+        return lambda texts: predictor(_on_texts(model, texts))(torch.arange(len(texts)).unsqueeze(1))
 
 
-def on_texts(model: Model, texts: Sequence[str]) -> Model:
-    """The model behind numbers: row i of the input names text i."""
-
-    def named(handles: Tensor) -> list[str]:
-        return [texts[int(handle)] for handle in handles.flatten().tolist()]
-
-    if isinstance(model, nn.Module):
-        return _OnTexts(model, named)
-    return lambda handles: model(named(handles))
+def behind_numbers(model: Model, decoded: Callable[[Tensor], Any]) -> Model:
+    """A model that reads something else, asked with numbers: `decoded` makes of a batch of them what it reads."""
+    return _BehindNumbers(model, decoded) if isinstance(model, nn.Module) else lambda x: model(decoded(x))
 
 
-class _OnTexts(nn.Module):
-    def __init__(self, model: nn.Module, named: Callable[[Tensor], list[str]]) -> None:
+class _BehindNumbers(nn.Module):
+    def __init__(self, model: nn.Module, decoded: Callable[[Tensor], Any]) -> None:
         super().__init__()
-        self.model, self.named = model, named
+        self.model, self.decoded = model, decoded
 
-    def forward(self, handles: Tensor) -> Any:
-        return self.model(self.named(handles))
+    def forward(self, x: Tensor) -> Any:
+        return self.model(self.decoded(x))
+
+
+def _layer_behind(model: Model, layer: Layer | None) -> Layer | None:
+    """The layer of a model by the name that it has behind numbers."""
+    return f"model.{layer}" if isinstance(layer, str) and isinstance(model, nn.Module) else layer
+
+
+def _on_texts(model: Model, texts: Sequence[str]) -> Model:
+    """The model of texts behind numbers: row i of the input names text i."""
+    return behind_numbers(model, lambda handles: [texts[int(handle)] for handle in handles.flatten().tolist()])
 
 
 def read_material(dataset: Any, encoder: Encoder | None = None) -> Material:

@@ -5,15 +5,14 @@ import datetime
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aidefend._core.checks import check_same_rows, refuse
-from aidefend._core.modules import Model
 from aidefend._core.storage import canonical_json
 from aidefend.sanitize.raw_table import RawTable, listed, missing
 from aidefend.sanitize.table_items import FEWEST, Column
@@ -184,17 +183,3 @@ def _canonical(value: Any) -> Any:
     if isinstance(value, int | float | np.number):
         return str(int(value)) if math.isfinite(value) and int(value) == value else repr(float(value))
     return ["text", str(value)]
-
-
-def on_columns(model: Model, decoded: Callable[[Tensor], Any]) -> Model:
-    """The model behind numbers: it is asked with rows in the form of the table."""
-    return _OnColumns(model, decoded) if isinstance(model, nn.Module) else lambda x: model(decoded(x))
-
-
-class _OnColumns(nn.Module):
-    def __init__(self, model: nn.Module, decoded: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.model, self.decoded = model, decoded
-
-    def forward(self, x: Tensor) -> Any:
-        return self.model(self.decoded(x))

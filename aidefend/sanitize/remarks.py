@@ -51,10 +51,9 @@ def remarks_of(detector: Any, block: Mapping[str, Any], scores: Tensor) -> Remar
 def _wrong_labels(detector: ConfidentLearning, block: Mapping[str, Any], scores: Tensor) -> Remarks:
     if not detector.counts:
         return Remarks(torch.zeros(len(scores), dtype=torch.bool), (), ())
-    better, labels = detector.suggestions(block), block["labels"]
-    flagged = detector.issues(block) & (scores >= LIKELY) & (better != labels)
+    flagged, better = likely_wrong(detector, block, scores)
     words = (
-        f"wrong label: labelled {int(labels[row])}, proposed {int(better[row])} (score {float(scores[row]):.2f})"
+        words_of_wrong_label(int(block["labels"][row]), int(better[row]), float(scores[row]))
         for row in flagged.nonzero().flatten().tolist()
     )
     weights = (1 - scores[flagged]).clamp(0.0, 1.0).tolist()
@@ -75,7 +74,21 @@ def _copies(detector: NearDuplicates, block: Mapping[str, Any], scores: Tensor) 
 
 
 def _outliers(labels: Tensor, scores: Tensor) -> Remarks:
-    gaps = torch.zeros(len(scores), dtype=torch.float64)
+    gaps = robust_gaps(labels, scores)
+    flagged = gaps >= FAR
+    words = (words_of_outlier(int(labels[row]), float(gaps[row])) for row in flagged.nonzero().flatten().tolist())
+    return Remarks(flagged, tuple(words), tuple((FAR / gaps[flagged]).tolist()))
+
+
+def likely_wrong(detector: ConfidentLearning, block: Mapping[str, Any], scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) bool, rows whose label is likely to be wrong, and (N,) the labels that fit better."""
+    better = detector.suggestions(block)
+    return detector.issues(block) & (scores >= LIKELY) & (better != block["labels"]), better
+
+
+def robust_gaps(labels: Tensor, scores: Tensor) -> Tensor:
+    """(N,) robust deviations beyond the median of the class, in the dtype of the scores; 0 where a score is NaN."""
+    gaps = torch.zeros_like(scores)
     for label in labels.unique().tolist():
         mine = (labels == label) & ~scores.isnan()
         if bool(mine.any()):
@@ -83,9 +96,14 @@ def _outliers(labels: Tensor, scores: Tensor) -> Remarks:
             spread = 1.4826 * (scores[mine] - middle).abs().median()
             if float(spread) > 0:
                 gaps[mine] = (scores[mine] - middle) / spread
-    flagged = gaps >= FAR
-    words = (
-        f"outlier: {float(gaps[row]):.1f} robust deviations beyond the usual distance in class {int(labels[row])}"
-        for row in flagged.nonzero().flatten().tolist()
-    )
-    return Remarks(flagged, tuple(words), tuple((FAR / gaps[flagged]).tolist()))
+    return gaps
+
+
+def words_of_wrong_label(label: int, better: int, score: float) -> str:
+    """The remark on a row that is likely to have a wrong label."""
+    return f"wrong label: labelled {label}, proposed {better} (score {score:.2f})"
+
+
+def words_of_outlier(label: int, gap: float) -> str:
+    """The remark on an outlier of a class."""
+    return f"outlier: {gap:.1f} robust deviations beyond the usual distance in class {label}"

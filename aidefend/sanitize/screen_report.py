@@ -14,7 +14,7 @@ from torch.utils.data import Subset
 from aidefend._core.checks import check_callable, check_items, check_kind, check_number, check_same_rows, refuse
 from aidefend._core.report import Report
 from aidefend._core.storage import atomic_path, canonical_json, plain
-from aidefend.sanitize.decisions import PROPOSED, WEIGHT, Decisions, decisions_of
+from aidefend.sanitize.decisions import PROPOSED, WEIGHT, Decisions, as_json, decisions_of
 from aidefend.sanitize.gallery import page
 from aidefend.sanitize.kept_sampler import KeptSampler
 from aidefend.sanitize.material import text_rows, with_class_numbers
@@ -86,9 +86,8 @@ class ScreenReport(Report):
         p_values = {name: plain(values) for name, values in self.p_values.items()}
         with atomic_path(path) as temporary, temporary.open("w", encoding="ascii") as file:
             for row, row_id in enumerate(self.ids):
-                line = {"id": row_id, "row": row, "keep": bool(self.keep[row]), "reasons": list(self.reasons[row])}
-                label = proposed[row] if proposed[row] >= 0 else None
-                line |= {"action": table.actions[row], "weight": weights[row], "proposed_label": label}
+                line = {"id": row_id, "row": row, "reasons": list(self.reasons[row])}
+                line |= as_json(bool(self.keep[row]), weights[row], proposed[row])
                 line["scores"] = {name: values[row] for name, values in scores.items()}
                 line["p_values"] = {name: values[row] for name, values in p_values.items()}
                 file.write(canonical_json(line) + "\n")

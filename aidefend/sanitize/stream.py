@@ -16,7 +16,7 @@ from aidefend._core.random import derive_seed, make_generator
 from aidefend._core.stats import wilson
 from aidefend._core.storage import atomic_path, canonical_json
 from aidefend.sanitize.choose import Detector, named_detectors
-from aidefend.sanitize.decisions import PROPOSED, WEIGHT, action_of
+from aidefend.sanitize.decisions import PROPOSED, WEIGHT, as_json
 from aidefend.sanitize.feature_store import FeatureStore
 from aidefend.sanitize.features import Features, Layer
 from aidefend.sanitize.findings import SCORE, THREAT
@@ -95,11 +95,8 @@ class StreamReport:
             row = 0
             for block in self.rows():
                 for place, row_id in enumerate(block["ids"]):
-                    line = {"id": row_id, "row": row, "keep": bool(block["keep"][place])}
-                    kept, weight = bool(block["keep"][place]), float(block["weights"][place])
-                    label = int(block["proposed_labels"][place])
-                    line |= {"action": action_of(kept, weight, label), "weight": weight}
-                    line |= {"proposed_label": label if label >= 0 else None}
+                    decision = (bool(block["keep"][place]), float(block["weights"][place]))
+                    line = {"id": row_id, "row": row} | as_json(*decision, int(block["proposed_labels"][place]))
                     line |= {"scores": {SCORE: float(block["scores"][place])}, "reasons": block["reasons"][place]}
                     file.write(canonical_json(line) + "\n")
                     row += 1

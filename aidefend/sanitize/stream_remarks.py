@@ -11,12 +11,13 @@ from torch import Tensor
 from aidefend._core.batches import input_id
 from aidefend._core.random import derive_seed, make_generator
 from aidefend.sanitize.confident_learning import ConfidentLearning
+from aidefend.sanitize.decisions import WEAK
 from aidefend.sanitize.feature_store import FeatureStore
 from aidefend.sanitize.id_keys import id_keys
 from aidefend.sanitize.moments import ClassMoments, merged, moments_of
 from aidefend.sanitize.out_of_fold import FOLDS, FoldedHeads, fold_of
 from aidefend.sanitize.outliers import Outliers
-from aidefend.sanitize.remarks import FAR, LIKELY
+from aidefend.sanitize.remarks import FAR, likely_wrong, robust_gaps, words_of_outlier, words_of_wrong_label
 from aidefend.sanitize.source_evidence import SourceEvidence
 
 _WIDEST = 64  # features; wider ones are projected, so that sums over a class stay small
@@ -51,22 +52,20 @@ class StreamRemarks:
         found = torch.ones(len(self.wrong))
         found = torch.where(self.proposed >= 0, (1 - self.wrong).clamp(0.0, 1.0), found)
         found = torch.minimum(found, torch.where(self.copies > 1, 1 / self.copies.clamp(min=1), 1.0))
-        found = torch.minimum(found, torch.where(self.contradicted, 0.5, 1.0))
+        found = torch.minimum(found, torch.where(self.contradicted, WEAK, 1.0))
         return torch.minimum(found, torch.where(self.gaps >= FAR, FAR / self.gaps.clamp(min=FAR), 1.0))
 
     def words(self, row: int, label: int) -> list[str]:
         """What is said of one row that is kept."""
         said = []
         if int(self.proposed[row]) >= 0:
-            score = float(self.wrong[row])
-            said.append(f"wrong label: labelled {label}, proposed {int(self.proposed[row])} (score {score:.2f})")
+            said.append(words_of_wrong_label(label, int(self.proposed[row]), float(self.wrong[row])))
         if int(self.copies[row]):
             said.append(f"copy of row {int(self.first[row])} (one of {int(self.copies[row])} with equal input)")
         if bool(self.contradicted[row]):
             said.append("a row with equal input has another label")
         if float(self.gaps[row]) >= FAR:
-            gap = float(self.gaps[row])
-            said.append(f"outlier: {gap:.1f} robust deviations beyond the usual distance in class {label}")
+            said.append(words_of_outlier(label, float(self.gaps[row])))
         return [f"kept: {words}" for words in said]
 
     def counts(self, keep: Tensor) -> dict[str, int]:
@@ -152,8 +151,8 @@ def _wrong_labels(blocks: _Projected, folds: Sequence[ClassMoments], seed: int) 
         detector.partial_fit(unseen(block))
     for block in blocks if detector.counts else ():
         whole = unseen(block)
-        score, better = detector.score(whole), detector.suggestions(whole)
-        flagged = detector.issues(whole) & (score >= LIKELY) & (better != block["labels"])
+        score = detector.score(whole)
+        flagged, better = likely_wrong(detector, whole, score)
         scores[block["rows"]] = score.float()
         proposed[block["rows"][flagged]] = better[flagged].int()
     return scores, proposed
@@ -164,14 +163,7 @@ def _gaps(blocks: _Projected, detector: Outliers) -> Tensor:
     scores, labels = torch.full((blocks.n,), torch.nan), torch.full((blocks.n,), -1, dtype=torch.int32)
     for block in blocks:
         scores[block["rows"]], labels[block["rows"]] = detector.score(block).float(), block["labels"].int()
-    gaps = torch.zeros(blocks.n)
-    for label in labels[labels >= 0].unique().tolist():
-        mine = (labels == label) & ~scores.isnan()
-        middle = scores[mine].median()
-        spread = 1.4826 * (scores[mine] - middle).abs().median()
-        if float(spread) > 0:
-            gaps[mine] = (scores[mine] - middle) / spread
-    return gaps
+    return robust_gaps(labels, scores)
 
 
 def _copies(store: FeatureStore, at_once: int = _KEYS_AT_ONCE) -> tuple[Tensor, Tensor, Tensor]:

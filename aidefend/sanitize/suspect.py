@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from aidefend._core.random import derive_seed, make_generator
+from aidefend.sanitize.bend import Bend
 
 _LARGEST = 4096
 
@@ -44,7 +45,6 @@ def compact(x: Tensor) -> Tensor:
 
 _BATCH = 64
 _STEPS = 500
-_SMALLEST_PICTURE = 8
 
 
 def train_suspect(x: Tensor, labels: Tensor, seed: int = 0, epochs: int | None = None) -> nn.Sequential:
@@ -78,7 +78,7 @@ def train_suspect(x: Tensor, labels: Tensor, seed: int = 0, epochs: int | None =
 
 def _picture(x: Tensor, size: int) -> tuple[int, int, int] | None:
     """Channels, height and width of the rows of `Scaled`, None where they are no pictures."""
-    if x.ndim != 4 or min(x.shape[-2:]) < _SMALLEST_PICTURE:
+    if not Bend.possible(x):
         return None
     channels, height, width = x.shape[1:]
     if size < channels * height * width:  # averaged to squares by `compact`

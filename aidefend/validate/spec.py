@@ -195,8 +195,9 @@ class InputSpec:
     def _highest(self) -> int | None:
         """Of a range from 0 up: the bits of its upper limit, where bits are enough to compare."""
         limits = self._limits
-        starts_at_zero = limits is not None and not isinstance(limits[1], list) and self.low == 0
-        return highest_bits(float(limits[1]), self.dtype) if starts_at_zero and limits is not None else None  # type: ignore[arg-type]  # no list, see above
+        if limits is None or self.low != 0 or isinstance(limits[1], list):
+            return None
+        return highest_bits(float(limits[1]), self.dtype)
 
     @cached_property
     def _limits(self) -> Limits | None:

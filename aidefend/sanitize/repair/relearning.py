@@ -61,18 +61,16 @@ def renewed(model: nn.Module, names: list[str] | None, seed: int) -> nn.Module:
     order, which keeps their distribution and nothing else. Buffers stay, but for those that `reset_parameters` resets.
     """
     twin = copied(model)
-    chosen = twin.modules() if names is None else (twin.get_submodule(name) for name in names)
+    modules = list(twin.modules()) if names is None else [twin.get_submodule(name) for name in names]
     stream = make_generator(seed=derive_seed(seed, "order"))
     with own_stream(seed), torch.no_grad():
-        before = {parameter: parameter.clone() for parameter in twin.parameters()}
-        for module in list(chosen):
+        before = {parameter: parameter.clone() for module in modules for parameter in module.parameters(recurse=False)}
+        for module in modules:
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
-            for parameter in module.parameters(recurse=False) if names is not None else ():
-                _shuffle_if_same(parameter, before[parameter], stream)
-        for parameter in twin.parameters() if names is None else ():
-            _shuffle_if_same(parameter, before[parameter], stream)
+        for parameter, old in before.items():
+            _shuffle_if_same(parameter, old, stream)
     return twin
 
 
