@@ -26,7 +26,7 @@ from aidefend.validate.calibration import JointCalibration, share_rows
 from aidefend.validate.conformal_law import MODES
 from aidefend.validate.conformal_law import Mode as Promise
 from aidefend.validate.detector import Detector, FittedDetector, Rows, score_columns, unique_names
-from aidefend.validate.ensemble import Ensemble
+from aidefend.validate.ensemble import Ensemble, fit_detector
 from aidefend.validate.features import PassCapture, healthy_rows
 from aidefend.validate.model_identity import identify, plain_modules, served, unwrapped
 from aidefend.validate.spec import InputSpec
@@ -172,8 +172,8 @@ def needs_inputs(detectors: Iterable[Any]) -> bool:
 
 
 def _fitted(detector: Detector, rows: CleanRows, model: Model) -> FittedDetector:
-    given = (rows.features, rows.for_detectors, rows.labels if rows.task == "classification" else None)
-    return detector.fit(*given, x=rows.x, model=model) if isinstance(detector, Ensemble) else detector.fit(*given)
+    labels = rows.labels if rows.task == "classification" else None
+    return fit_detector(detector, Rows(rows.features, rows.for_detectors, rows.x, model), labels)
 
 
 def predicted_classes(rows: CleanRows) -> Tensor | None:

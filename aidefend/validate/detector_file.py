@@ -14,10 +14,9 @@ from aidefend._core.errors import AidefendError
 from aidefend._core.storage import atomic_path, canonical_json, unique_fields
 from aidefend.validate.autoencoders import Autoencoders
 from aidefend.validate.detector import FittedDetector, FittedInputDetector
-from aidefend.validate.ensemble import FittedEnsemble
-from aidefend.validate.stored import SINGLE, describe_detector, detector_arrays, rebuild_detector
+from aidefend.validate.ensemble import KINDS
+from aidefend.validate.stored import describe_detector, detector_arrays, rebuild_detector
 
-KINDS: dict[str, type[Any]] = SINGLE | {"FittedEnsemble": FittedEnsemble}
 _SCHEMA = "aidefend.detector/1"
 
 
@@ -26,7 +25,7 @@ def save_detector(detector: FittedDetector | FittedInputDetector, path: str | os
 
     The file holds what was learned from clean rows: `NearestNeighbours` and `LocalDimension` keep their features.
     Args:
-        detector: What `fit` returned; its members, if it has any, are no ensembles themselves.
+        detector: What `fit` returned.
         path: Of the file, in an existing folder.
     Raises: ConfigurationError: a detector of another kind; `Reconstruction` around a callable that is no module.
     Example:

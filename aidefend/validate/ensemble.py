@@ -24,7 +24,7 @@ from aidefend.validate.local_dimension import LocalDimension
 from aidefend.validate.logit_scores import Energy
 from aidefend.validate.mahalanobis import Mahalanobis, RelativeMahalanobis
 from aidefend.validate.nearest_neighbours import NearestNeighbours
-from aidefend.validate.stored import describe_detector, detector_arrays, rebuild_detector, with_prefix
+from aidefend.validate.stored import SINGLE, describe_detector, detector_arrays, rebuild_detector, with_prefix
 from aidefend.validate.tail_surprise import Tails
 
 Method = Literal["geometric", "harmonic", "bonferroni"]
@@ -46,8 +46,8 @@ class Ensemble:
         and the rate of the joint decision is exact whatever the dependence of the members. `p_values` of the fitted
         ensemble holds under every dependence too, for rows exchangeable with the rows held back, but is loose.
     Args:
-        detectors: Two or more configurations. The default looks at the logits, at the features in all directions and in
-            those that tell classes apart, and at the neighbourhood: no shift is seen by all of them.
+        detectors: Two or more configurations, ensembles too. The default looks at the logits, at the features in all
+            directions and in those that tell classes apart, and at the neighbourhood: no shift is seen by all of them.
         method: "geometric", "harmonic" or "bonferroni"; how the members are joined.
         reference: Share of the rows that is held back, in (0, 1); at least 20 rows, at most 2,000.
         seed: Of the choice of these rows.
@@ -100,7 +100,8 @@ class Ensemble:
         def of(values: Tensor | None, index: Tensor) -> Tensor | None:
             return None if values is None else values[index.to(values.device)]
 
-        fitted = tuple(one.fit(features[part], of(logits, part), of(labels, part)) for one in self.detectors)
+        given = Rows(features[part.to(features.device)], of(logits, part), of(x, part), model)
+        fitted = tuple(fit_detector(one, given, of(labels, part)) for one in self.detectors)
         with torch.no_grad():
             rows = Rows(features[held.to(features.device)], of(logits, held), of(x, held), model)
             reference = score_columns(fitted, rows)
@@ -114,6 +115,13 @@ class Ensemble:
             raise refuse(rule, "features", f"{n} rows", "Fit on more rows")
         order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))
         return order[held:].sort().values, order[:held].sort().values
+
+
+def fit_detector(detector: Detector, rows: Rows, labels: Tensor | None) -> FittedDetector:
+    """Fit any detector on clean rows: gives each what it looks at."""
+    if isinstance(detector, Ensemble):
+        return detector.fit(rows.features, rows.logits, labels, x=rows.x, model=rows.model)
+    return detector.fit(rows.features, rows.logits, labels)
 
 
 class FittedEnsemble(nn.Module):
@@ -144,7 +152,7 @@ class FittedEnsemble(nn.Module):
     ) -> "FittedEnsemble":
         """The ensemble back from its `settings` and `arrays`."""
         parts = [
-            rebuild_detector(described, with_prefix(arrays, f"{i}/"), autoencoders=given)
+            rebuild_detector(described, with_prefix(arrays, f"{i}/"), KINDS, given)
             for i, described in enumerate(members)
         ]
         return cls(parts, reference, method)
@@ -193,7 +201,7 @@ class FittedEnsemble(nn.Module):
 
     def settings(self) -> Mapping[str, Any]:
         """Kinds and settings of the members, and the method."""
-        return {"members": [describe_detector(member) for member in self.members], "method": self.method}
+        return {"members": [describe_detector(member, KINDS) for member in self.members], "method": self.method}
 
     def arrays(self) -> Mapping[str, Tensor]:
         """The reference scores and what the members learned."""
@@ -201,3 +209,6 @@ class FittedEnsemble(nn.Module):
         for i, member in enumerate(self.members):
             found |= {f"{i}/{name}": array for name, array in detector_arrays(member).items()}
         return found
+
+
+KINDS: dict[str, type[Any]] = SINGLE | {"FittedEnsemble": FittedEnsemble}

@@ -19,7 +19,7 @@ from aidefend.validate.calibrating import Calibrated, Facts
 from aidefend.validate.calibration import JointCalibration
 from aidefend.validate.collaborators import Collaborators
 from aidefend.validate.detector import FittedDetector, unique_names
-from aidefend.validate.detector_file import KINDS
+from aidefend.validate.ensemble import KINDS
 from aidefend.validate.judging import Mode
 from aidefend.validate.keyed_noise import KeyedNoise
 from aidefend.validate.model_identity import check_identity

@@ -129,10 +129,23 @@ def test_too_few_rows_and_members_are_refused():
 def test_members_that_cannot_be_written_are_named(tmp_path):
     with pytest.raises(ConfigurationError, match=r"detectors of this package.*Column"):
         save_detector(joined(), tmp_path / "detector")
-    nested = Ensemble([Ensemble([Mahalanobis(), NearestNeighbours(k=2)]), Mahalanobis()]).fit(rows(200, 0))
-    with pytest.raises(ConfigurationError, match="FittedEnsemble"):
+    nested = Ensemble([Ensemble([Mahalanobis(), Column(0)]), Mahalanobis()]).fit(rows(200, 0))
+    with pytest.raises(ConfigurationError, match=r"detectors of this package.*Column"):
         save_detector(nested, tmp_path / "detector")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_ensemble_inside_an_ensemble_is_judged_as_any_detector():
+    """Two equal columns joined within count once beside a third, not twice."""
+    inner, outer, base = Ensemble([Column(0), Column(0, 7.0)]), Column(1), rows(2000, 0)
+    nested = Ensemble([inner, outer]).fit(base)
+    flat = Ensemble([Column(0), outer]).fit(base)
+    assert nested.member_names == ("ensemble", "column-1")
+    a, b = nested.score(rows(1000, 1)), flat.score(rows(1000, 1))
+    assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.99
+
+
+DEEP = '["FittedEnsemble", {"method": "harmonic", "members": [' * 400 + '["Energy", {}]' + "]}]" * 400
 
 
 @pytest.mark.parametrize(
@@ -141,10 +154,12 @@ def test_members_that_cannot_be_written_are_named(tmp_path):
         '{"schema": "aidefend.detector/1", "detector": ["os.system", {}]}',
         '{"schema": "aidefend.detector/1", "detector": ["FittedNearestNeighbours", {"k": 3}]}',
         '{"schema": "aidefend.detector/1", "detector": ["Energy", {"gamma": 3}]}',
+        '{"schema": "aidefend.detector/1", "detector": ' + DEEP + "}",
         '{"schema": "aidefend.detector/2", "detector": ["Energy", {}]}',
         '{"schema": "aidefend.detector/1", "schema": "aidefend.detector/1", "detector": ["Energy", {}]}',
         "[]",
     ],
+    ids=range(7),
 )
 def test_a_damaged_or_hostile_file_is_refused(tmp_path, header):
     save_file({"a": torch.zeros(1)}, tmp_path / "detector", {"header": header})

@@ -64,6 +64,9 @@ DETECTORS = {
     "Reconstruction": Reconstruction(autoencoder()),
     "Reconstruction of features": Reconstruction(autoencoder(8), on="features"),
     "Ensemble": Ensemble([Energy(), Reconstruction(autoencoder()), LocalDimension(k=20), Consistency(0, 0.3, 2)]),
+    "Ensemble in an ensemble": Ensemble(
+        [Energy(), Ensemble([Reconstruction(autoencoder()), Ensemble([LocalDimension(k=20), Consistency(0, 0.3, 2)])])]
+    ),
 }
 
 
