@@ -1,6 +1,7 @@
 """Stores of query state: one contract, three places; bounded, evidence last, nothing lost between workers."""
 
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -14,15 +15,43 @@ from tests.validate.query_world import FakeRedis
 SMALL = Capacity(principals=16, shared=128)
 
 
-@pytest.fixture(params=["memory", "sqlite", "redis"])
+def answers(path):
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The address of a Redis server of this module's own, on a socket in a folder that goes with it."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("needs Debian's redis-server on the path")
+    pytest.importorskip("redis", reason="needs the extra aidefend[redis]")
+    folder = tmp_path_factory.mktemp("redis")
+    path = folder / "socket"
+    command = ["redis-server", "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(200):
+            if answers(path):
+                break
+            time.sleep(0.05)
+        yield f"unix://{path}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture(params=["memory", "sqlite", "redis", "redis-server"])
 def make(request, tmp_path):
     opened = []
+    address = request.getfixturevalue("server") if request.param == "redis-server" else ""
 
     def build(capacity=SMALL):
         kinds = {
             "memory": lambda: MemoryStore(capacity),
             "sqlite": lambda: SQLiteStore(tmp_path / "q.sqlite", capacity),
             "redis": lambda: RedisStore(FakeRedis(), capacity),
+            "redis-server": lambda: RedisStore.connect(address, capacity, prefix=f"{request.node.name}:"),
         }
         opened.append(kinds[request.param]())
         return opened[-1]
@@ -185,35 +214,36 @@ def test_what_is_no_client_is_refused(client):
         RedisStore(client)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("redis-server") is None, reason="needs Debian's redis-server on the path")
-def test_the_contract_holds_on_a_real_server(tmp_path):
-    pytest.importorskip("redis", reason="needs the extra aidefend[redis]")
-    path = tmp_path / "socket"
-    command = ["redis-server", "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(tmp_path)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        for _ in range(100):
-            if path.exists():
-                break
-            time.sleep(0.05)
-        stores = [RedisStore.connect(f"unix://{path}", SMALL) for _ in range(2)]
-        threads = [threading.Thread(target=add_many, args=(store, 20)) for store in stores]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert get(stores[0], b"sum") == b"40"
-        put(stores[0], b"victim", weight=1)
-        for i in range(100):
-            put(stores[1], b"flood%d" % i, now=1.0 + i)
-        health = stores[0].health()
-        assert health.principals == 16 and health.evicted == 102 - 16 and health.evidence_lost == 0
-        assert get(stores[1], b"victim") == b"v"
-        stores[0].delete("principals", b"victim")
-        assert get(stores[1], b"victim") is None
-        for store in stores:
-            store.close()
-    finally:
-        server.terminate()
-        server.wait()
+def test_two_connections_to_one_server_are_one_store(server):
+    first, second = (RedisStore.connect(server, SMALL, prefix="two:") for _ in range(2))
+    threads = [threading.Thread(target=add_many, args=(store, 25)) for store in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert get(first, b"sum") == b"50" == get(second, b"sum")
+    put(first, b"victim", weight=1)
+    for i in range(100):
+        put(second, b"flood%d" % i, now=1.0 + i)
+    health = first.health()
+    assert health.principals == 16 and health.evicted == 102 - 16 and health.evidence_lost == 0
+    assert get(second, b"victim") == b"v"
+    first.close()
+    second.close()
+
+
+def test_a_server_lets_values_end_by_itself(server):
+    store = RedisStore.connect(server, SMALL, prefix="ends:")
+    store.run(lambda session: session.put("principals", b"a", b"v", 0), 0.0, 0.05)
+    assert get(store, b"a") == b"v"
+    time.sleep(0.1)
+    assert get(store, b"a") is None
+    store.close()
+
+
+def test_a_server_that_is_gone_is_no_silence(tmp_path):
+    redis = pytest.importorskip("redis", reason="needs the extra aidefend[redis]")
+    store = RedisStore.connect(f"unix://{tmp_path / 'nobody'}")
+    with pytest.raises(redis.ConnectionError):
+        put(store, b"a")
+    store.close()
