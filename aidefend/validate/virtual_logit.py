@@ -19,8 +19,9 @@ class ViM:
 
     Guarantee: none under attack. Features that never vary and heads of any rank are safe.
     Args:
-        dimension: Of the principal subspace, below the number of features d. None = 1000 for d > 1500, else 512 for
-            d > 768, else d // 2.
+        dimension: Of the principal subspace, below the number of features d. None, or one that leaves no direction in
+            which clean rows vary by more than rounding: by the number r of directions in which they do, 1000 for
+            r > 1500, else 512 for r > 768, else r // 2.
         head: The model's last `nn.Linear`, from the features to the logits: its weights give the origin of the
             features. None recovers it from features and logits by least squares, which is the same where the features
             span their space.
@@ -51,27 +52,30 @@ class ViM:
         """Find the origin, the subspace and the scale; labels are not used."""
         given = check_wide_logits(features, logits).detach().double()
         check_fit(features, logits, labels)
-        d = features.shape[1]
-        dimension = self._dimension(features)
+        self._check_width(features)
         rows = features.detach().double()
         origin = -_offset(rows, given, self.head)
         gaps = rows - origin
-        directions = torch.linalg.eigh(gaps.T @ gaps / len(rows)).eigenvectors[:, : d - dimension]  # ascending
+        squares, axes = torch.linalg.eigh(gaps.T @ gaps / len(rows))  # ascending
+        dimension = self._dimension(_rank(squares, torch.finfo(features.dtype).eps))
+        directions = axes[:, : len(axes) - dimension]
         residual = torch.linalg.vector_norm(gaps @ directions, dim=1).mean()
         least = 1e-4 * torch.linalg.vector_norm(gaps, dim=1).mean().clamp(min=1e-30)
         scale = given.amax(dim=1).mean().abs() / residual.clamp(min=least)
         return FittedViM(*(array.to(wide(features).dtype) for array in (origin, directions.contiguous(), scale[None])))
 
-    def _dimension(self, features: Tensor) -> int:
+    def _check_width(self, features: Tensor) -> None:
         d = features.shape[1]
         if not 1 <= d <= _MOST_FEATURES:
             rule = f"1 to {_MOST_FEATURES} features: the covariance has their square"
             raise refuse(rule, "features", features, "Choose a layer with fewer, or NearestNeighbours")
-        if self.dimension is None:
-            return 1000 if d > 1500 else 512 if d > 768 else d // 2
-        if self.dimension >= d:
+        if self.dimension is not None and self.dimension >= d:
             raise refuse(f"dimension below the {d} features", "dimension", self.dimension, "Take a smaller one or None")
-        return self.dimension
+
+    def _dimension(self, rank: int) -> int:
+        if self.dimension is not None and self.dimension < rank:
+            return self.dimension
+        return 1000 if rank > 1500 else 512 if rank > 768 else rank // 2
 
 
 class FittedViM(nn.Module):
@@ -105,6 +109,12 @@ class FittedViM(nn.Module):
     def arrays(self) -> Mapping[str, Tensor]:
         """What it learned."""
         return dict(self.named_buffers())
+
+
+def _rank(squares: Tensor, eps: float) -> int:
+    """How many of the mean squares (d,) along the axes are more than rounding, of the features or of the axes."""
+    rounding = eps**2 * squares.sum() + len(squares) * torch.finfo(squares.dtype).eps * squares.amax()
+    return int((squares > rounding).sum())
 
 
 def _offset(rows: Tensor, logits: Tensor, head: nn.Linear | None) -> Tensor:

@@ -106,13 +106,32 @@ def test_vim_is_finite_where_features_do_not_vary(rows):
     assert fitted.score(rows + 1, torch.ones(len(rows), 3)).isfinite().all()
 
 
-def test_vim_on_rows_of_low_rank_is_not_ruled_by_rounding():
-    """Clean rows without any residual: a scale of logits / residual would blow noise up to the size of the logits."""
-    x, out, head = linear_world()
+def low_rank_world():
+    """Rows of three dimensions about the origin of the head, in ten features of single precision."""
+    x, _, head = linear_world()
     flat = (x[:, :2] @ torch.randn(2, 10, generator=stream(3), dtype=torch.float64)).float()
-    fitted = ViM(dimension=5, head=head.float()).fit(flat[:200], out[:200].float())
-    gap = fitted.score(flat[200:], out[200:].float()) + out[200:].float().logsumexp(dim=1)
-    assert float(gap.abs().max()) < 0.05 * float(out.abs().max())
+    return flat, head(flat.double()).detach().float(), head.float()
+
+
+@pytest.mark.parametrize("dimension", [None, 3, 5, 9])
+def test_vim_cuts_the_space_that_clean_rows_fill_where_its_dimension_leaves_them_nothing(dimension):
+    x, out, head = low_rank_world()
+    fitted = ViM(dimension, head).fit(x[:200], out[:200])
+    expected = naive_vim((x[:200].double(), out[:200].double(), head.double()), x[200:].double(), 1)
+    torch.testing.assert_close(fitted.score(x[200:], out[200:]).double(), expected, rtol=1e-3, atol=1e-3)
+    assert fitted.directions.shape == (10, 9)
+
+
+def test_a_residual_of_rounding_alone_would_rule_the_score():
+    """Planted: the formula as it stands, with a dimension that holds all clean rows, in two precisions."""
+    x, out, head = low_rank_world()
+    noise = 1 + 1e-7 * torch.randn(x.shape, generator=stream(4), dtype=torch.float64)
+    fit = (x.double(), out.double(), head.double())
+    one, other = (naive_vim(fit, x.double() * factor, 5) for factor in (1, noise))
+    assert float((one - other).abs().max()) > 1
+    kept = ViM(5, head).fit(*fit[:2])
+    change = kept.score(x.double() * noise, out.double()) - kept.score(x.double(), out.double())
+    assert float(change.abs().max()) < 1e-4
 
 
 def test_vim_refuses_what_cannot_be():
