@@ -8,10 +8,12 @@ attacks `guard.attackable()`: APGD climbs the best wrong class less the larger o
 from the naive points, PGD on the model's margin less a multiple of the refusal's (three multiples); a row counts if
 any of these succeed. Success, of rows that are classified rightly and accepted without an attack: the guard accepts
 the row and the answer is wrong. Printed per detector and eps: success against the bare model, of the naive attacker,
-of the white-box one. Writes benchmarks/results/validate_whitebox_DATA.json.
+of the white-box one. Writes benchmarks/results/validate_whitebox_DATA.json after each set of detectors; a run with the
+same settings goes on where the last one ended.
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from aidefend import Threat, validate
 from aidefend._core.stats import wilson
 from aidefend.attacks import APGD, PGD
-from benchmarks.record import write_result
+from benchmarks.record import earlier, write_result
 from benchmarks.sanitize_screen import trained
 from benchmarks.validate_detectors import DETECTORS as COMPARED
 
@@ -107,19 +109,19 @@ def world(data: dict[str, Any], seed: int, count: int) -> tuple[nn.Module, Tenso
     return trained(x[:10000], y[:10000], seed, epochs=4), x[10000:], y[10000:], test_x, test_y
 
 
-def run(data: dict[str, Any], seed: int, count: int, steps: int, panels: dict[str, Any]) -> list[dict[str, Any]]:
-    """All panels and radii of one seed."""
+def run(data: dict[str, Any], seed: int, count: int, steps: int, names: list[str]) -> Iterator[list[dict[str, Any]]]:
+    """All radii of one seed, panel by panel."""
     model, held_x, held_y, x, y = world(data, seed, count)
     stream = torch.Generator().manual_seed(seed)
     naive = {eps: APGD(Threat("linf", eps), steps=steps)(model, x, y, generator=stream) for eps in RADII}
-    table = []
-    for name, detectors in panels.items():
+    for name in names:
+        detectors = PANELS[name]
         with validate.Guard.calibrate(model, (held_x, held_y), detectors=detectors, alpha=ALPHA, seed=seed) as guard:
-            for row in measured(guard, x, y, naive, steps, seed):
-                table.append({"detectors": name, "seed": seed, **row})
-                shown = " ".join(f"{kind} {row[kind] / row['n']:.3f}" for kind in ("model", "naive", "joint"))
-                print(f"seed {seed} {name:40} eps {row['eps']:.2f} n {row['n']} {shown}", flush=True)
-    return table
+            rows = measured(guard, x, y, naive, steps, seed)
+        for row in rows:
+            shown = " ".join(f"{kind} {row[kind] / row['n']:.3f}" for kind in ("model", "naive", "joint"))
+            print(f"seed {seed} {name:40} eps {row['eps']:.2f} n {row['n']} {shown}", flush=True)
+        yield [{"detectors": name, "seed": seed, **row} for row in rows]
 
 
 def summary(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -150,8 +152,15 @@ def main() -> None:
         arguments.seeds, arguments.rows, arguments.steps = 1, 40, 20
     with np.load(arguments.data) as arrays:
         data = {name: arrays[name] for name in arrays.files}
-    seeds = [FIRST_SEED + i for i in range(arguments.seeds)]
-    table = [row for seed in seeds for row in run(data, seed, arguments.rows, arguments.steps, PANELS)]
+    name = f"validate_whitebox_{Path(arguments.data).stem}"
+    settings = {"alpha": ALPHA, "steps": arguments.steps, "count": arguments.rows}
+    table: list[dict[str, Any]] = earlier(name, settings).get("rows", [])
+    for seed in range(FIRST_SEED, FIRST_SEED + arguments.seeds):
+        missing = [panel for panel in PANELS if not any((r["detectors"], r["seed"]) == (panel, seed) for r in table)]
+        for rows in run(data, seed, arguments.rows, arguments.steps, missing) if missing else ():
+            table += rows
+            result = settings | {"means": summary(table), "rows": table}
+            write_result(name, result, seeds=sorted({row["seed"] for row in table}))
     means = summary(table)
     print(
         f"\nof rows that are right and accepted without an attack (alpha {ALPHA}): answers that are wrong and accepted"
@@ -159,8 +168,6 @@ def main() -> None:
     print(f"{'detectors':40} {'eps':>5} {'bare model':>11} {'naive':>7} {'white box':>10}")
     for row in means:
         print(f"{row['detectors']:40} {row['eps']:5.2f} {row['model']:11.3f} {row['naive']:7.3f} {row['joint']:10.3f}")
-    result = {"alpha": ALPHA, "steps": arguments.steps, "means": means, "rows": table}
-    write_result(f"validate_whitebox_{Path(arguments.data).stem}", result, seeds=seeds)
 
 
 if __name__ == "__main__":
