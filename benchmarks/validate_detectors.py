@@ -3,11 +3,13 @@
 python -m benchmarks.validate_detectors --mnist mnist.npz --fashion fashion_mnist.npz [--seeds 3] [--rows 20000]
 A small CNN is trained on MNIST and on Fashion-MNIST; its features and logits feed both libraries. Strange rows: the
 other data set, images turned by 90 degrees, inverted, noisy, mixed, pure noise. Per pair: AUROC of each detector, of
-pytorch-ood's where it has one, and of the default ensemble against the best single one. Then the time of the score of
-`Mahalanobis` beside a loop over classes that reads the diagonal of an N x N product. pytorch-ood imports torchvision at
-its top for models and data sets that are not used here; where torchvision does not load, an empty stand-in takes its
-place. Without pytorch-ood (--alone) the column stays empty. Writes benchmarks/results/validate_detectors.json after
-each network; a run with the same settings goes on where the last one ended.
+pytorch-ood's where it has one, and of three ensembles of the default members against the best single detector: with
+shifts of the clean rows, with those shifts alone that do not resemble the strange rows, and without shifts. Then the
+time of the score of `Mahalanobis` beside a loop over classes that reads the diagonal of an N x N product. pytorch-ood
+imports torchvision at its top for models and data sets that are not used here; where torchvision does not load, an
+empty stand-in takes its place. Without pytorch-ood (--alone) the column stays empty. Writes
+benchmarks/results/validate_detectors.json after each network; a run with the same settings goes on where the last one
+ended.
 """
 
 import argparse
@@ -42,6 +44,15 @@ DETECTORS = {
     "local-dimension": validate.LocalDimension(),
 }
 MEMBERS = ("energy", "mahalanobis", "relative-mahalanobis", "nearest-neighbours", "local-dimension")  # of the ensemble
+ENSEMBLES = ("ensemble", "ensemble of unlike shifts", "ensemble without shifts")
+LIKE = {  # for each kind of strange rows, the shifts that the second ensemble does without
+    "other": (),
+    "turned": ("turned",),
+    "inverted": ("inverted",),
+    "noisy": ("noisy",),
+    "mixed": ("mixed",),
+    "noise": ("noisy", "shuffled", "columns"),
+}
 Outputs = tuple[Tensor, Tensor]
 
 
@@ -158,11 +169,20 @@ def compared(name: str, data: dict[str, Any], other: dict[str, Any], rows: int, 
     strange = {kind: outputs(model, z) for kind, z in strange_rows(data["test_x"], other["test_x"], seed).items()}
     single = {**DETECTORS, "vim": validate.ViM(dimension=64, head=model[-1])}
     fitted = {key: detector.fit(*fit, y) for key, detector in single.items()}
-    fitted["ensemble"] = validate.Ensemble().fit(*fit, y)
+
+    def ensemble(shifts: validate.Shifts | None) -> Any:
+        return validate.Ensemble(shifts=shifts).fit(*fit, y, x=x, outputs=lambda z: outputs(model, z))
+
+    kinds = list(validate.Shifts()(x[:2]))
+    unlike = {kind: validate.Shifts([one for one in kinds if one not in like]) for kind, like in LIKE.items()}
+    fitted |= {"ensemble": ensemble(validate.Shifts()), "ensemble without shifts": ensemble(None)}
     peers = peer_scores(peer, fit, y, model[-1]) if peer else {}
     with torch.no_grad():
         ours = {key: areas(one.score, clean, strange) for key, one in fitted.items()}
         theirs = {key: areas(score, clean, strange) for key, score in peers.items()}
+        ours["ensemble of unlike shifts"] = {
+            kind: areas(ensemble(shifts).score, clean, {kind: strange[kind]})[kind] for kind, shifts in unlike.items()
+        }
     return {"data": name, "seed": seed, "accuracy": accuracy, "ours": ours, "pytorch_ood": theirs}
 
 
@@ -221,16 +241,16 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             theirs = {
                 key: statistics.fmean(run["pytorch_ood"][key][kind] for run in mine) for key in mine[0]["pytorch_ood"]
             }
-            joint = ours.pop("ensemble")
+            joint = {key: ours.pop(key) for key in ENSEMBLES}
             best = max(ours, key=lambda key: ours[key])
             members = max(ours[key] for key in MEMBERS)
             found[f"{name} / {kind}"] = {
                 "ours": ours,
                 "pytorch_ood": theirs,
-                "ensemble": joint,
+                "ensembles": joint,
                 "best_single": best,
-                "ensemble_minus_best": joint - ours[best],
-                "ensemble_minus_best_member": joint - members,
+                "ensemble_minus_best": {key: area - ours[best] for key, area in joint.items()},
+                "ensemble_minus_best_member": {key: area - members for key, area in joint.items()},
             }
     return found
 
@@ -238,11 +258,12 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def show(pairs: dict[str, Any]) -> None:
     """A table: AUROC in points, ours / pytorch-ood."""
     for pair, row in pairs.items():
-        gap = f"{100 * row['ensemble_minus_best']:+.2f} to {row['best_single']}"
-        print(f"{pair}: ensemble {100 * row['ensemble']:.2f} ({gap})")
+        print(f"{pair}: best single {row['best_single']}")
+        for key, area in row["ensembles"].items():
+            print(f"  {key:26} {100 * area:6.2f} ({100 * row['ensemble_minus_best'][key]:+.2f})")
         for key, area in row["ours"].items():
             peer = row["pytorch_ood"].get(key)
-            print(f"  {key:22} {100 * area:6.2f}" + ("" if peer is None else f"  pytorch-ood {100 * peer:6.2f}"))
+            print(f"  {key:26} {100 * area:6.2f}" + ("" if peer is None else f"  pytorch-ood {100 * peer:6.2f}"))
 
 
 def main() -> None:

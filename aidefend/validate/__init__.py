@@ -26,6 +26,7 @@ from aidefend.validate.queries.store import Capacity, MemoryStore, QueryStore, S
 from aidefend.validate.reconstruction import Reconstruction
 from aidefend.validate.restoration import BitDepth, JPEGLike, MedianFilter, NonLocalMeans, TotalVariation
 from aidefend.validate.reverse_sigmoid import ReverseSigmoid
+from aidefend.validate.shifts import Shifts
 from aidefend.validate.spec import InputSpec
 from aidefend.validate.spec_result import SpecResult
 from aidefend.validate.table_columns import Column
@@ -81,6 +82,7 @@ __all__ = [
     "ReverseSigmoid",
     "Rounded",
     "SQLiteStore",
+    "Shifts",
     "SpecResult",
     "StoreHealth",
     "TableSpec",

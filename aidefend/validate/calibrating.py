@@ -136,11 +136,11 @@ def calibrate(
             for name in _PURPOSES
             if parts[name]
         }
+        fitted = tuple(_fitted(detector, rows["fit"], model, capture, batch_size) for detector in detectors)
     logits = rows["calibration"].logits
     if task == "classification":
         _check_logits(logits)
     with torch.no_grad():
-        fitted = tuple(_fitted(detector, rows["fit"], model) for detector in detectors)
         scores = score_rows_of(fitted, rows["calibration"], model, batch_size)
         basis = scores[:0] if "reference" not in rows else score_rows_of(fitted, rows["reference"], model, batch_size)
         classes = predicted_classes(rows["calibration"])
@@ -165,15 +165,25 @@ def calibrate(
 
 
 def needs_inputs(detectors: Iterable[Any]) -> bool:
-    """Whether any detector looks at the inputs or asks the model again."""
+    """Whether any detector looks at the inputs, asks the model again, or is fitted with shifted inputs."""
     return any(getattr(detector, "uses_inputs", False) for detector in detectors) or any(
-        needs_inputs(detector.detectors) for detector in detectors if isinstance(detector, Ensemble)
+        detector.shifts is not None or needs_inputs(detector.detectors)
+        for detector in detectors
+        if isinstance(detector, Ensemble)
     )
 
 
-def _fitted(detector: Detector, rows: CleanRows, model: Model) -> FittedDetector:
+def _fitted(detector: Detector, rows: CleanRows, model: Model, capture: PassCapture, batch_size: int) -> FittedDetector:
+    """`capture` must still be on the model: an ensemble may ask for the features of shifted inputs."""
+
+    def outputs(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        with naming_the_model(x):
+            parts = [capture.run(model, part) for part in x.split(batch_size)]
+        logits = torch.cat([part.logits for part in parts]) if rows.task == "classification" else None
+        return torch.cat([part.features for part in parts]), logits
+
     labels = rows.labels if rows.task == "classification" else None
-    return fit_detector(detector, Rows(rows.features, rows.for_detectors, rows.x, model), labels)
+    return fit_detector(detector, Rows(rows.features, rows.for_detectors, rows.x, model), labels, outputs)
 
 
 def predicted_classes(rows: CleanRows) -> Tensor | None:

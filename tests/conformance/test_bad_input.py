@@ -1217,6 +1217,7 @@ CALLS = {
         lambda x, **a: validate.JPEGLike(**a)(x),
         lambda: {"x": X, "quality": 50, "bounds": (0.0, 1.0)},
     ),
+    "validate.Shifts": (lambda x, **a: validate.Shifts(**a)(x), lambda: {"x": X, "kinds": ["noisy"], "seed": 0}),
     "validate.Ensemble": (
         validate.Ensemble,
         lambda: {"detectors": [validate.Energy(), validate.ViM()], "method": "harmonic", "reference": 0.2, "seed": 0},

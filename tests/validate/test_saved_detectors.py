@@ -27,6 +27,7 @@ from aidefend.validate import (
     NearestNeighbours,
     Reconstruction,
     RelativeMahalanobis,
+    Shifts,
     ViM,
     load_detector,
     save_detector,
@@ -64,8 +65,17 @@ DETECTORS = {
     "Reconstruction": Reconstruction(autoencoder()),
     "Reconstruction of features": Reconstruction(autoencoder(8), on="features"),
     "Ensemble": Ensemble([Energy(), Reconstruction(autoencoder()), LocalDimension(k=20), Consistency(0, 0.3, 2)]),
+    "Ensemble with shifts": Ensemble([Energy(), Reconstruction(autoencoder()), LocalDimension(k=20)], shifts=Shifts()),
     "Ensemble in an ensemble": Ensemble(
-        [Energy(), Ensemble([Reconstruction(autoencoder()), Ensemble([LocalDimension(k=20), Consistency(0, 0.3, 2)])])]
+        [
+            Energy(),
+            Ensemble(
+                [
+                    Reconstruction(autoencoder()),
+                    Ensemble([LocalDimension(k=20), Consistency(0, 0.3, 2)], shifts=Shifts()),
+                ]
+            ),
+        ]
     ),
 }
 
