@@ -36,7 +36,8 @@ class Shifts:
         check_int(self.seed, "seed", 0)
         if self.kinds is None:
             return
-        if not isinstance(self.kinds, list | tuple) or not self.kinds or not set(self.kinds) <= set(_KINDS):
+        names = isinstance(self.kinds, list | tuple) and all(isinstance(kind, str) for kind in self.kinds)
+        if not names or not self.kinds or not set(self.kinds) <= set(_KINDS):
             raise refuse(f"some of {sorted(_KINDS)}", "kinds", self.kinds, "Pass a list of names, or None for all")
         object.__setattr__(self, "kinds", tuple(self.kinds))
 

@@ -71,7 +71,7 @@ def test_places_that_never_vary_are_shifted_and_columns_that_never_vary_are_not(
 
 
 def test_what_cannot_be_shifted_is_refused():
-    for kinds in ([], ["rotated"], "noisy", 3):
+    for kinds in ([], ["rotated"], [{}], "noisy", 3):
         with pytest.raises(ConfigurationError, match="kinds"):
             Shifts(kinds)
     with pytest.raises(ConfigurationError, match="seed"):
