@@ -1,12 +1,13 @@
 """One adaptive poison per detector, and what `screen` makes of each.
 
-python -m benchmarks.sanitize_adaptive --data mnist.npz [--seeds 2] [--rows 2000] [--only Scan Beatrix] [--name x]
+python -m benchmarks.sanitize_adaptive --data mnist.npz [--seeds 2] [--rows 5000] [--only Scan Beatrix] [--name x]
 For each detector a plain attack that it sees, and the disguise that `Evading` finds against its score on the attacker's
 own surrogates. Then a defender trains a model of his own (other first weights, other order) on either poison. Per
 detector and seed: area under the ROC curve and true-positive rate at 1 % false positives on the plain and the adaptive
 poison, the success of both undefended, and the share of the gap between no defense and a perfect filter that
 `screen(detectors="auto")` closes on the adaptive one. Adap-Blend and Adap-Patch stand beside them.
-Writes benchmarks/results/sanitize_adaptive_NAME.json after each row; seeds and rows that are there are not run again.
+Writes benchmarks/results/sanitize_adaptive_NAME.json after each row; rows that are there are not run again, unless the
+code that decides has changed since.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from aidefend.sanitize import extract_features, screen
 from aidefend.sanitize.out_of_fold import out_of_fold_logits
 from aidefend.sanitize.view import IndependentView
 from benchmarks.record import earlier, write_result
-from benchmarks.sanitize_screen import network, trained
+from benchmarks.sanitize_screen import deciding_code, network, trained
 
 FIRST_SEED = 300
 TARGET = 3
@@ -340,7 +341,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--rows", type=int, default=5000)
     parser.add_argument("--only", nargs="*", default=None, help="run these again")
     parser.add_argument("--name", default="", help="added to the name of the result")
     arguments = parser.parse_args()
@@ -349,14 +350,13 @@ def main() -> None:
     name = f"sanitize_adaptive_{Path(arguments.data).stem}{arguments.name}"
     seeds = list(range(FIRST_SEED, FIRST_SEED + arguments.seeds))
     again = set(arguments.only or ())
-    table = [
-        row for row in earlier(name, {"training_rows": arguments.rows}).get("rows", []) if row["name"] not in again
-    ]
+    code, known = deciding_code(), earlier(name, {"training_rows": arguments.rows}).get("rows", [])
+    table = [row for row in known if row["name"] not in again and row.get("code") == code]
     for seed in seeds:
         for label, case, train, test in everything(data, arguments.rows, seed):
             if (again and label not in again) or any((r["name"], r["seed"]) == (label, seed) for r in table):
                 continue
-            table.append(row_of(label, case, train, test, seed))
+            table.append(row_of(label, case, train, test, seed) | {"code": code})
             print(table[-1], flush=True)
             result = summary(table) | {"rows": table, "training_rows": arguments.rows}
             write_result(name, result, seeds=sorted({row["seed"] for row in table}))
