@@ -21,7 +21,7 @@ from aidefend._core.storage import atomic_path, canonical_json, plain
 _SCHEMA = "aidefend.report/1"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Report:
     """One row for each sample, in the order of the data that was judged.
 
@@ -135,6 +135,10 @@ class Report:
             for reason in row if not kept else ():
                 found[reason] = found.get(reason, 0) + 1
         return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+    def __repr__(self) -> str:
+        """The summary, and not every row: a report may have millions."""
+        return f"<{type(self).__name__} {self.summary()}>"
 
     def summary(self) -> str:
         """One line: rows kept, rows not kept, the commonest reasons."""

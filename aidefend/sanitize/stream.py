@@ -36,7 +36,7 @@ _STREAM_LIMITS = (
 _NOT_USABLE = "the input, or what the model makes of it, holds NaN or infinity"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class StreamReport:
     """The verdict on every row of a stream, row i = sample i.
 
@@ -62,6 +62,9 @@ class StreamReport:
 
     def __len__(self) -> int:
         return len(self.keep)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.summary()}>"
 
     def summary(self) -> str:
         """One line."""

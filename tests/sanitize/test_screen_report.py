@@ -21,6 +21,10 @@ def report(planted):
     return screen((planted.x, planted.y), seed=0)
 
 
+def test_a_report_shows_its_summary_and_not_every_row(report):
+    assert repr(report) == f"<ScreenReport {report.summary()}>"
+
+
 def test_a_loader_with_the_sampler_sees_the_kept_rows_and_no_other(planted, report):
     dataset = TensorDataset(planted.x, planted.y, torch.arange(len(planted.y)))
     loader = DataLoader(dataset, batch_size=32, sampler=report.sampler(seed=3), generator=torch.Generator())

@@ -59,6 +59,7 @@ def test_every_row_has_a_verdict_a_reason_and_a_line(planted, found, tmp_path):
     assert torch.equal(report.keep, found.keep) and report.ids == tuple(line["id"] for line in lines)
     judged = screen_batch({"x": planted.x[:300], "y": planted.y[:300]}, report.state())
     assert torch.equal(judged["aidefend_keep"], found.keep[:300])
+    assert repr(found) == f"<StreamReport {found.summary()}>"
     assert "1602 rows kept" in found.summary() and len(report.sampler()) == int(found.keep.sum())
 
 
