@@ -189,9 +189,9 @@ class FittedEnsemble(nn.Module):
         self.register_buffer("reference", reference.double())
         for name, array in Tails.of(reference)._asdict().items():
             self.register_buffer(name, array, persistent=False)
-        self._learned = odds is not None
-        for name, array in ({} if odds is None else odds.checked(len(self.members))._asdict()).items():
-            self.register_buffer(name, array.double())
+        known = None if odds is None else odds.checked(len(self.members))
+        for name in Odds._fields:
+            self.register_buffer(name, None if known is None else getattr(known, name).double())
 
     @classmethod
     def rebuild(
@@ -216,6 +216,10 @@ class FittedEnsemble(nn.Module):
         return any(getattr(member, "uses_inputs", False) for member in self.members)
 
     @property
+    def _odds(self) -> Odds | None:
+        return None if self.weights is None else Odds(*(cast(Tensor, getattr(self, name)) for name in Odds._fields))
+
+    @property
     def member_names(self) -> tuple[str, ...]:
         """Names of the members; the second of a kind gets "-2"."""
         return unique_names(self.members)
@@ -228,8 +232,8 @@ class FittedEnsemble(nn.Module):
 
     def join(self, scores: Tensor) -> Tensor:
         """The joint surprise of the members' scores (N, D): (N,) float64, never falling in any."""
-        if self._learned:
-            return Odds(*(cast(Tensor, getattr(self, name)) for name in Odds._fields)).surprise(scores)
+        if self._odds is not None:
+            return self._odds.surprise(scores)
         tails = Tails(*(cast(Tensor, getattr(self, name)) for name in Tails._fields))
         surprises = tails.surprises(scores)
         if self.method == "geometric":
@@ -256,8 +260,8 @@ class FittedEnsemble(nn.Module):
     def arrays(self) -> Mapping[str, Tensor]:
         """The reference scores and what the members learned."""
         found = {"reference": cast(Tensor, self.reference)}
-        if self._learned:
-            found |= {name: cast(Tensor, getattr(self, name)) for name in Odds._fields}
+        if self._odds is not None:
+            found |= self._odds._asdict()
         for i, member in enumerate(self.members):
             found |= {f"{i}/{name}": array for name, array in detector_arrays(member).items()}
         return found

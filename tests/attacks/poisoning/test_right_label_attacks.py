@@ -200,18 +200,20 @@ def world():
 
 def test_label_consistent_poison_works_undefended_and_better_than_its_trigger_alone(world):
     x, y, test_x, test_y, clean, _ = world
-    attack = LabelConsistent(clean, PGD(Threat("l2", 2.0), steps=20), four_corners, TARGET, 0.03)
+    attack = LabelConsistent(clean, PGD(Threat("l2", 2.0), steps=20), four_corners, TARGET, 0.05)
     poisoned = attack.poison((x, y), seed=0)
     alone = torch.where(poisoned.is_poison[:, None, None, None], four_corners(x), x)
     others, success = test_x[test_y != TARGET], {}
     for name, inputs in (("poison", rows(poisoned.dataset)[0]), ("trigger alone", alone)):
-        model = fit(inputs, y)
-        with torch.no_grad():
-            accuracy = float((model(test_x).argmax(dim=1) == test_y).float().mean())
-            success[name] = float((model(poisoned.trigger(others)).argmax(dim=1) == TARGET).float().mean())
-            assert accuracy > 0.85 and float((model(others).argmax(dim=1) == TARGET).float().mean()) < 0.1
-    # how far it gets depends on the arithmetic of the machine (.79 on one, above .8 on another)
-    assert success["poison"] > 0.65 and success["poison"] > success["trigger alone"] + 0.05, success
+        hits = []
+        for seed in range(3):  # of one training the success depends on the arithmetic of the machine: .62 to .79 at 3 %
+            model = fit(inputs, y, seed=seed)
+            with torch.no_grad():
+                accuracy = float((model(test_x).argmax(dim=1) == test_y).float().mean())
+                hits.append(float((model(poisoned.trigger(others)).argmax(dim=1) == TARGET).float().mean()))
+                assert accuracy > 0.85 and float((model(others).argmax(dim=1) == TARGET).float().mean()) < 0.1
+        success[name] = sum(hits) / len(hits)
+    assert success["poison"] > 0.8 and success["poison"] > success["trigger alone"] + 0.05, success
 
 
 def head_on(body, x, y):
