@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from aidefend._core.checks import check_choice, check_int, check_number, check_tensor, refuse
+from aidefend._core.checks import check_choice, check_int, check_kind, check_number, check_tensor, refuse
 from aidefend._core.modules import Model
 from aidefend._core.stats import combine_p_values, conformal_p_values
 from aidefend.validate.autoencoders import Autoencoders
@@ -129,8 +129,9 @@ class Ensemble:
             rule = "x and outputs beside shifts: the model must be asked about shifted inputs"
             raise refuse(rule, "x, outputs", None, "Pass both, calibrate a Guard (which has them), or leave shifts out")
         found = {}
-        for kind, x in self.shifts(rows.x).items():
-            features, logits = outputs(x)
+        cure = "Return a dict from kind to shifted inputs, as Shifts() does"
+        for kind, x in check_kind(self.shifts(rows.x), Mapping, "shifts(x)", cure).items():
+            features, logits = outputs(check_tensor(x, f"shifts(x)[{kind!r}]", finite=False))
             good = healthy_rows(features, features if logits is None else logits)
             if int(good.sum()) >= _LEAST_REFERENCE:
                 kept = Rows(features[good], None if logits is None else logits[good], x[good], rows.model)

@@ -138,6 +138,9 @@ def test_what_shifts_need_is_asked_for():
             Ensemble(MEMBERS, shifts=moved).fit(x, **given)
     with pytest.raises(ConfigurationError, match="shifts"):
         Ensemble(MEMBERS, shifts="noisy")
+    for made in ([x], x, {"moved": x.tolist()}, None):
+        with pytest.raises(ConfigurationError, match=r"shifts\(x\)"):
+            learned(lambda x, made=made: made)
 
 
 @pytest.mark.parametrize("field", ["weights", "spread", "offsets", "centre"])
