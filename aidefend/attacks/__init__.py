@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from aidefend.attacks.poisoning import LabelFlip as LabelFlip
     from aidefend.attacks.poisoning import Patch as Patch
     from aidefend.attacks.poisoning import Poisoned as Poisoned
+    from aidefend.attacks.poisoning import SanitizerAware as SanitizerAware
     from aidefend.attacks.poisoning import Sinusoid as Sinusoid
     from aidefend.attacks.poisoning import SourceTargeted as SourceTargeted
     from aidefend.attacks.poisoning import TableTrigger as TableTrigger
@@ -78,6 +79,7 @@ _HOMES = {
     "PGD": "evasion",
     "Patch": "poisoning",
     "Poisoned": "poisoning",
+    "SanitizerAware": "poisoning",
     "SigmaZero": "evasion",
     "Sinusoid": "poisoning",
     "SourceTargeted": "poisoning",

@@ -616,6 +616,23 @@ CALLS = {
             "largest": True,
         },
     ),
+    "attacks.SanitizerAware": (
+        lambda **a: attacks.SanitizerAware(**a).poison((X, Y % 2)),
+        lambda: {
+            "rate": 0.1,
+            "filters": ("sphere",),
+            "removed": 0.05,
+            "accept": lambda x, y: torch.ones(len(x), dtype=torch.bool),
+            "aim": (X2[:2], torch.tensor([0, 1])),
+            "ridge": 1e-2,
+            "spread": 0.1,
+            "steps": 1,
+        },
+    ),
+    "attacks.SanitizerAware.poison": (
+        attacks.SanitizerAware(0.1, steps=1).poison,
+        lambda: {"dataset": (X, Y % 2), "seed": 0},
+    ),
     "attacks.GradientMatching.match": (
         attacks.GradientMatching(nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), X2[:2]).match,
         lambda: {"x": X},

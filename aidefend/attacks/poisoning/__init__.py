@@ -12,6 +12,7 @@ from aidefend.attacks.poisoning.label_consistent import LabelConsistent
 from aidefend.attacks.poisoning.label_flip import LabelFlip
 from aidefend.attacks.poisoning.patch import Patch
 from aidefend.attacks.poisoning.poisoned import Poisoned, PoisonedDataset
+from aidefend.attacks.poisoning.sanitizer_aware import SanitizerAware
 from aidefend.attacks.poisoning.sinusoid import Sinusoid
 from aidefend.attacks.poisoning.source_targeted import SourceTargeted
 from aidefend.attacks.poisoning.table_trigger import TableTrigger
@@ -33,6 +34,7 @@ __all__ = [
     "Poisoned",
     "PoisonedDataset",
     "PoisonedTexts",
+    "SanitizerAware",
     "Sinusoid",
     "SourceTargeted",
     "TableTrigger",

@@ -30,7 +30,7 @@ class Kept:
 
 
 def plant_inputs(
-    base: Dataset[Any], n: int, rows: Tensor, inputs: Tensor, labels: Tensor, target: int, stamp: Change | None
+    base: Dataset[Any], n: int, rows: Tensor, inputs: Tensor, labels: Tensor, target: int | None, stamp: Change | None
 ) -> Poisoned:
     """These rows hold these inputs (P, ...) under these labels (P,); all others are as they were."""
     kept = Kept(inputs, {row: place for place, row in enumerate(rows.tolist())})
@@ -40,14 +40,20 @@ def plant_inputs(
     return Poisoned(data, is_poison, target, stamp)
 
 
-def read_rows(dataset: Any, threat: Threat) -> tuple[Dataset[Any], Tensor, Tensor]:
-    """The data set, and its inputs and labels in memory; inputs inside the bounds of the threat."""
+def rows_in_memory(dataset: Any) -> tuple[Dataset[Any], Tensor, Tensor]:
+    """The data set, and its inputs and labels in memory."""
     base = as_dataset(dataset)
     batch = gather(base)
     if batch.y is None:
         raise refuse("samples of the form (x, y)", "dataset", "samples without labels", "Give every sample a label")
-    threat.check(batch.x[:1], "dataset")  # which rows are poisoned is not known yet: a radius for each row fits none
-    return base, threat.check(batch.x, "dataset"), check_labels(batch.y, len(batch.ids))
+    return base, batch.x, check_labels(batch.y, len(batch.ids))
+
+
+def read_rows(dataset: Any, threat: Threat) -> tuple[Dataset[Any], Tensor, Tensor]:
+    """As `rows_in_memory`, with inputs inside the bounds of the threat."""
+    base, x, y = rows_in_memory(dataset)
+    threat.check(x[:1], "dataset")  # which rows are poisoned is not known yet: a radius for each row fits none
+    return base, threat.check(x, "dataset"), y
 
 
 def check_threat(threat: Any) -> Threat:

@@ -30,6 +30,10 @@ TESTS = {
     ),
     "LabelFlip": ("test_every_attack_works", "test_flipped_labels_are_learnt_undefended"),
     "Patch": ("test_poisoning_attacks", "test_backdoors_work_undefended_and_only_by_their_trigger"),
+    "SanitizerAware": (
+        "test_sanitizer_aware",
+        "test_it_works_undefended_and_through_the_filters_where_flipped_labels_do_not",
+    ),
     "Sinusoid": ("test_poisoning_attacks", "test_backdoors_work_undefended_and_only_by_their_trigger"),
     "SourceTargeted": (
         "test_poisoning_attacks",
