@@ -1,6 +1,6 @@
 """What each output mode takes from a thief and from a membership attacker: clones by query budget, AUC of membership.
 
-python -m benchmarks.validate_outputs --data mnist.npz [--seeds 3] [--shadows 8] [--quick]
+python -m benchmarks.validate_outputs --data mnist.npz [--seeds 5] [--shadows 8] [--quick]
 A small CNN is trained on 2,000 images until it fits them (so that membership shows). Extraction: `Extraction` asks
 about images that the victim was not trained on and fits a copy to the answers, for budgets of 250, 1,000 and 4,000
 rows; the agreement of copy and victim, and the accuracy of the copy, on test images. Membership: `LossThreshold` (loss
@@ -8,14 +8,17 @@ and margin) on the answers to 2,000 members and 2,000 non-members. Two more atta
 averages over 16 neighbours of each image (noise of the input below `NOISE`), where the noise of `KeyedNoise` is drawn
 anew; and labels alone of 16 noisier neighbours (members keep their label more often). `LiRA` trains shadow networks as
 the victim was trained, on halves of the 4,000 rows, and reads them through the same output mode (with a key of its own
-for `KeyedNoise`). The logits are the row to compare with. Writes benchmarks/results/validate_outputs_DATA.json
-after each mode; a run with the same settings goes on where the last one ended.
+for `KeyedNoise`); beside its AUC, the share of members found at 1 % of the others. The logits are the row to compare
+with. A network answers equal batches once: the modes only show its logits in another form. Writes
+benchmarks/results/validate_outputs_DATA.json after each mode, with mean, least and most over the seeds; a run with the
+same settings goes on where the last one ended.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aidefend._core.stats import roc_auc
+from aidefend._core.stats import roc_auc, tpr_at_fpr
 from aidefend.attacks import Extraction, LiRA, LossThreshold
 from aidefend.validate import KeyedNoise, LabelOnly, ReverseSigmoid, Rounded, Tempered, TopK
 from aidefend.validate.outputs import harden
@@ -32,6 +35,7 @@ from benchmarks.sanitize_screen import trained
 
 FIRST_SEED = 1500
 MEMBERS, EPOCHS = 2000, 40
+FPR = 0.01
 NEIGHBOURS, NOISE, SHAKE = 16, 0.02, 0.3
 MODES: dict[str, Any] = {
     "logits": None,
@@ -49,12 +53,27 @@ MODES: dict[str, Any] = {
 Answer = Callable[[Tensor], Tensor]
 
 
-def answers_of(model: nn.Module, output: Any) -> Answer:
+class Remembered:
+    """A network that computes the logits of equal batches once, whatever form a client sees them in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.known: dict[bytes, Tensor] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, ...) inputs to (N, K) logits."""
+        key = hashlib.blake2b(x.contiguous().numpy().tobytes(), digest_size=16).digest()
+        if key not in self.known:
+            with torch.no_grad():
+                self.known[key] = torch.cat([self.model(part) for part in x.split(1000)])
+        return self.known[key].clone()
+
+
+def answers_of(model: Answer, output: Any) -> Answer:
     """What a client sees: logits, probabilities, or labels as one-hot rows."""
 
     def ask(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            logits = torch.cat([model(part) for part in x.split(1000)])
+        logits = model(x)
         if output is None:
             return logits
         shown = harden(output, logits, x)
@@ -70,7 +89,7 @@ def student(seed: int) -> nn.Module:
 
 
 def clones(
-    ask: Answer, model: nn.Module, own: Tensor, test: tuple[Tensor, Tensor], budgets: tuple[int, ...], seed: int
+    ask: Answer, model: Answer, own: Tensor, test: tuple[Tensor, Tensor], budgets: tuple[int, ...], seed: int
 ) -> list[dict[str, float]]:
     """Agreement and accuracy of the copy for each budget."""
     found = []
@@ -110,20 +129,21 @@ class Shadows:
 
     def __init__(self, count: int, epochs: int) -> None:
         self.count, self.epochs = count, epochs
-        self.models: dict[int, nn.Module] = {}
+        self.models: dict[int, Answer] = {}
 
-    def auc(self, ask: Answer, output: Any, x: Tensor, y: Tensor, seed: int) -> float:
-        """Of `LiRA` on rows of which the first half are members."""
+    def found(self, ask: Answer, output: Any, x: Tensor, y: Tensor, seed: int) -> dict[str, float]:
+        """What `LiRA` finds among rows of which the first half are members."""
         if isinstance(output, KeyedNoise):  # the attacker does not have the key
             output = dataclasses.replace(output, key=bytes(range(100, 132)))
 
         def train(dataset: Any, number: int) -> Answer:
             if number not in self.models:
-                self.models[number] = trained(*dataset.tensors, number, epochs=self.epochs)
+                self.models[number] = Remembered(trained(*dataset.tensors, number, epochs=self.epochs))
             return answers_of(self.models[number], output)
 
         score = LiRA(shadows=self.count)(ask, x, y, train_fn=train, seed=seed)
-        return roc_auc(score[: len(x) // 2], score[len(x) // 2 :]).value
+        inside, outside = score.chunk(2)
+        return {"lira": roc_auc(inside, outside).value, "lira, found at 1 %": tpr_at_fpr(inside, outside, FPR).value}
 
 
 def membership(
@@ -153,37 +173,50 @@ def run(
     y = torch.from_numpy(data["train_y"][order]).long()
     test = torch.from_numpy(data["test_x"][:4000]).float().div(255).unsqueeze(1)
     labels = torch.from_numpy(data["test_y"][:4000]).long()
-    model = trained(x[:MEMBERS], y[:MEMBERS], seed, epochs=EPOCHS)
+    model = Remembered(trained(x[:MEMBERS], y[:MEMBERS], seed, epochs=EPOCHS))
     inside, outside = (x[:MEMBERS], y[:MEMBERS]), (x[MEMBERS : 2 * MEMBERS], y[MEMBERS : 2 * MEMBERS])
     for name, output in todo.items():
         ask = answers_of(model, output)
         accuracy = float((ask(test).argmax(dim=1) == labels).double().mean())
         found = clones(ask, model, x[2 * MEMBERS :], (test, labels), budgets, seed)
         auc = membership(ask, inside, outside, seed, output is None)
-        auc["lira"] = shadows.auc(ask, output, x[: 2 * MEMBERS], y[: 2 * MEMBERS], seed)
+        auc |= shadows.found(ask, output, x[: 2 * MEMBERS], y[: 2 * MEMBERS], seed)
         shown = " ".join(f"{one['budget']}: {one['agreement']:.3f}" for one in found)
         print(f"seed {seed} {name:20} right {accuracy:.3f}  agreement {shown}  {auc}", flush=True)
         yield {"mode": name, "seed": seed, "accuracy": accuracy, "clones": found, "membership": auc}
 
 
+def over(values: Iterable[float]) -> list[float]:
+    """Mean, least and most."""
+    each = list(values)
+    return [statistics.fmean(each), min(each), max(each)]
+
+
 def summary(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds."""
+    """Each figure over the seeds."""
     found = []
     for name in dict.fromkeys(row["mode"] for row in table):
         mine = [row for row in table if row["mode"] == name]
         each = zip(*(row["clones"] for row in mine), strict=True)
-        copies = [{key: statistics.fmean(one[key] for one in same) for key in same[0]} for same in each]
-        auc = {key: statistics.fmean(row["membership"][key] for row in mine) for key in mine[0]["membership"]}
-        accuracy = statistics.fmean(row["accuracy"] for row in mine)
-        found.append({"mode": name, "accuracy": accuracy, "clones": copies, "membership": auc})
+        shown = ("agreement", "clone_accuracy")
+        copies = [{"budget": same[0]["budget"]} | {k: over(one[k] for one in same) for k in shown} for same in each]
+        auc = {key: over(row["membership"][key] for row in mine) for key in mine[0]["membership"]}
+        accuracy = over(row["accuracy"] for row in mine)
+        found.append({"mode": name, "seeds": len(mine), "accuracy": accuracy, "clones": copies, "membership": auc})
     return found
 
 
+def form(figure: list[float]) -> str:
+    """Mean (least to most)."""
+    mean, least, most = figure
+    return f"{mean:.3f} ({least:.3f} to {most:.3f})"
+
+
 def main() -> None:
-    """Print a line for each mode and seed, then the means."""
+    """Print a line for each mode and seed, then mean (least to most) over the seeds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--shadows", type=int, default=8)
     parser.add_argument("--quick", action="store_true", help="one seed, two budgets")
     arguments = parser.parse_args()
@@ -199,13 +232,13 @@ def main() -> None:
         for row in run(data, seed, budgets, Shadows(arguments.shadows, EPOCHS), done):
             table.append(row)
             known = sorted({row["seed"] for row in table})
-            write_result(name, {**settings, "means": summary(table), "rows": table}, seeds=known)
-    means = summary(table)
-    print(f"\n{'mode':20} right  agreement of the clone by budget      AUC of membership")
-    for row in means:
-        shown = "  ".join(f"{one['budget']:.0f}: {one['agreement']:.3f}" for one in row["clones"])
-        auc = "  ".join(f"{key} {value:.3f}" for key, value in row["membership"].items())
-        print(f"{row['mode']:20} {row['accuracy']:.3f}  {shown}  {auc}")
+            write_result(name, {**settings, "over_seeds": summary(table), "rows": table}, seeds=known)
+    for row in summary(table):
+        print(f"\n{row['mode']}, {row['seeds']} seeds: right {form(row['accuracy'])}")
+        for one in row["clones"]:
+            shown = f"agreement {form(one['agreement'])}, accuracy of the clone {form(one['clone_accuracy'])}"
+            print(f"  {one['budget']} queries: {shown}")
+        print("  membership: " + ", ".join(f"{key} {form(value)}" for key, value in row["membership"].items()))
 
 
 if __name__ == "__main__":
