@@ -17,8 +17,9 @@ Draw = Callable[..., Tensor]
 class Shifts:
     """Each clean input in several forms that are none of the clean data, with every value inside their range.
 
-    Of any rank: "inverted", "noisy", "mixed" (with another row), "columns" (each value from a row of its own),
-    "shuffled" (positions). Of images (N, C, H, W), sides of at least 8: also "turned", "zoomed", "blurred", "jigsaw".
+    Of any rank: "inverted", "noisy", "mixed" (with another row, never itself; each is mixed into one other), "columns"
+    (each value from a row of its own), "shuffled" (positions). Of images (N, C, H, W), sides of at least 8: also
+    "turned", "zoomed", "blurred", "jigsaw".
     Args:
         kinds: Names of those to make; None = all that the rank allows.
         seed: Of the draws; the same rows and seed give the same shifts.
@@ -80,8 +81,10 @@ def _noisy(x: Tensor, draw: Draw) -> Tensor:
 
 
 def _mixed(x: Tensor, draw: Draw) -> Tensor:
+    """Each row with the one after it in a random circle of all rows: never with itself where there is another."""
     share = 0.3 + 0.4 * _row(draw, x)
-    return share * x + (1 - share) * x[draw(len(x)).argsort()]
+    circle = draw(len(x)).argsort()
+    return share * x + (1 - share) * x[torch.empty_like(circle).scatter(0, circle, circle.roll(-1))]
 
 
 def _columns(x: Tensor, draw: Draw) -> Tensor:

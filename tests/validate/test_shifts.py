@@ -26,7 +26,7 @@ def test_every_kind_stays_in_the_range_and_is_another_row(shape, dtype):
     for z in shifted.values():
         assert z.shape == x.shape and z.dtype == x.dtype
         assert bool(((z.double() >= low - 0.01) & (z.double() <= high + 0.01)).all())
-        assert float((z != x).flatten(1).any(dim=1).double().mean()) > 0.75  # a row may be mixed with itself
+        assert float((z != x).flatten(1).any(dim=1).double().mean()) > 0.75  # a row may be shuffled into itself
     assert torch.equal(x, before) and torch.equal(torch.get_rng_state(), state)
 
 
@@ -53,6 +53,20 @@ def test_what_each_kind_keeps():
     torch.testing.assert_close(
         Shifts(["shuffled"])(flat)["shuffled"].flatten(1).sort().values, flat.flatten(1).sort().values
     )
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 31])
+def test_no_row_is_mixed_with_itself_and_each_is_mixed_in_once(n):
+    x = torch.cat([torch.eye(n), torch.zeros(1, n)])  # the last row has no mark of its own
+    partners = set()
+    for seed in range(30):
+        mixed = Shifts(["mixed"], seed=seed)(x)["mixed"]
+        own, other = mixed[:n].diagonal(), mixed * (1 - torch.eye(n + 1, n))
+        assert bool(((own > 0.29) & (own < 0.71)).all())
+        assert bool(((other > 0).sum(dim=0) == 1).all()) and int((other > 0).sum(dim=1).max()) == 1
+        partners.add(tuple(other.argmax(dim=0).tolist()))
+    assert len(partners) > 1
+    assert torch.equal(Shifts(["mixed"])(x[:1])["mixed"], x[:1])  # alone there is nobody to mix with
 
 
 def test_a_turn_and_a_zoom_keep_what_looks_the_same_from_everywhere():
