@@ -130,6 +130,46 @@ def test_nobody_can_have_another_account_suspended(saved):
     assert ask(monitor, "victim", day(3)).allowed and not ask(monitor, "framer", day(5)).allowed
 
 
+def test_an_account_that_was_framed_first_is_suspended_for_what_it_does_itself(saved):
+    """Planted violation: whoever has a second account flag the first one could then attack from it for good."""
+    monitor, clock = monitor_of(saved)
+    x = probes(400)
+    for part in x[:399].split(1):
+        ask(monitor, "second", part)
+    framed = ask(monitor, "main", x[399:])
+    assert framed.flagged and "by others" in framed.remark
+    clock.now += 1000
+    standings = [ask(monitor, "main", part) for part in probes(150, seed=5).split(10)]
+    remarks = [standing.remark for standing in standings if standing.remark]
+    assert len(remarks) == 1 and "by others" not in remarks[0] and all(standing.allowed for standing in standings)
+    clock.now += 121
+    assert not ask(monitor, "main", day(3)).allowed
+
+
+def test_framed_accounts_do_not_crowd_out_the_suspended(saved):
+    """One query near a crowd flags an account: a flood of such accounts must go before those that attacked."""
+    monitor, clock = monitor_of(saved, MemoryStore(Capacity(principals=16, shared=4096)))
+    x = probes(400)
+    ask(monitor, "eve", probes(150, seed=5))
+    for part in x[:300].split(1):
+        ask(monitor, "framer", part)
+    flood = [ask(monitor, f"flood-{i}", x[300 + i : 301 + i]) for i in range(100)]
+    assert all(standing.flagged for standing in flood)
+    clock.now += 121
+    assert not monitor.standing("eve").allowed and not monitor.standing("framer").allowed
+
+
+def test_flags_of_an_alert_count_once_the_action_is_to_suspend(saved):
+    store = MemoryStore()
+    watching, clock = monitor_of(saved, store, action="alert")
+    ask(watching, "eve", probes(150))
+    ask(watching, "cleared", probes(150, seed=5))
+    watching.release("cleared")
+    acting, other_clock = monitor_of(saved, store)
+    other_clock.now = clock.now + 121
+    assert not acting.standing("eve").allowed and acting.standing("cleared").allowed
+
+
 def test_benign_queries_in_between_do_not_wash_the_evidence_away(saved):
     monitor, _ = monitor_of(saved)
     near, other = probes(60), day(2, n=1200)

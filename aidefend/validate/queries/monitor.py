@@ -44,7 +44,8 @@ class QueryStanding:
 
     Args:
         allowed: The account gets answers.
-        remark: Set at the call at which the account was flagged: which statistics say most.
+        remark: Set at the call at which the account was flagged, and again when its own queries come to speak against
+            an account that others alone got flagged: which statistics say most.
         flagged: The account was flagged, now or before.
         score: Joint score after the latest query; above `threshold` an account is flagged.
         threshold: The calibrated one.
@@ -72,12 +73,13 @@ class QueryMonitor:
         by the store; what it gives up early is counted in `health()`. (4) About attackers: none. One who asks slowly,
         from many accounts, or moves every query far enough passes; docs/query-monitoring.md has the measured shares.
     An account that is flagged because others asked near the same inputs, and never sent three such queries itself,
-    is remarked and not suspended: otherwise anyone could have a competitor suspended.
+    is remarked and not suspended: otherwise anyone could have a competitor suspended. Once it sends them, it is.
     Args:
         rules: From `calibrate` or `load`; use these two.
         store: Holds the state: `SQLiteStore` (one machine), `RedisStore` (several), `MemoryStore` (one process), or a
             path for the first.
-        action: "suspend", or "alert" for remarks alone.
+        action: "suspend", or "alert" for remarks alone: an account that was flagged meanwhile, and not released, is
+            suspended once the action is "suspend".
         delay: Shortest and longest time in seconds from flag to suspension, drawn from the operating system's
             randomness. Within it, the attack goes on.
         clock: Seconds since the epoch, the same in every process.
@@ -192,9 +194,9 @@ class QueryMonitor:
             for i in range(len(x)):
                 statistics = take_note(self._rules, session, trail, marked, i, now, name)
                 score = self._rules.score(statistics)
-                if not trail.flagged and score > self._rules.threshold:
-                    remark = self._flag(trail, statistics, now)
-            weight = 2 if trail.flagged else int(score > self._rules.threshold / 2)
+                if np.isinf(trail.acts) and score > self._rules.threshold:
+                    remark = self._flag(trail, statistics, now) or remark
+            weight = 2 if np.isfinite(trail.acts) else int(trail.flagged > 0 or score > self._rules.threshold / 2)
             session.put("principals", name, trail.to_bytes(), weight)
             return self._standing(trail, remark, score, now)
 
@@ -291,15 +293,19 @@ class QueryMonitor:
             raise refuse("state of this calibration in the store", "store", str(error), cure, AidefendError) from error
 
     def _flag(self, trail: Trail, statistics: Array, now: float) -> str:
-        """Note the flag and when it takes effect; returns the remark."""
-        trail.flagged = now or 1e-9
-        remark = f"flagged: {self._rules.leading(statistics)}"
+        """Note the flag and, if the account's own queries speak against it, when it takes effect; returns the remark.
+
+        An account that others alone got flagged is asked again at each query: nobody is safe for having been framed.
+        """
         framed = self._rules.score(statistics, own=True) <= self._rules.threshold and trail.peaks[1] < 2
+        if framed and trail.flagged:
+            return ""
+        trail.flagged = trail.flagged or now or 1e-9
+        remark = f"flagged: {self._rules.leading(statistics)}"
         if framed:
             return f"{remark}; by others near its inputs, not suspended"
-        if self._action == "suspend":
-            low, high = self._delay
-            trail.acts = now + low + (high - low) * secrets.randbits(53) / 2**53
+        low, high = self._delay
+        trail.acts = now + low + (high - low) * secrets.randbits(53) / 2**53
         return remark
 
     def _standing(self, trail: Trail, remark: str, score: float, now: float) -> QueryStanding:

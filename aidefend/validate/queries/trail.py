@@ -45,7 +45,7 @@ class Trail:
         classes: (K,) counts of top classes.
         updated: When the principal last asked, seconds.
         flagged: When it was flagged, 0 if it was not.
-        acts: From when on it gets no answers, infinite if never.
+        acts: From when on it gets no answers; infinite as long as its own queries do not speak against it.
     """
 
     entries: npt.NDArray[np.void]
