@@ -55,7 +55,7 @@ class FakeRedis:
     def get(self, key: bytes) -> bytes | None:
         return self.values.get(key)
 
-    def set(self, key: bytes, value: bytes, px: int) -> None:
+    def set(self, key: bytes, value: bytes, px: int | None) -> None:
         self.values[key], self.lives[key] = value, px
         self.touch(key)
 

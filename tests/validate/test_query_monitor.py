@@ -192,6 +192,16 @@ def test_evidence_fades_with_its_life(saved):
     assert monitor.standing("eve").score == pytest.approx(fresh, rel=1e-6)
 
 
+def test_a_suspension_outlasts_any_wait_and_other_state_does_not(saved, tmp_path):
+    for store in (MemoryStore(), SQLiteStore(tmp_path / "q")):
+        monitor, clock = monitor_of(saved, store)
+        ask(monitor, "eve", probes(150))
+        ask(monitor, "alice", day(3))
+        clock.now += 30 * 86_400
+        assert not ask(monitor, "eve", day(5)).allowed and ask(monitor, "bob", day(7)).allowed
+        assert monitor.health().principals == 2 and monitor.health().evicted == 0
+
+
 def test_what_one_worker_saw_the_others_know(saved, tmp_path):
     server = FakeRedis()
     for make in (lambda: SQLiteStore(tmp_path / "q"), lambda: RedisStore(server)):
@@ -264,7 +274,7 @@ def test_the_store_of_another_calibration_is_refused(saved):
     monitor, _ = monitor_of(saved, store)
     ask(monitor, "a", day(1))
     four = [(x, torch.cat([y, y[:, :1]], dim=1)) for x, y in STREAMS]
-    other = QueryMonitor.calibrate(four, store, alpha=0.05, key=KEY)
+    other = QueryMonitor.calibrate(four, store, alpha=0.05, key=KEY, clock=Clock())
     with pytest.raises(AidefendError, match="state of this calibration"):
         other.standing("a")
 

@@ -126,6 +126,25 @@ def test_what_is_older_than_its_life_is_no_loss(make):
     assert store.health().principals == 16 and store.health().evicted == store.health().evidence_lost == 0
 
 
+def test_values_end_with_their_life_and_flags_do_not(make):
+    """Planted violation: a suspended account that waited for a day came back with a clean record."""
+    store = make()
+    for table in ("principals", "shared"):
+        for weight in range(3):
+            put(store, b"old%d" % weight, weight=weight, table=table)
+            put(store, b"young%d" % weight, weight=weight, table=table, now=50.0)
+    if isinstance(store, RedisStore):  # by the server's own clock: see below
+        lives = getattr(store._client, "lives", {b"2": None, b"1": 100_000})
+        assert {lives[key] for key in lives if key.endswith(b"2")} == {None}
+        assert {lives[key] for key in lives if not key.endswith(b"2")} == {100_000}
+        return
+    put(store, b"new", now=101.0)
+    held = [[get(store, b"old%d" % i, table, now=101.0) for i in range(3)] for table in ("principals", "shared")]
+    assert held == [[None, None, b"v"]] * 2
+    assert all(get(store, b"young%d" % i, now=101.0) == b"v" for i in range(3))
+    assert (store.health().principals, store.health().shared, store.health().evicted) == (5, 4, 0)
+
+
 def add_many(store, count):
     def add(session):
         old = session.get("principals", b"sum")
@@ -234,10 +253,11 @@ def test_two_connections_to_one_server_are_one_store(server):
 
 def test_a_server_lets_values_end_by_itself(server):
     store = RedisStore.connect(server, SMALL, prefix="ends:")
-    store.run(lambda session: session.put("principals", b"a", b"v", 0), 0.0, 0.05)
-    assert get(store, b"a") == b"v"
-    time.sleep(0.1)
-    assert get(store, b"a") is None
+    for weight in range(3):
+        store.run(lambda session, i=weight: session.put("principals", b"a%d" % i, b"v", i), 0.0, 0.2)
+    assert [get(store, b"a%d" % i) for i in range(3)] == [b"v"] * 3
+    time.sleep(0.3)
+    assert [get(store, b"a%d" % i) for i in range(3)] == [None, None, b"v"]
     store.close()
 
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from aidefend._core.checks import check_kind, refuse
 from aidefend._core.errors import AidefendError, MissingExtra
 from aidefend.validate.queries.crowds import Session
-from aidefend.validate.queries.store import TABLES, WEIGHTS, Buffered, Capacity, StoreHealth
+from aidefend.validate.queries.store import FLAG, TABLES, WEIGHTS, Buffered, Capacity, StoreHealth
 
 T = TypeVar("T")
 _TRIES = 50
@@ -17,7 +17,7 @@ class RedisStore:
     """Query state that the workers of several hosts share.
 
     Guarantee: optimistic transactions (WATCH, MULTI, EXEC): a call whose values changed under it runs again, and raises
-        after 50 tries (so that a guard fails closed). Values end `ttl` after their last use. Not more values than
+        after 50 tries (so that a guard fails closed). Values but flags end `ttl` after their last use. Not more than
         `capacity`, plus what calls at the same moment add; those without evidence go first; what goes early is counted
         in `health()`. Nobody but the workers should reach the server: who writes there can clear an account. It holds
         keyed sketches, no input and no name.
@@ -102,7 +102,8 @@ class RedisStore:
         """Write everything unless a watched value has changed."""
         pipe.multi()
         for (table, name), (value, weight) in written.items():
-            pipe.set(self._key(table, name), value, px=max(1, int(1000 * ttl)))
+            life = None if weight == FLAG else max(1, int(1000 * ttl))
+            pipe.set(self._key(table, name), value, px=life)
             pipe.zadd(self._order(table), {name: weight * _LATER + now})
         try:
             pipe.execute()

@@ -10,7 +10,7 @@ from aidefend._core.checks import check_kind, check_path, refuse
 from aidefend._core.errors import AidefendError
 from aidefend._core.storage import open_database, transaction
 from aidefend.validate.queries.crowds import Session
-from aidefend.validate.queries.store import TABLES, Buffered, Capacity, StoreHealth
+from aidefend.validate.queries.store import FLAG, TABLES, Buffered, Capacity, StoreHealth
 
 T = TypeVar("T")
 _AT_ONCE = 900  # values in one statement
@@ -32,10 +32,11 @@ class SQLiteStore:
     """Query state that the threads and processes of one machine share: what one worker saw, all know.
 
     Guarantee: calls take turns, so that no query is counted against a state that misses an earlier one. Never more
-        values than `capacity`; where room is short, values without evidence go first, the longest unused before others;
-        what goes early is counted in `health()`. A process that dies leaves whole calls behind; after a power cut the
-        last moments may be missing. The file holds keyed sketches, no input and no name; keep it away from strangers
-        all the same. Not on a network file system. Each process opens its own store (after a fork, too).
+        values than `capacity`, and none beyond `ttl` after its last use, but flags. Where room is short, values without
+        evidence go first, the longest unused before others; what goes early is counted in `health()`. A process that
+        dies leaves whole calls behind; after a power cut the last moments may be missing. The file holds keyed
+        sketches, no input and no name; keep it away from strangers all the same. Not on a network file system. Each
+        process opens its own store (after a fork, too).
     Args:
         path: The file, made if missing, readable by its owner alone.
         capacity: See `Capacity`.
@@ -65,6 +66,7 @@ class SQLiteStore:
     def run(self, work: Callable[[Session], T], now: float, ttl: float) -> T:
         """See `QueryStore`."""
         with self._lock, transaction(self._database):
+            self._end(now - ttl)
             session = Buffered(self._read)
             result = work(session)
             for table in TABLES:
@@ -92,6 +94,14 @@ class SQLiteStore:
         """Close the file."""
         with self._lock:
             self._database.close()
+
+    def _end(self, since: float) -> None:
+        """Forget what was last used before."""
+        for table in TABLES:
+            ended = f"DELETE FROM {table} WHERE weight = ? AND used < ?"  # noqa: S608 - one of our two tables
+            gone = sum(self._database.execute(ended, (weight, since)).rowcount for weight in range(FLAG))
+            if gone:
+                self._add(table, -gone)
 
     def _read(self, table: str, name: bytes) -> bytes | None:
         query = f"SELECT value FROM {_checked(table)} WHERE name = ?"  # noqa: S608 - one of our two tables

@@ -11,7 +11,8 @@ from aidefend.validate.queries.crowds import Session
 
 T = TypeVar("T")
 TABLES = ("principals", "shared")
-WEIGHTS = 3  # 0: nothing known, 1: evidence, 2: flagged
+WEIGHTS = 3  # 0: nothing known, 1: evidence, 2: flagged by its own queries
+FLAG = WEIGHTS - 1  # does not end by time: who waits is still suspended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,10 @@ class QueryStore(Protocol):
     """State that calls share."""
 
     def run(self, work: Callable[[Session], T], now: float, ttl: float) -> T:
-        """Run `work` so that what it reads does not change before what it writes is there. It may run several times."""
+        """Run `work` so that what it reads does not change before what it writes is there. It may run several times.
+
+        Values that were last written more than `ttl` seconds before `now` are gone, but for flags.
+        """
 
     def delete(self, table: str, name: bytes) -> None:
         """Forget a value."""
@@ -75,9 +79,9 @@ class Capacity:
 class MemoryStore:
     """Query state in this process; threads may share it, processes do not.
 
-    Guarantee: never more values than `capacity`. Where room is short, values without evidence go first, the longest
-        unused before others; what goes early is counted in `health()`. Several workers each see only their part of an
-        attack: use `SQLiteStore` for them.
+    Guarantee: never more values than `capacity`, and none beyond `ttl` after its last use, but flags. Where room is
+        short, values without evidence go first, the longest unused before others; what goes early is counted in
+        `health()`. Several workers each see only their part of an attack: use `SQLiteStore` for them.
     Args:
         capacity: See `Capacity`.
     Example:
@@ -100,6 +104,7 @@ class MemoryStore:
     def run(self, work: Callable[[Session], T], now: float, ttl: float) -> T:
         """See `QueryStore`."""
         with self._lock:
+            self._end(now - ttl)
             session = Buffered(self._read)
             result = work(session)
             for (table, name), (value, weight) in session.written.items():
@@ -123,6 +128,13 @@ class MemoryStore:
 
     def _read(self, table: str, name: bytes) -> bytes | None:
         return next((level[name][0] for level in self._levels[table] if name in level), None)
+
+    def _end(self, since: float) -> None:
+        """Forget what was last used before; each level is in the order of use."""
+        for levels in self._levels.values():
+            for level in levels[:FLAG]:
+                while level and next(iter(level.values()))[1] < since:
+                    level.popitem(last=False)
 
     def _write(self, table: str, name: bytes, value: bytes, weight: int, now: float, ttl: float) -> None:
         levels = self._levels[table]
