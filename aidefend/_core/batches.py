@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from aidefend._core.checks import check_choice, check_int, check_not_empty, check_same_rows, refuse
 from aidefend._core.collate import Marking, Rows, strict
 from aidefend._core.errors import AidefendError
-from aidefend._core.frames import is_frame, is_stored, with_names
+from aidefend._core.frames import is_frame, is_stored
+from aidefend._core.naming import paired, with_names
 from aidefend._core.parts import is_map_style, is_pair, is_whole, raw_parts
 from aidefend._core.samples import Samples, tensor_of
 
@@ -119,9 +120,10 @@ def iterate(data: Any, batch_size: int = 256, *, bad: Literal["raise", "mark"] =
     """Walk through any data once, in its own order.
 
     Args:
-        data: A tensor or array (N, ...); a pair (x, y); a map-style or iterable Dataset whose samples are x, (x, y),
-            (key, x, y) or dicts; a DataFrame, arrow table or Hugging Face data set; the path of a Parquet file or of a
-            folder of them; a DataLoader or any iterable of batches in these forms; or `Samples`, which names columns.
+        data: A tensor or array (N, ...); a pair (x, y), also of a DataFrame and a Series (see `paired`); a map-style
+            or iterable Dataset whose samples are x, (x, y), (key, x, y) or dicts; a DataFrame, arrow table or Hugging
+            Face data set; the path of a Parquet file or of a folder of them; a DataLoader or any iterable of batches in
+            these forms; or `Samples`, which names columns.
             A list is taken as batches if the labels of its first element are more than one number, else as samples; an
             iterator likewise, and as batches where it has no labels.
         batch_size: Rows a batch, where the data does not come in batches already.
@@ -212,8 +214,7 @@ def as_dataset(data: Any) -> Dataset[Any]:
 
     Tables, Parquet files and `Samples` become tensors in memory, rows that cannot be read as placeholders among them.
     """
-    if isinstance(data, DataLoader):
-        data = data.dataset
+    data = paired(data.dataset if isinstance(data, DataLoader) else data)
     if isinstance(data, Tensor | np.ndarray):
         return TensorDataset(_rows(tensor_of(data)))
     if is_pair(data):

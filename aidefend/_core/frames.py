@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aidefend._core.checks import refuse
 from aidefend._core.errors import MissingExtra
-from aidefend._core.samples import LABEL_KEYS, Columns, Samples, table_inputs, widths
+from aidefend._core.samples import Columns, widths
 
 _ARROW_NUMBERS = ("int", "uint", "float", "double", "halffloat", "bool")
 _ENDINGS = (".parquet", ".pq")
@@ -104,23 +104,6 @@ def raw_column(values: Any) -> Any:
         plain = str(values.type).rstrip("0123456789") in _ARROW_NUMBERS and not values.null_count
         return values.to_numpy(zero_copy_only=False) if plain else values.to_pylist()
     return values.to_numpy()
-
-
-def with_names(data: Any) -> Samples:
-    """The data with the names of its columns, as far as a table needs them said: see `Samples` for the rule."""
-    given = data if isinstance(data, Samples) else Samples(data)
-    names = column_widths(given.data)
-    if given.inputs is not None or names is None:
-        return given
-    label = given.label if given.label is not None else next((name for name in LABEL_KEYS if name in names), None)
-    return Samples(given.data, table_inputs(names, label), label, given.decode, given.classes)
-
-
-def columns_of(data: Any) -> dict[str, Any] | None:
-    """What has to be told to whoever reads batches of this data elsewhere; None where the data names no column."""
-    found = with_names(data)
-    names = {"inputs": found.inputs, "label": found.label, "classes": found.classes}
-    return None if all(value is None for value in names.values()) else names
 
 
 def column_widths(data: Any) -> dict[str, bool] | None:

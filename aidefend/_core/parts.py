@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from aidefend._core.checks import refuse
 from aidefend._core.collate import Failed, why
 from aidefend._core.frames import column_batches, is_frame, is_hugging_face, is_stored
+from aidefend._core.naming import beside
 from aidefend._core.samples import INPUT_KEYS, Samples
 
 _ARRAYS = (Tensor, np.ndarray)
@@ -79,7 +80,7 @@ def _elements(data: Iterable[Any], names: Samples, batch_size: int, *, mark: boo
         for batch in whole:
             if isinstance(batch, Failed):  # nobody knows how many rows it would have had
                 raise refuse("batches that can all be read", "data", batch.reason, "Pass samples instead of batches")
-            yield batch, True
+            yield beside(batch), True
     else:
         yield from ((part, False) for part in _chunks(whole, batch_size))
 

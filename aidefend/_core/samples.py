@@ -29,7 +29,8 @@ class Samples:
     are the input; samples with the entry `__key__` may hold jpg, jpeg, png, webp, npy or pth, and cls.
 
     Args:
-        data: Samples as dicts (or tables: DataFrame, arrow, Parquet, Hugging Face), or as (x, y) or (key, x, y).
+        data: Samples as dicts (or tables: DataFrame, arrow, Parquet, Hugging Face), or as (x, y) or (key, x, y); or
+            inputs and labels apart, such as (DataFrame, Series): rows by position, and an index has to be the same.
         inputs: Name of the input column, or names of columns with one number a row each: they become one row of
             float32, in the order given (what float32 cannot tell apart is then one row). None: as above.
         label: Name of the label column. None: as above.

@@ -110,7 +110,8 @@ def extract_features(samples: Any, model: Model, layer: Layer | None = None, bat
 
     Guarantee: the model is left as it was (see `_core.modules.preserve`); rows with NaN or infinity never enter it.
     Args:
-        samples: A data set of (x, y) samples, or the `Batch` that `read_samples` made of it. Augmentation must be off.
+        samples: A data set of (x, y) samples, in any form that `Samples` takes, or the `Batch` that `read_samples` made
+            of it. Augmentation must be off.
         model: Module or callable from x to logits (N, K >= 2).
         layer: Where features come from: None: the input of the `nn.Linear` that runs last (for a plain callable: its
             logits); a name of `named_modules()` or a module of the model: the input of that module, flattened; any

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from aidefend._core.batches import Batch, content_ids
 from aidefend._core.checks import check_callable, check_items, check_labels, check_same_rows, check_tensor, refuse
-from aidefend._core.frames import columns_of
 from aidefend._core.modules import Model
+from aidefend._core.naming import columns_of, paired
 from aidefend._core.samples import LABEL_KEYS
 from aidefend.sanitize.features import Features, Layer, extract_features, predictor, read_samples
 from aidefend.sanitize.items import Items
@@ -133,12 +133,13 @@ def _on_texts(model: Model, texts: Sequence[str]) -> Model:
 def read_material(dataset: Any, encoder: Encoder | None = None) -> Material:
     """Texts with labels, or whatever `read_samples` reads.
 
-    Texts are a pair (list of str, labels), a dict with one of TEXT_KEYS and a label column, or a map-style data set or
-    list of (str, label) samples.
+    Texts are a pair (list or Series of str, labels), a dict with one of TEXT_KEYS and a label column, or a map-style
+    data set or list of (str, label) samples.
     Raises: ConfigurationError: see `read_samples`; labels that are missing; an encoder for what is no text.
     """
     if encoder is not None:
         check_callable(encoder, "encoder", "Pass a function from a list of texts to a tensor (N, d)")
+    dataset = paired(dataset)
     found = _texts_of(dataset)
     if found is None:
         if encoder is not None:
@@ -152,7 +153,7 @@ def read_material(dataset: Any, encoder: Encoder | None = None) -> Material:
         return Material(read_samples(rows), names=names, classes=classes)
     texts = check_items(found[0], str, "texts", "Pass a list of texts")
     numbers, classes = class_numbers(found[1])
-    labels = check_labels(torch.as_tensor(np.asarray(numbers)), len(texts), name="labels")
+    labels = check_labels(torch.tensor(np.asarray(numbers)), len(texts), name="labels")
     ids = _text_ids(texts, labels)
     if not texts:
         raise refuse("at least one text", "dataset", "no text", "Pass the texts to be screened")
@@ -218,6 +219,7 @@ def _texts_of(dataset: Any) -> tuple[Any, Any] | None:
 
 def with_class_numbers(dataset: Any) -> tuple[Any, tuple[str, ...] | None]:
     """A pair (x, y) whose labels are words with numbers in their place, and the names; other data as they are."""
+    dataset = paired(dataset)
     if not isinstance(dataset, tuple | list) or len(dataset) != 2 or not isinstance(dataset[0], Tensor | np.ndarray):
         return dataset, None
     numbers, classes = class_numbers(dataset[1])
@@ -229,7 +231,7 @@ def text_rows(dataset: Any) -> list[tuple[str, Any]]:
 
     Raises: ConfigurationError: it holds no texts.
     """
-    found = _texts_of(dataset)
+    found = _texts_of(paired(dataset))
     if found is None:
         raise refuse("the texts that were judged", "dataset", type(dataset).__name__, "Pass the same texts")
     return list(zip(listed(found[0]), listed(found[1]), strict=True))

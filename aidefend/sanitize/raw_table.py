@@ -8,6 +8,7 @@ import numpy as np
 
 from aidefend._core.checks import refuse
 from aidefend._core.frames import column_batches, column_widths, is_frame, is_hugging_face, is_stored
+from aidefend._core.naming import paired
 from aidefend._core.samples import INPUT_KEYS, LABEL_KEYS, Columns, Samples, widths
 
 _AT_ONCE = 65_536
@@ -40,6 +41,7 @@ class RawTable:
 
 def raw_table(data: Any) -> RawTable | None:
     """The table, or None where the data is none, has one input column of its own (x, image), or wide columns."""
+    data = paired(data)
     given = data if isinstance(data, Samples) else Samples(data)
     columns = _columns(given.data)
     if columns is None or given.decode is not None or not columns:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from aidefend._core.batches import Batch
 from aidefend._core.checks import check_int, refuse
-from aidefend._core.frames import columns_of
 from aidefend._core.modules import Model
+from aidefend._core.naming import columns_of
 from aidefend._core.random import derive_seed, make_generator
 from aidefend._core.stats import wilson
 from aidefend._core.storage import atomic_path, canonical_json

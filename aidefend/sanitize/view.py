@@ -74,8 +74,16 @@ def _principal(centred: Tensor, count: int, stream: torch.Generator) -> tuple[Te
     for _ in range(6):
         basis = torch.linalg.qr(centred.T @ (centred @ basis)).Q
     inner = centred @ basis
-    values, vectors = torch.linalg.eigh(inner.T @ inner / max(len(centred), 1))
+    values, vectors = _eigenvectors(inner.T @ inner / max(len(centred), 1))
     return values.flip(0)[:count].clamp(min=0), basis @ vectors.flip(1)[:, :count]
+
+
+def _eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        return torch.linalg.eigh(matrix)  # type: ignore[no-any-return]  # a named tuple of two tensors
+    except RuntimeError:  # float32 does not converge where most directions hold nothing
+        values, vectors = torch.linalg.eigh(matrix.double())
+        return values.to(matrix), vectors.to(matrix)
 
 
 def principal_coordinates(rows: Tensor, count: int, seed: int = 0) -> Tensor:

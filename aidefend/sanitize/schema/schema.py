@@ -14,6 +14,7 @@ from aidefend._core.checks import (
     refuse,
 )
 from aidefend._core.evidence import Evidence
+from aidefend._core.naming import paired
 from aidefend._core.samples import LABEL_KEYS, Samples
 from aidefend.sanitize.schema.checking import check_data
 from aidefend.sanitize.schema.columns import MOST_FEATURES
@@ -87,7 +88,8 @@ class DatasetSchema:
 
         Args:
             batches: A table (dict of columns, DataFrame, arrow, Parquet), tensors (N, ...), (x, y), a Dataset, a
-                DataLoader, `Samples`, or an iterable of batches in these forms, read once. Columns hold
+                DataLoader, `Samples`, or an iterable of batches in these forms, read once. Of (DataFrame, labels) the
+                label column is called as the Series is, else "y". Columns hold
                 numbers, flags, texts, bytes, times or arrays; None and NaN are missing. A column of vectors (N, d) with
                 d <= 64 counts as d columns "x[0]", ...; of larger arrays four numbers a row are followed.
             label: Column of the labels; the first of "y", "label", "labels", "target", "targets" where it is None.
@@ -103,6 +105,7 @@ class DatasetSchema:
         ignored = check_items(ignore, str, "ignore", "Pass a list of column names")
         profile: Profile | None = None
         check_probability(alpha, "alpha")
+        batches = paired(batches)
         label = batches.label if label is None and isinstance(batches, Samples) else label
         for table in tables(batches):
             if profile is None:

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from aidefend._core.batches import Batch, iterate
 from aidefend._core.checks import check_same_rows, refuse
 from aidefend._core.errors import AidefendError
-from aidefend._core.frames import column_batches, is_frame, is_stored, raw_column, with_names
+from aidefend._core.frames import column_batches, is_frame, is_stored, raw_column
+from aidefend._core.naming import paired, with_names
 from aidefend._core.parts import is_map_style
 from aidefend._core.samples import Samples
 
@@ -39,7 +40,7 @@ def tables(data: Any) -> Iterator[Table]:
     """
     start = 0
     with _naming_the_data():
-        for columns, rows, broken in _parts(data):
+        for columns, rows, broken in _parts(paired(data)):
             yield from _cut(columns, rows, broken, start)
             start += rows + len(broken)
 
@@ -119,6 +120,9 @@ def _of_named(data: Samples) -> Iterator[_Part]:
 
 
 def _batch(batch: Any) -> _Part:
+    batch = paired(batch)
+    if isinstance(batch, Samples):
+        return next(_of_named(batch))
     columns = _as_columns(batch)
     if columns is None and isinstance(batch, tuple | list) and len(batch) == 1:
         columns = _as_columns(batch[0])
@@ -180,7 +184,8 @@ def _is_batch(element: Any) -> bool:
     if isinstance(element, Batch):
         return True
     if isinstance(element, tuple | list) and len(element) == 2:
-        return _is_array(element[0]) and _is_labels(element[1], element[0]) and element[1] is not None
+        labelled = _is_array(element[0]) and _is_labels(element[1], element[0]) and element[1] is not None
+        return labelled or is_frame(element[0])
     return isinstance(element, tuple | list) and len(element) == 1 and _is_array(element[0])
 
 
