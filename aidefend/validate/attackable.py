@@ -1,5 +1,6 @@
 """Model and guard as one differentiable classifier, for attacks and audits that know both."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,7 +10,7 @@ from aidefend._core.batches import in_batches
 from aidefend._core.checks import check_int, check_not_empty, check_tensor
 from aidefend._core.stats import Interval, wilson
 from aidefend.validate.calibrating import rows_a_pass
-from aidefend.validate.detector import Rows, score_columns
+from aidefend.validate.detector import Rows, score_columns, wide
 from aidefend.validate.features import healthy_rows
 from aidefend.validate.judging import Panel
 from aidefend.validate.spec import InputSpec
@@ -23,7 +24,8 @@ class AttackableGuard(nn.Module):
     The logit of the refusal is the largest class logit plus the margin by which the detectors refuse the row, so that
     the last class wins exactly for the rows that the guard refuses, and its gradient leads around the detectors. A row
     that the specification refuses, or whose output is not finite, has the constant row (0, .., 0, 1). Nothing is
-    hardened, logged or charged: this is what an attacker who holds the whole system sees.
+    hardened, logged or charged: this is what an attacker who holds the whole system sees. Logits of half precision
+    become float32, in which a small margin still counts.
     Around a regression model there are no classes: K is 1, and the one class has the constant logit 0.
     Guarantee: `argmax == K` where and only where the guard in mode "enforce" refuses the row as an input.
     """
@@ -51,9 +53,17 @@ class AttackableGuard(nn.Module):
         seen = logits if of_classes else None
         scores = score_columns(panel.detectors, Rows(outputs.features[healthy], seen, given[healthy], panel.model))
         margin = panel.calibration.margin(scores, logits.argmax(dim=1)).clamp(-_LARGEST_MARGIN, _LARGEST_MARGIN)
-        refusal = logits.amax(dim=1) + margin.to(logits)
-        joined = torch.cat([logits, refusal[:, None]], dim=1)
+        joined = torch.cat([wide(logits), _refusal(wide(logits).amax(dim=1), margin)[:, None]], dim=1)
         return constant.to(joined).index_put((rows[healthy],), joined)
+
+
+def _refusal(top: Tensor, margin: Tensor) -> Tensor:
+    """Logits (n,): `top` plus the margin, and on the right side of it where rounding would make them equal."""
+    refusal = top + margin.to(top)
+    ends = top.detach(), torch.full_like(top, math.inf)
+    least, most = torch.nextafter(*ends), torch.nextafter(ends[0], -ends[1])
+    right = torch.where(margin > 0, torch.maximum(refusal, least), torch.minimum(refusal, most))
+    return refusal + (right - refusal).detach()
 
 
 def refused_share(view: AttackableGuard, x: Tensor, confidence: float, batch_size: int) -> Interval:

@@ -7,6 +7,7 @@ import torch
 
 from aidefend import ConfigurationError
 from aidefend.validate import Energy, Guard, InputSpec, LabelOnly, Mahalanobis, MaxSoftmax, NearestNeighbours
+from aidefend.validate.attackable import _refusal
 from tests.validate.small_world import Recorder, model, rows, strange
 
 FIT, CALIBRATION = rows(200, 1), rows(300, 2)
@@ -34,6 +35,33 @@ def test_the_last_class_wins_exactly_where_the_guard_refuses(detectors):
     kept = decision.accepted
     torch.testing.assert_close(logits[kept, :3], decision.outputs[kept])
     assert logits[3].tolist() == logits[9].tolist() == [0.0, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_no_margin_is_lost_beside_large_logits(dtype):
+    """Planted violation: in half precision a logit of 50 swallows most margins, and refused rows look accepted."""
+    network = model().to(dtype)
+    with torch.no_grad():
+        network[2].bias += 50
+    spec = InputSpec((6,), dtype, -30.0, 30.0)
+    data, fit = rows(300, 2)[0].to(dtype), rows(200, 1)[0].to(dtype)
+    guard = Guard.calibrate(network, data, spec, [Energy(), NearestNeighbours(k=5)], 0.1, fit)
+    x = rows(1000, 7)[0].to(dtype).requires_grad_()
+    joined = guard.attackable()(x)
+    refused = joined.argmax(dim=1) == 3
+    assert torch.equal(refused, ~guard(x.detach()).accepted) and 50 < refused.sum() < 500
+    assert joined.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    joined[:, -1].sum().backward()
+    assert x.grad.isfinite().all() and (x.grad != 0).any(dim=1).all()
+
+
+def test_a_margin_below_rounding_and_of_zero_falls_on_its_side():
+    top = torch.tensor([50.0, 50.0, 50.0, 0.0, -50.0])
+    margin = torch.tensor([1e-9, 0.0, -1e-9, 1e-50, 1e4], dtype=torch.float64).requires_grad_()
+    refusal = _refusal(top, margin)
+    assert (refusal > top).tolist() == [True, False, False, True, True] and not (refusal == top).any()
+    refusal.sum().backward()
+    assert margin.grad.tolist() == [1.0] * 5
 
 
 def test_its_gradient_leads_strange_rows_past_the_detectors():
