@@ -17,7 +17,8 @@ _TAG = re.compile("[\U000e0000-\U000e007f]")
 _FLAG_OF_TAGS = re.compile("\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f")  # the flags of England, Scotland, Wales
 _SELECTORS = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]{2,}")  # runs of them carry hidden bytes
 _HIDDEN_SELECTOR = re.compile("[\x00-\u2000][\U000e0100-\U000e01ef]")  # ideographs alone have variants of that kind
-_WORD = re.compile(r"[^\W\d_]+")
+_LETTER = "[^\\W\\d_]|[\u24b6-\u24e9\U0001f130-\U0001f149\U0001f150-\U0001f169\U0001f170-\U0001f189]"  # or in a circle
+_WORD = re.compile(f"(?:{_LETTER})(?:{_LETTER}|[\u0300-\u036f])*")  # an accent does not end a word
 _PLAIN = re.compile(r"[\t\n\r\x20-\x7e]*")
 
 # Letters that look like a Latin one in common typefaces, and that letter (a selection of Unicode TR39 confusables).
@@ -30,14 +31,18 @@ _LOOK_LATIN = {
     "CHEROKEE": dict(zip("ᎠᎡᎢᎪᎬᎳᎷᎻᎾᏀᏃᏚᏞᏟᏢᏦᏴ", "DRTAEWMHOGZSLCPKB", strict=True)),
 }
 _LATIN = str.maketrans({letter: latin for script in _LOOK_LATIN.values() for letter, latin in script.items()})
+_STYLES = frozenset(["<font>", "<wide>", "<circle>", "<square>"])
+_WHITE_ON_BLACK = (0x1F150, 0x1F170)  # A to Z in circles and squares, which Unicode does not decompose
 _SHORTEST_WORD = 3  # of two letters are formulas and units
 
 
 def find_traps(text: str) -> frozenset[str]:
     """Which of TRAPS a text holds.
 
+    Of the kind "homoglyph" are words of three letters or more that mix Latin ones with such of one script that look
+    Latin, and words with styled ones (mathematical, of full width, encircled, Roman numerals).
     Not found: words written in look-alikes of one foreign script throughout, and look-alikes inside one script ("rn"
-    for "m", "l" for "I"): no rule tells them from honest words.
+    for "m", "l" for "I", phonetic letters): no rule tells them from honest words.
 
     Example:
         >>> sorted(find_traps("p\u0430ypal\u200b")), sorted(find_traps("naïve café 北京 שלום 👩\u200d🔬"))
@@ -87,7 +92,9 @@ def poses_as_latin(word: str) -> bool:
 
 
 def _latin(word: str) -> str:
-    return word.translate(_LATIN) if len(word) >= _SHORTEST_WORD and _is_mixed(word) else word
+    if _is_styled(word):
+        word = "".join(_unstyled(letter) or letter for letter in word)
+    return word.translate(_LATIN) if _is_mixed(word) else word
 
 
 def _without_invisible(text: str) -> str:
@@ -118,22 +125,44 @@ def _joins_nothing(text: str, place: int) -> bool:
 
 
 def _homoglyph(text: str) -> bool:
-    return any(_is_mixed(word) for word in _WORD.findall(text) if len(word) >= _SHORTEST_WORD)
+    return any(_is_styled(word) or _is_mixed(word) for word in _WORD.findall(text))
+
+
+def _is_styled(word: str) -> bool:
+    return not word.isascii() and len(_letters(word)) >= _SHORTEST_WORD and any(map(_unstyled, word))
 
 
 def _is_mixed(word: str) -> bool:
     """Latin letters and, in the same word, only such others as look Latin."""
     if word.isascii():
         return False
-    scripts = [(letter, _script(letter)) for letter in word]
+    letters = _letters(word)
+    scripts = [(letter, _script(letter)) for letter in letters]
     others = [
         (letter, script) for letter, script in scripts if script != "LATIN" and unicodedata.category(letter)[0] == "L"
     ]
     return (
-        len(others) < len(word)
-        and bool(others)
+        len(letters) >= _SHORTEST_WORD
+        and 0 < len(others) < len(letters)
         and all(letter in _LOOK_LATIN.get(script, ()) for letter, script in others)
     )
+
+
+def _letters(word: str) -> list[str]:
+    return [letter for letter in word if not unicodedata.combining(letter)]
+
+
+@lru_cache(maxsize=4096)
+def _unstyled(letter: str) -> str:
+    """The plain Latin letter of which this one is a mere form; "" if it is none."""
+    for start in _WHITE_ON_BLACK:
+        if start <= ord(letter) < start + 26:
+            return chr(ord("A") + ord(letter) - start)
+    style, _, code = unicodedata.decomposition(letter).partition(" ")
+    if style not in _STYLES and not (style == "<compat>" and "ROMAN NUMERAL" in unicodedata.name(letter, "")):
+        return ""
+    plain = "" if " " in code else chr(int(code, 16))
+    return plain if plain.isascii() and plain.isalpha() else ""
 
 
 @lru_cache(maxsize=4096)

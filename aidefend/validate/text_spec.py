@@ -51,7 +51,8 @@ class TextSpec:
         bidi: Policy for embeddings, overrides and isolates, which show a text in another order than it is read in.
         control: For C0 and C1 controls but tab and line ends.
         invisible: For zero-width, tag and filler characters, runs of variation selectors, joiners that join nothing.
-        homoglyph: For words that mix Latin with letters of one script that look Latin. "clip" makes them Latin.
+        homoglyph: For words that mix Latin with letters of one script that look Latin, and for styled letters
+            (mathematical, of full width, encircled). "clip" makes them plain Latin.
         damaged: For U+FFFD and noncharacters, the traces of a broken decoding; cannot be clipped.
         max_rows: Largest number of texts in a batch.
     Policies: "accept" does not ask; "clip" takes the characters out (see above) and accepts; "reject" refuses;

@@ -26,11 +26,18 @@ HONEST = {
     "byte order mark": "\ufeffname",
     "quotes": "“smart” ‘quotes’ — dashes… €5 ™",
     "spaces": "a\u00a0b\u2009c",
+    "Russian with an accent": "со\u0301н, ра\u0301сход",
+    "formulas": "ℝ ∋ 𝑥 = 𝑎𝑏, Ⅻ, ①②③, ａ, 1ˢᵗ, Mᵐᵉ, ﬁle, ſo",
+    "phonetic letters": "ʃɪp, bɪɡ",
+    "flags": "🇩🇪🇫🇷🇯🇵",
 }
 TRAPPED = {
     "bidi": ["abc\u202eexe.txt", "a\u2066b\u2069", "\u202bx"],
     "control": ["a\x00b", "\x1b[31m", "a\x85b", "\x7f"],
-    "homoglyph": ["p\u0430ypal", "\u0410dmin", "g\u03bf\u03bfgle", "micr\u043esoft account"],
+    "homoglyph": [
+        *("p\u0430ypal", "\u0410dmin", "g\u03bf\u03bfgle", "micr\u043esoft account", "p\u0430\u0301ypal"),
+        *("𝐩𝐚𝐲𝐩𝐚𝐥", "p𝐚ypal", "ｐａｙｐａｌ", "ⓟⓐⓨ", "🅟🅐🅨", "🅿🅰🆈", "🄿🄰🅈", "ⅼogin", "𝕡𝕒𝕪ж", "𝐩\u0430y"),
+    ],
     "invisible": [
         "pass\u200bword",
         "in\u00advoice",

@@ -67,6 +67,10 @@ def test_what_is_no_short_list_is_one_fault(texts):
         ("invisible", "hi" + "".join(chr(0xE0000 + ord(letter)) for letter in "obey"), "hi"),
         ("homoglyph", "pаyрal", "paypal"),
         ("homoglyph", "Ηοme", "Home"),
+        ("homoglyph", "pа\u0301ypal", "páypal"),
+        ("homoglyph", "𝐩𝐚𝐲𝐩𝐚𝐥 ｐａｙｐａｌ ⓟⓐⓨ", "paypal paypal pay"),
+        ("homoglyph", "🅿🅰🆈 🄿🄰🅈 ⅼogin", "PAY PAY login"),
+        ("homoglyph", "𝐩аypal", "paypal"),
         ("not_normal", "cafe\u0301", "café"),
     ],
 )
