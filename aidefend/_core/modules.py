@@ -103,8 +103,9 @@ def _keep_buffers(modules: list[nn.Module]) -> Callable[[], None]:
 
     def undo() -> None:
         for module, buffers in kept:
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            if isinstance(module._buffers, dict):  # a TorchScript module has a fixed set of them
+                module._buffers.clear()
+                module._buffers.update(buffers)
         for buffer, value in content:
             if buffer.shape != value.shape:
                 buffer.data.resize_(value.shape)
@@ -115,13 +116,18 @@ def _keep_buffers(modules: list[nn.Module]) -> Callable[[], None]:
 
 def _keep_flags_and_hooks(modules: list[nn.Module]) -> Callable[[], None]:
     kept = [
-        (module, module.training, {name: dict(getattr(module, name)) for name in _HOOKS if getattr(module, name)})
+        (
+            module,
+            getattr(module, "training", None),  # a frozen TorchScript module has no such flag
+            {name: dict(getattr(module, name)) for name in _HOOKS if getattr(module, name)},
+        )
         for module in modules
     ]
 
     def undo() -> None:
         for module, training, hooks in kept:
-            module.training = training
+            if training is not None:
+                module.training = training
             for name in _HOOKS:
                 if getattr(module, name) or name in hooks:
                     getattr(module, name).clear()
@@ -162,14 +168,15 @@ def last_linear(model: nn.Module, x: Tensor) -> nn.Module:
     """
     order: list[nn.Module] = []
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    with preserve(model), torch.no_grad():
-        for module in linears:
-            module.register_forward_pre_hook(lambda module, _: order.append(module))
-        model.eval()
-        with naming_the_model(x[:1]):
-            model(x[:1])
+    if linears:  # else there is nothing to find, nor a pass that a form without modules could refuse
+        with preserve(model), torch.no_grad():
+            for module in linears:
+                module.register_forward_pre_hook(lambda module, _: order.append(module))
+            model.eval()
+            with naming_the_model(x[:1]):
+                model(x[:1])
     if not order:
-        cure = "Pass layer= with the name of the module whose input is the feature vector"
+        cure = "Pass layer= with the name of the module whose input is the feature vector; TorchScript takes no hooks"
         raise IncompatibleModel(
             "Expected a model whose last step is an nn.Linear.", [Offender("", "no Linear ran", cure)]
         )
@@ -217,19 +224,27 @@ def training_layers(model: Model) -> list[Offender]:
     """Modules in train mode whose output then depends on batch mates or on chance (BatchNorm, dropout, their kin)."""
     if not isinstance(model, nn.Module):
         return []
-    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.modules.instancenorm._InstanceNorm)
     found = [
-        (name, type(module).__name__)
+        (name, _kind(module))
         for name, module in model.named_modules()
-        if module.training and isinstance(module, kinds) and _matters(module)
+        if getattr(module, "training", False) and _matters(module)
     ]
     return [Offender(name, f"{kind} is in train mode", "Call model.eval() first") for name, kind in found]
 
 
+def _kind(module: nn.Module) -> str:
+    """The name of its class; of a TorchScript module that of the class that was scripted or traced."""
+    return str(getattr(module, "original_name", type(module).__name__))
+
+
 def _matters(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        return any(word in _kind(module) for word in ("BatchNorm", "Dropout", "InstanceNorm"))
     if isinstance(module, nn.modules.instancenorm._InstanceNorm):
         return module.track_running_stats
-    return not isinstance(module, nn.modules.dropout._DropoutNd) or module.p > 0
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def looks_like_probabilities(outputs: Tensor) -> bool:

@@ -301,7 +301,8 @@ def run_rows(
     keep_inputs: bool,
 ) -> CleanRows:
     """One pass over all rows that satisfy the specification."""
-    features, logits, labels, inputs, refused = [], [], [], [], 0
+    features: list[Tensor] = []
+    logits, labels, inputs, refused = [], [], [], 0
     for batch in progress(batches, f"guard: {name}", len(batches)):
         for part in _slices(batch, rows_a_pass(spec, batch.x, batch_size)):
             x, y, bad = _checked(part, spec, device_of(model))
@@ -309,6 +310,7 @@ def run_rows(
             if len(x):
                 with naming_the_model(x):
                     outputs = capture.run(model, x)
+                _check_width(outputs.features, features)
                 features.append(outputs.features)
                 logits.append(outputs.logits)
                 labels.append(y)
@@ -328,6 +330,16 @@ def run_rows(
         reason = f"{int((~healthy).sum())} of {len(healthy)} clean rows give NaN or infinity"
         raise IncompatibleModel("Expected finite outputs.", [Offender("", reason, "Repair the model or the data")])
     return rows
+
+
+def _check_width(found: Tensor, before: list[Tensor]) -> None:
+    if before and found.shape[1] != before[0].shape[1]:
+        reason = f"{found.shape[1]} features for these inputs, {before[0].shape[1]} for those before"
+        cure = "Name a layer behind the pooling with layer=, or use detectors of logits"
+        raise IncompatibleModel(
+            "Expected as many features for every size of input.",
+            [Offender("", reason, cure)],
+        )
 
 
 def rows_a_pass(spec: InputSpec, x: Tensor, batch_size: int) -> int:

@@ -39,7 +39,7 @@ class PassCapture:
         self.task: Task = task
         self._passes: dict[int, list[Tensor]] = {}
         hook = torch.compiler.disable(self._record) if _is_compiled(model) else self._record
-        self._handle = None if layer is None else layer.register_forward_pre_hook(hook)
+        self._handle = None if layer is None else _hooked(layer, hook)
 
     def _record(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         passes = self._passes.get(threading.get_ident())
@@ -86,6 +86,14 @@ class PassCapture:
 
 
 _EXPECTED = "Expected one row of features for each sample from the chosen layer."
+
+
+def _hooked(layer: nn.Module, hook: Any) -> Any:
+    try:
+        return layer.register_forward_pre_hook(hook)
+    except RuntimeError as error:  # TorchScript
+        cure = "Guard the module before it is scripted, or use detectors of logits and inputs"
+        raise IncompatibleModel("Expected a layer that takes a hook.", [Offender("", f"{error}", cure)]) from error
 
 
 def _is_compiled(model: Model) -> bool:

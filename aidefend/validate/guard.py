@@ -1,5 +1,6 @@
 """A model with input validation in front of it and hardened outputs behind it."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -94,7 +95,8 @@ class Guard(nn.Module):
         for name, detector in zip(unique_names(parts.detectors), parts.detectors, strict=True):
             if isinstance(detector, nn.Module):
                 self.add_module(f"detector_{name}", detector)
-        self._switches = list(model.modules()) if isinstance(model, nn.Module) else []
+        modules = model.modules() if isinstance(model, nn.Module) else ()
+        self._switches = [module for module in modules if hasattr(module, "training")]  # frozen TorchScript has none
         check_company(facts.task, output, self.collaborators.queries)
         answer = blank_answer(facts.num_classes, getattr(torch, facts.logits_dtype))
         self._blank = blank_row(answer, parts.spec.smallest_row(), output, mode)
@@ -374,7 +376,10 @@ class Guard(nn.Module):
 
     def train(self, mode: bool = True) -> "Guard":
         """A guard stays in eval mode: its calibration holds for no other."""
-        super().train(False)
+        self.training = False
+        for child in self.children():
+            with contextlib.suppress(NotImplementedError):  # an exported model knows one mode alone
+                child.train(False)
         return self
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Which model a guard was calibrated for, whatever is wrapped round it: a digest of structure and of weights."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,19 +51,38 @@ def identify(model: Model) -> dict[str, str]:
     """SHA-256 of the structure (module names and types; names, dtypes and shapes of the state) and of the weights.
 
     A compiled model and a replica have the identity of the model inside. A plain callable has none: both are empty.
+    Nor has frozen TorchScript weights of its own: they are constants of its code.
     """
     inner = unwrapped(model)
     if not isinstance(inner, nn.Module):
         return {"structure": "", "weights": ""}
     modules = [[name, type(module).__qualname__] for name, module in plain_modules(inner).items()]
     wrappers = {name for name, module in inner.named_modules() if _inside(module) is not None}
-    state = {_plain(name, wrappers): value for name, value in inner.state_dict().items() if isinstance(value, Tensor)}
+    state = {
+        _plain(name, wrappers) + part: array
+        for name, value in inner.state_dict().items()
+        for part, array in _arrays(value)
+    }
     entries = [[name, str(value.dtype), list(value.shape)] for name, value in state.items()]
     structure = hashlib.sha256(canonical_json([modules, entries]).encode())
     weights = hashlib.sha256(structure.digest())
     for value in state.values():
         weights.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return {"structure": structure.hexdigest(), "weights": weights.hexdigest()}
+
+
+def _arrays(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors of an entry of a state: a quantised layer packs its own into tuples."""
+    if isinstance(value, tuple | list):
+        for i, part in enumerate(value):
+            yield from _arrays(part, f"{place}/{i}")
+    elif isinstance(value, Tensor) and value.is_quantized:
+        by_channel = value.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
+        scale = value.q_per_channel_scales() if by_channel else torch.tensor(value.q_scale(), dtype=torch.float64)
+        zero = value.q_per_channel_zero_points() if by_channel else torch.tensor(value.q_zero_point())
+        yield from ((f"{place}/{i}", part) for i, part in enumerate((value.int_repr(), scale, zero)))
+    elif isinstance(value, Tensor):
+        yield place, value
 
 
 def check_identity(model: Model, known: Mapping[str, str]) -> None:

@@ -154,6 +154,27 @@ def test_find_module_by_name_and_by_object():
         find_module(model, nn.Linear(1, 1))
 
 
+def _layers():
+    return nn.Sequential(nn.BatchNorm1d(2), nn.Dropout(0.5), nn.Linear(2, 2), nn.ReLU())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("mode", [True, False])
+def test_torchscript_is_left_as_it_was_and_its_mode_is_known(mode):
+    model = torch.jit.script(_layers().train(mode))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with preserve(model):
+        model.train(not mode)
+        model.train()(torch.ones(4, 2))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == [mode] * 5
+    assert [offender.path for offender in training_layers(model)] == (["0", "1"] if mode else [])
+    frozen = torch.jit.freeze(torch.jit.script(_layers().eval()))
+    with preserve(frozen):
+        frozen(torch.ones(4, 2))
+    assert training_layers(frozen) == []
+
+
 def test_training_layers_and_probabilities():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.0), nn.Dropout(0.2), nn.InstanceNorm1d(3))
     assert [offender.path for offender in training_layers(model)] == ["0", "2"]
