@@ -9,6 +9,7 @@ from torch import Tensor
 from aidefend._core.checks import check_number, refuse
 
 _DEFAULT = 1.0
+_MUCH = 0.5
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,6 +46,32 @@ class Cap:
     def of(self, name: str) -> float:
         """The share of one part."""
         return self.share.get(name, _DEFAULT) if isinstance(self.share, Mapping) else self.share
+
+
+def depleted(labels: Tensor, usable: Tensor, removed: Tensor) -> dict[str, dict[str, int]]:
+    """For each class of which more than half of the usable rows go: how many do (`removed`), and how many stay."""
+    found = {}
+    for label in labels[removed & usable].unique().tolist():
+        mine = usable & (labels == label)
+        gone, n = int((mine & removed).sum()), int(mine.sum())
+        if gone > _MUCH * n:
+            found[str(label)] = {"removed": gone, "left": n - gone}
+    return found
+
+
+def words_of_caps(facts: Mapping[str, Any]) -> str:
+    """What a reader of `parameters["cap"]` must not miss: classes that are nearly gone, and poison that a cap kept."""
+    said = ""
+    for label, rows in facts.get("depleted", {}).items():
+        said += (
+            f"Class {label} loses {rows['removed']} of its {rows['removed'] + rows['left']} rows to quarantine: "
+            f"have them looked at and get others before training. "
+        )
+    for cap, spared in (("max_removed", "spared"), ("max_removed_group", "spared_groups")):
+        kept = sum(len(rows) for rows in facts.get(spared, {}).values())
+        if kept:
+            said += f"{cap} kept {kept} rows of groups that were found to be poison; {cap}=1.0 takes them, too. "
+    return said
 
 
 def read_cap(share: Any, parts: Sequence[str] | None, name: str, kind: str) -> Cap | None:

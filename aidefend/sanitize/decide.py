@@ -20,6 +20,7 @@ from aidefend.sanitize.group_evidence import (
 )
 from aidefend.sanitize.groups import CARRIER_GROUPS, ClassSearch, Group, extended
 from aidefend.sanitize.own_marks import MarkEvidence, examine_mark, marked_groups
+from aidefend.sanitize.own_spots import SpotEvidence, examine_spot
 from aidefend.sanitize.trigger import FORMS, Trigger
 from aidefend.sanitize.world import World
 from aidefend.sanitize.written import WrittenVerdict
@@ -33,6 +34,9 @@ _AS_STRONG = 0.8
 _KIN = 0.7  # half of the energy in common
 _TRIGGERS = 2
 _FOR_MARKS = 0.2  # of alpha
+_MOSTLY_WITHIN = 0.9
+_ASKED = 2  # ways in which a group with right labels is judged
+_RIGHT_LABELS = {GroupEvidence: False, MarkEvidence: True, SpotEvidence: None}  # None: nobody asked
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,11 +44,11 @@ class Verdict:
     """One group with its evidence, the p-value corrected for all proposals of the screen, and the decision.
 
     `kin`: the trigger was proven in another class, so two of the five hypotheses were not asked again.
-    With a `MarkEvidence` the labels of the group are right.
+    With a `MarkEvidence` the labels of the group are right; with a `SpotEvidence` they are not asked for.
     """
 
     group: Group
-    evidence: GroupEvidence | MarkEvidence
+    evidence: GroupEvidence | MarkEvidence | SpotEvidence
     p_value: float
     poison: bool
     kin: bool = False
@@ -63,7 +67,7 @@ class Verdict:
             "high": share.high,
             "poison": self.poison,
             "proven_in_another_class": self.kin,
-            "right_labels": isinstance(self.evidence, MarkEvidence),
+            "right_labels": _RIGHT_LABELS[type(self.evidence)],
             "looks_like": {str(label): count for label, count in enumerate(counts) if count},
             "p_value": self.p_value,
             **self.evidence._asdict(),
@@ -75,7 +79,7 @@ class Decision:
     """What was found in the usable rows.
 
     Args:
-        poison: The verdicts that stand: in a class at most one on wrong labels, and one on right ones with a mark.
+        poison: The verdicts that stand: in a class at most one on wrong labels, and one on a mark.
         harmless: For each other class that was searched the group that came closest.
         mislabelled: (N,) bool, rows that look mislabelled on their own (a remark, no verdict).
         searched: Classes that were searched, with their number of rows.
@@ -132,7 +136,8 @@ def decide(world: World, scores: Sequence[Tensor], alpha: float) -> Decision:
     verdicts = _with_kin(verdicts, threshold, tests)
     by_class = [mine for label in searched if (mine := _strongest_first(verdicts, label))]
     marks = _marks(world, marked, alpha, proposed)
-    poison = (*(_whole(world, _joined(mine)) for mine in by_class if mine[0].poison), *marks)
+    wrong = [_whole(world, _joined(mine)) for mine in by_class if mine[0].poison]
+    poison = (*wrong, *(mark for mark in marks if not any(_within(mark, verdict) for verdict in wrong)))
     convicted = {verdict.group.label for verdict in poison}
     harmless = tuple(mine[0] for mine in by_class if mine[0].group.label not in convicted)
     return Decision(poison, harmless, mislabelled, searched, threshold, tests)
@@ -156,15 +161,24 @@ def _carriers(world: World, verdicts: Sequence[Verdict], sample: Mapping[int, Te
 
 def _marks(world: World, marked: Sequence[Group], alpha: float, proposed: int) -> tuple[Verdict, ...]:
     """For each class the strongest group with a mark and right labels that stands."""
-    level = _FOR_MARKS * alpha / max(proposed, 1)
+    level = _FOR_MARKS * alpha / max(_ASKED * proposed, 1)
     standing: dict[int, Verdict] = {}
     for group in marked:
-        evidence = examine_mark(world, group, level)
-        verdict = Verdict(group, evidence, min(1.0, evidence.p_value * alpha / level), evidence.p_value <= level)
-        best = standing.get(group.label)
-        if verdict.poison and (best is None or _effect(verdict) > _effect(best)):
-            standing[group.label] = verdict
+        for evidence in (examine_mark(world, group, level), examine_spot(world, group, level)):
+            if evidence is None or evidence.p_value > level:
+                continue
+            verdict = Verdict(group, evidence, min(1.0, evidence.p_value * alpha / level), poison=True)
+            best = standing.get(group.label)
+            if best is None or _effect(verdict) > _effect(best):
+                standing[group.label] = verdict
     return tuple(_whole(world, verdict) for verdict in standing.values())
+
+
+def _within(mark: Verdict, verdict: Verdict) -> bool:
+    """Whether a verdict on wrong labels takes nearly all rows of a mark: then the mark is that poison's trigger."""
+    if mark.group.label != verdict.group.label:
+        return False
+    return float(verdict.group.inside[mark.group.inside].double().mean()) >= _MOSTLY_WITHIN
 
 
 def undecided(n: int = 0) -> Decision:
@@ -216,7 +230,7 @@ def _strongest_first(verdicts: Sequence[Verdict], label: int) -> list[Verdict]:
 def _effect(verdict: Verdict) -> float:
     """How much of a group is foreign, stands apart, and works, as one number in [0, 1]."""
     evidence = verdict.evidence
-    if isinstance(evidence, MarkEvidence):
+    if not isinstance(evidence, GroupEvidence):
         return max(0.0, 1 - evidence.valley) * evidence.transfer
     return evidence.foreign * max(0.0, 1 - evidence.valley) * (evidence.transfer if verdict.poison else 1.0)
 

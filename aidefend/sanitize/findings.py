@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aidefend._core.stats import wilson
-from aidefend.sanitize.caps import Cap
+from aidefend.sanitize.caps import Cap, words_of_caps
 from aidefend.sanitize.decide import POWER, SMALLEST_CLASS, Decision, Verdict, smallest_detectable
 from aidefend.sanitize.decisions import PROPOSED, WEAK, WEIGHT
 from aidefend.sanitize.features import Features, finite_rows
@@ -20,13 +20,14 @@ THREAT = (
     "An adversary puts training rows of other classes under one or more wrong labels (dirty-label backdoor), with a "
     "pattern that is added or written onto the input, in parts or fainter than at the test, or with a smooth "
     "displacement of pictures (in tables: values of a few columns; in texts: words or letters); or puts one constant "
-    "mark on pictures of one class and leaves their labels right. The adversary controls inputs and labels of those "
-    "rows, and inputs of rows with right labels (covers), not the training, and does not shape the poison against this "
-    "very screen."
+    "mark on pictures of one class, which it may have made hard to learn, and leaves their labels right. The adversary "
+    "controls inputs and labels of those rows, and inputs of rows with right labels (covers), not the training, and "
+    "does not shape the poison against this very screen."
 )
 LIMITS = (
     "A kept row is not shown to be clean. Not looked for: poison with right labels other than one constant mark on "
-    "pictures (rows made hard to learn, single rows crafted for one target), triggers that depend on the "
+    "pictures (single rows crafted for one target; rows made hard to learn whose mark moves, comes in several forms, "
+    "varies by more than a twentieth of the range, or is in a twentieth of other classes), triggers that depend on the "
     "input beyond one pattern or one displacement, wrong labels without a pattern (remarked, not quarantined), and "
     "groups below the stated size. A constant mark that one class alone has, and that the model takes for the class, "
     "is called poison whoever put it there. "
@@ -168,7 +169,7 @@ def _said(verdict: Verdict | WrittenVerdict) -> tuple[str, str]:
     facts, label = verdict.to_dict(), verdict.group.label
     if isinstance(verdict, WrittenVerdict):
         return _said_of_pattern(facts)
-    if facts["right_labels"]:
+    if facts["right_labels"] is not False:
         return _said_of_mark(facts)
     group = f"structured poison in class {label}: group of {_size_of(facts)}"
     evidence = (
@@ -188,9 +189,13 @@ def _size_of(facts: Mapping[str, Any]) -> str:
 
 def _said_of_mark(facts: Mapping[str, Any]) -> tuple[str, str]:
     label = facts["class"]
-    group = f"mark with right labels in class {label}: group of {_size_of(facts)}"
+    labels = "with right labels" if facts["right_labels"] else "(labels not judged)"
+    group = f"mark {labels} in class {label}: group of {_size_of(facts)}"
+    mark = "a constant mark: the rest of the class looks the same with it"
+    if "cells" in facts:
+        mark = f"{facts['cells']} cells that are alike in it; {facts['elsewhere']:.2f} of other classes hold the same"
     evidence = (
-        f"evidence: it stands apart in the features, by a constant mark: the rest of the class looks the same with it; "
+        f"evidence: it stands apart in the features, by {mark}; "
         f"it turns {facts['transfer']:.2f} of rows of other classes into {label}, with its cells in another order "
         f"{facts['scrambled']:.2f} (corrected p = {facts['p_value']:.1g}, threshold {ALPHA})"
     )
@@ -239,7 +244,7 @@ def limits_of(facts: Mapping[str, Any], skipped: Sequence[int]) -> str:
             f"In classes {', '.join(clean)} no evidence of a group of at least {max(sizes)} rows with a common "
             f"pattern, at power {POWER} if it stands apart in the features. "
         )
-    said += _limits_of_routes(facts, clean) + _written_limits(facts)
+    said += _limits_of_routes(facts, clean) + _written_limits(facts) + words_of_caps(facts.get("cap", {}))
     if not facts["classes_searched"] and not facts["written_detectable"]:
         said = "No class was searched: nothing is shown. "
     if skipped:

@@ -13,13 +13,14 @@ from aidefend.sanitize.bend import Bend
 from aidefend.sanitize.group_evidence import TRANSPLANTS, more_than, valley_depth
 from aidefend.sanitize.groups import ClassSearch, Group, amounts_of
 from aidefend.sanitize.separation import cut, held_out_log_odds, inverse_covariance, settle
+from aidefend.sanitize.spot import written_spot
 from aidefend.sanitize.trigger import Trigger
 from aidefend.sanitize.world import World
 
 MARKED_TURNED = 0.2
 APART_WITH_IT = 0.75
 _STRENGTHS = (1.0, 2.0, 3.0)
-_WORTH_MARKING = 0.15
+_WORTH_MARKING = 0.1
 _STANDS_APART = 0.5
 _DEVELOPED = 2
 _SHARPENED = 2
@@ -103,9 +104,12 @@ def _described(search: ClassSearch, inside: Tensor, points: Tensor) -> Group:
 
 
 def _probed(search: ClassSearch, groups: list[Group]) -> list[float]:
+    """For each group the share of probes that its mark turns, or the constant part of it if that turns more."""
     world = search.world
     probes = world.probes[world.labels[world.probes] != search.label]
-    return [_turned(world, probes, group.trigger, search.label) / max(len(probes), 1) for group in groups]
+    marks = [[group.trigger, *filter(None, [written_spot(world, group)])] for group in groups]
+    counts = [max(_turned(world, probes, mark, search.label) for mark in both) for both in marks]
+    return [count / max(len(probes), 1) for count in counts]
 
 
 def _turned(world: World, rows: Tensor, trigger: Trigger, label: int) -> int:
@@ -128,18 +132,30 @@ def examine_mark(world: World, group: Group, threshold: float) -> MarkEvidence:
     valley, p_valley = valley_depth(group.log_odds, group.inside)
     if p_valley > threshold:
         return MarkEvidence(valley, p_valley, math.nan, 1.0, math.nan, 1.0, math.nan, 1.0)
-    stream = make_generator(seed=derive_seed(world.seed, "marks", group.label) % 2**63)
-    free = world.labels != group.label
+    rows, stream = asked_rows(world, group.label)
+    shares = turns(world, group.trigger, group.label, rows, stream, MARKED_TURNED)
+    return MarkEvidence(valley, p_valley, *shares, *unlike_marked(world, group, stream))
+
+
+def asked_rows(world: World, label: int) -> tuple[Tensor, torch.Generator]:
+    """Up to 200 rows of other classes that no search has used, and the stream that drew them."""
+    stream = make_generator(seed=derive_seed(world.seed, "marks", label) % 2**63)
+    free = world.labels != label
     free[world.probes] = False
     rows = free.nonzero().flatten()
-    rows = rows[torch.randperm(len(rows), generator=stream)[:TRANSPLANTS]]
+    return rows[torch.randperm(len(rows), generator=stream)[:TRANSPLANTS]], stream
+
+
+def turns(
+    world: World, trigger: Trigger, label: int, rows: Tensor, stream: torch.Generator, at_most: float
+) -> tuple[float, float, float, float]:
+    """Share of rows that the mark turns into the class, p of H: at most that; the same scrambled, p of H: as many."""
     n = len(rows)
-    count = _turned(world, rows, group.trigger, group.label)
-    other = _turned(world, rows, _scrambled(group.trigger, stream), group.label)
+    count = _turned(world, rows, trigger, label)
+    other = _turned(world, rows, _scrambled(trigger, stream), label)
     more = stats.fisher_exact([[count, n - count], [other, n - other]], alternative="greater").pvalue if n else 1.0
-    p_transfer = min(1.0, (len(_STRENGTHS) + 1) * more_than(MARKED_TURNED, count, n))
-    shares = (count / max(n, 1), p_transfer, other / max(n, 1), float(more))
-    return MarkEvidence(valley, p_valley, *shares, *unlike_marked(world, group, stream))
+    p_transfer = min(1.0, (len(_STRENGTHS) + 1) * more_than(at_most, count, n))
+    return count / max(n, 1), p_transfer, other / max(n, 1), float(more)
 
 
 def _scrambled(trigger: Trigger, stream: torch.Generator) -> Trigger:

@@ -12,7 +12,7 @@ from aidefend._core.checks import check_int, check_labels, check_tensor
 from aidefend._core.modules import Model
 from aidefend.sanitize.bend import Bend
 from aidefend.sanitize.calibration import calibrated, facts_of_p_values
-from aidefend.sanitize.caps import Cap, read_cap
+from aidefend.sanitize.caps import Cap, depleted, read_cap
 from aidefend.sanitize.choose import Chosen, Detector, chosen_for, named_detectors
 from aidefend.sanitize.confident_learning import ConfidentLearning
 from aidefend.sanitize.decide import Decision, decide, undecided
@@ -51,7 +51,7 @@ def screen(
     groups: Sequence[Any] | None = None,
     seed: int = 0,
     encoder: Encoder | None = None,
-    max_removed: float | Mapping[Any, float] = 0.75,
+    max_removed: float | Mapping[Any, float] = 1.0,
     max_removed_group: float | Mapping[Any, float] = 1.0,
 ) -> ScreenReport:
     """Judge every row of a training set: quarantine structured poison, remark what else looks wrong, remove nothing.
@@ -68,7 +68,11 @@ def screen(
     Of pictures a group with right labels is quarantined, too (`right_labels` in the report), if four hypotheses fall:
     it does not stand apart in the features; what it has beyond its own class turns at most a fifth of rows of other
     classes into its label; the same with its cells in another order turns as many; and with that mark on, the rest of
-    the class still differs from the group, as it does from a style.
+    the class still differs from the group, as it does from a style. Rows that were made hard to learn differ by more
+    than the mark. So the cells that the group holds constant, and the rest of its class does not, are judged alone,
+    too, where they are at most a fifth of the picture: there the second hypothesis is that they turn at most a
+    twentieth, and the fourth that a twentieth of other classes holds the same (`elsewhere` in the report;
+    `right_labels` is None, as their labels are not asked for).
     In tables (N, d) and texts patterns are sought as such, too: values, ranges, words or letters that rows of one class
     hold in common and that, taken off, leave rows of another class (`WrittenSearch`). Tables may have columns of text,
     bool or category, and gaps.
@@ -102,7 +106,10 @@ def screen(
         encoder: From a list of texts to (N, d). None: `TextEncoder`, hashed words and letters.
         max_removed: Largest share of a class that structured poison takes out, in (0, 1], or a share for each class
             number (other classes have no cap); the least suspicious rows beyond it are kept, with a reason, and listed
-            in `parameters["cap"]`.
+            in `parameters["cap"]`. The default takes all: a group stands or falls as a whole, what a cap keeps of it is
+            as much proven as the rest, and a few such rows are enough for a backdoor to work. A class that loses more
+            than half of its rows is named in the report's `limits` and in `parameters["cap"]["depleted"]`, so that it
+            does not vanish unnoticed.
         max_removed_group: The same for each of `groups`, counted after the caps of classes.
     Returns: A report with the scores `structured_poison` (probability-like, above .5 in quarantine), one for each
         detector, and `view_disagreement` (in [0, 1], how far four views of a row differ); p-values, corrected for
@@ -152,7 +159,7 @@ def screen(
         "alpha": ALPHA,
         "seed": seed,
         "kind": material.kind,
-        "cap": _facts_of_caps(caps, rows.spared),
+        "cap": {**_facts_of_caps(caps, rows.spared), "depleted": depleted(found.labels, found.usable, rows.removed)},
         "views": views,
         "p_values": facts_of_p_values(*known),
         "detectable_by_route": routes(decision, pictures=Bend.possible(found.x)),

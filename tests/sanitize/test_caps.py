@@ -5,7 +5,7 @@ import torch
 
 from aidefend import ConfigurationError
 from aidefend.sanitize import screen
-from aidefend.sanitize.caps import Cap, read_cap
+from aidefend.sanitize.caps import Cap, depleted, read_cap, words_of_caps
 from tests.worlds import poisoned_clusters
 
 
@@ -65,3 +65,23 @@ def test_abstention_on_a_tiny_class_is_in_the_limits_the_parameters_and_the_rows
     assert "Not searched, fewer than 24 rows: classes 4." in report.limits
     assert all("kept: not searched, its class has 8 rows" in report.reasons[row] for row in range(600, 608))
     assert not any("not searched" in words for row in range(600) for words in report.reasons[row])
+
+
+def test_a_class_that_loses_more_than_half_of_its_usable_rows_is_named():
+    labels = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 1, 2])
+    removed = torch.tensor([True, True, True, False, False, True, True, False, False, False])
+    usable = torch.tensor([True, True, True, True, False, True, True, True, True, False])
+    found = depleted(labels, usable, removed)
+    assert found == {"0": {"removed": 3, "left": 1}}, "half of class 1 is not more than half"
+    assert words_of_caps({"depleted": found}).startswith("Class 0 loses 3 of its 4 rows to quarantine")
+    assert words_of_caps({"max_removed": 1.0, "spared": {}, "depleted": {}}) == ""
+
+
+def test_by_default_no_cap_keeps_proven_poison_and_a_cap_says_what_it_kept(planted):
+    data = planted.x, planted.y
+    free, capped = screen(data, detectors=[], seed=0), screen(data, detectors=[], max_removed=0.1, seed=0)
+    cap = free.parameters["cap"]
+    assert cap["max_removed"] == 1.0 and not cap["spared"] and cap["depleted"] == {}
+    assert "max_removed" not in free.limits
+    kept = sum(len(rows) for rows in capped.parameters["cap"]["spared"].values())
+    assert kept and f"max_removed kept {kept} rows of groups that were found to be poison" in capped.limits
