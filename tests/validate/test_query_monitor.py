@@ -202,6 +202,27 @@ def test_a_suspension_outlasts_any_wait_and_other_state_does_not(saved, tmp_path
         assert monitor.health().principals == 2 and monitor.health().evicted == 0
 
 
+def test_a_large_call_lets_others_have_their_turn_and_counts_the_same(saved):
+    """Planted violation: as one transaction, a call of thousands of rows kept all accounts waiting for its end."""
+    one, many = monitor_of(saved)[0], monitor_of(saved)[0]
+    x = torch.cat([day(2, n=200), probes(150)])
+    whole, turns = one.watch("a", x, model(x)), []
+    run = many._store.run
+
+    def counted(work, now, ttl):
+        turns.append(len(turns))
+        if len(turns) == 3:
+            assert many.standing("b").score == 0.0
+        return run(work, now, ttl)
+
+    many._store.run = counted
+    assert many.watch("a", x, model(x)) == whole and len(turns) == 7  # six parts, and the other account
+    single = monitor_of(saved)[0]
+    alone = [ask(single, "a", row) for row in x.split(1)]
+    assert alone[-1].score == pytest.approx(whole.score, rel=1e-6)
+    assert whole.remark == "; ".join(standing.remark for standing in alone if standing.remark) != ""
+
+
 def test_what_one_worker_saw_the_others_know(saved, tmp_path):
     server = FakeRedis()
     for make in (lambda: SQLiteStore(tmp_path / "q"), lambda: RedisStore(server)):

@@ -34,7 +34,7 @@ class SQLiteStore:
     Guarantee: calls take turns, so that no query is counted against a state that misses an earlier one. Never more
         values than `capacity`, and none beyond `ttl` after its last use, but flags. Where room is short, values without
         evidence go first, the longest unused before others; what goes early is counted in `health()`. A process that
-        dies leaves whole calls behind; after a power cut the last moments may be missing. The file holds keyed
+        dies leaves whole transactions behind; after a power cut the last moments may be missing. The file holds keyed
         sketches, no input and no name; keep it away from strangers all the same. Not on a network file system. Each
         process opens its own store (after a fork, too).
     Args:
