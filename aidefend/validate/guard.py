@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import time
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -101,6 +102,7 @@ class Guard(nn.Module):
         answer = blank_answer(facts.num_classes, getattr(torch, facts.logits_dtype))
         self._blank = blank_row(answer, parts.spec.smallest_row(), output, mode)
         self._capture = PassCapture(model, layer, facts.task)
+        weakref.finalize(self, self._capture.close)  # a guard that is dropped without close leaves no hook either
         self._closed = False
         self.eval()
 

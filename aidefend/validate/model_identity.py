@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from aidefend._core.checks import refuse
 from aidefend._core.modules import Model, find_module
 from aidefend._core.storage import canonical_json
+from aidefend.validate.purify import PurifiedModel
 
 _REPLICAS = (nn.parallel.DistributedDataParallel, nn.parallel.DataParallel)
 
@@ -50,13 +51,18 @@ def layer_of(model: Model, name: str | None) -> nn.Module | None:
 def identify(model: Model) -> dict[str, str]:
     """SHA-256 of the structure (module names and types; names, dtypes and shapes of the state) and of the weights.
 
+    The steps of a `PurifiedModel` are part of the structure.
+
     A compiled model and a replica have the identity of the model inside. A plain callable has none: both are empty.
     Nor has frozen TorchScript weights of its own: they are constants of its code.
     """
     inner = unwrapped(model)
     if not isinstance(inner, nn.Module):
         return {"structure": "", "weights": ""}
-    modules = [[name, type(module).__qualname__] for name, module in plain_modules(inner).items()]
+    modules = [
+        [name, type(module).__qualname__, *(module.settings if isinstance(module, PurifiedModel) else ())]
+        for name, module in plain_modules(inner).items()
+    ]
     wrappers = {name for name, module in inner.named_modules() if _inside(module) is not None}
     state = {
         _plain(name, wrappers) + part: array

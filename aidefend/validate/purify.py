@@ -61,6 +61,14 @@ class PurifiedModel(nn.Module):
         super().__init__()
         self.purify, self.model = purify, model
 
+    @property
+    def settings(self) -> list[str]:
+        """What the steps are, in words: a guard that was calibrated behind others is refused."""
+        return [
+            repr(step) if dataclasses.is_dataclass(step) else getattr(step, "__qualname__", type(step).__qualname__)
+            for step in self.purify.steps or ()
+        ]
+
     def forward(self, x: Tensor) -> Tensor:
         """What the model answers to the restored rows."""
         outputs: Tensor = self.model(self.purify(x))

@@ -1,6 +1,7 @@
 """The guard around a model: verdicts by row, refusals in calibration, modes, no trace, threads, compiled models."""
 
 import copy
+import gc
 import math
 import threading
 
@@ -445,6 +446,19 @@ def test_closing_removes_the_hook_and_fails_closed():
     assert sum(len(module._forward_pre_hooks) for module in network.modules()) == 0
     with pytest.raises(ConfigurationError, match="open guard"):
         guard(TEST)
+
+
+def test_a_guard_that_is_dropped_leaves_no_hook():
+    network = model()
+    guard = Guard.calibrate(network, CALIBRATION, fit=FIT, alpha=0.05)
+    view = guard.attackable()
+    assert any(module._forward_pre_hooks for module in network.modules())
+    del guard
+    gc.collect()
+    assert view(rows(3, 1)[0]).shape == (3, 4)  # a view keeps its guard
+    del view
+    gc.collect()
+    assert not any(module._forward_pre_hooks for module in network.modules())
 
 
 def test_calibration_that_fails_leaves_no_hook():

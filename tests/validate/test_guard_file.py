@@ -11,6 +11,7 @@ from torch import nn
 from aidefend import ConfigurationError
 from aidefend._core.errors import AidefendError
 from aidefend.validate import (
+    BitDepth,
     Energy,
     Guard,
     InputSpec,
@@ -20,6 +21,7 @@ from aidefend.validate import (
     MaxLogit,
     MaxSoftmax,
     NearestNeighbours,
+    Purify,
     RelativeMahalanobis,
     ReverseSigmoid,
     Rounded,
@@ -241,3 +243,17 @@ def test_a_damaged_guard_is_refused_before_it_guards(saved, change):
 def test_the_rewriting_above_changes_nothing_by_itself(saved):
     rewritten(saved, lambda *_: None)
     assert Guard.load(saved, model())(TEST).report.keep.any()
+
+
+def test_other_restorations_before_the_same_weights_are_another_model(tmp_path):
+    """Planted violation: a guard calibrated behind five bits was loaded behind one."""
+
+    def purified(bits):
+        return Purify([BitDepth(bits, (-30.0, 30.0)), torch.abs]).around(model()).eval()
+
+    spec = InputSpec((6,), low=-30.0, high=30.0)
+    Guard.calibrate(purified(5), CALIBRATION, spec, [Energy()], 0.05, FIT).save(tmp_path / "guard")
+    Guard.load(tmp_path / "guard", purified(5)).close()
+    for other in (purified(6), model(), Purify([BitDepth(5, (-30.0, 30.0))]).around(model()).eval()):
+        with pytest.raises(ConfigurationError, match="modules or shapes differ"):
+            Guard.load(tmp_path / "guard", other)
