@@ -43,7 +43,7 @@ class ImageSpec:
         max_batch_bytes: Largest total of the files; more refuse the batch.
         max_batch_pixels: Largest total of the pixels of files that pass; more refuse the batch.
         trailing: Policy for data after the end of the image, as in files that are two things at once: "reject",
-            "clip" (cut off) or "quarantine".
+            "clip" (cut off) or "quarantine". Phones put further pictures there: "clip" for photographs.
         alpha: What is under transparent pixels: "white" or "black", or "reject" images with any. A model that dropped
             the channel would see what no viewer shows.
         orientation: "apply" the EXIF orientation, as viewers do, or "ignore" it.

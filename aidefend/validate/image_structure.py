@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 _END_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _AFTER_FILL = re.compile(rb"[^\xff]")
 _FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_ABOUT = frozenset([*range(0xE0, 0xF0), 0xFE])  # segments of applications, and comments
+_NOT_NEEDED = _ABOUT - {0xE0, 0xE1, 0xEE}  # but JFIF, EXIF (orientation), Adobe (how colours are coded)
 _ALONE = frozenset([0x01, *range(0xD0, 0xD8)])
 _PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _PIXELS_OF_WEBP = (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF")
@@ -37,7 +39,8 @@ class Structure:
         frames: Number of frames, >= 1.
         end: Place after the last byte that belongs to the image.
         metadata: Bytes that carry no pixels (profiles, EXIF, comments).
-        core: The bytes for the decoder: the file up to `end`, for PNG without all chunks that it does not need.
+        core: The bytes for the decoder: the file up to `end`; of PNG and JPEG without what tells nothing about pixels,
+            so that no decoder of profiles, of further pictures in the file, or of comments runs.
     """
 
     format: str
@@ -141,29 +144,30 @@ def png_lacks_pixels(core: bytes) -> bool:
 
 
 def _jpeg(data: bytes) -> Structure:
-    place, size, scans, metadata = 2, (0, 0), 0, 0
+    place, size, scans, metadata, parts = 2, (0, 0), 0, 0, [data[:2]]
     for _ in range(_MOST_SEGMENTS):
+        start = place
         marker, place = _jpeg_marker(data, place)
         if marker == 0xD9:
             if not scans or not size[0]:
                 raise BadImage("damaged")
-            return Structure("jpeg", *size, 1, place, metadata, data[:place])
+            return Structure("jpeg", *size, 1, place, metadata, b"".join([*parts, data[start:place]]))
         if marker in _ALONE:
+            parts.append(data[start:place])
             continue
         length = struct.unpack_from(">H", data, place)[0]
-        if length < 2 or marker == 0xD8:
+        if length < 2 or marker == 0xD8 or (marker in _FRAME_HEADERS and size[0]):
             raise BadImage("damaged")
         if marker in _FRAME_HEADERS:
-            if size[0]:
-                raise BadImage("damaged")
             height, width = struct.unpack_from(">HH", data, place + 3)
             size = (width, height)
-        if 0xE0 <= marker <= 0xEF or marker == 0xFE:
-            metadata += length
+        metadata += length if marker in _ABOUT else 0
         place += length
         if marker == 0xDA:
             scans += 1
             place = _after_scan(data, place, scans)
+        if marker not in _NOT_NEEDED:
+            parts.append(data[start:place])
     raise BadImage("damaged")
 
 

@@ -160,6 +160,30 @@ def test_frames_scans_and_metadata_are_counted_before_decoding():
     assert reason(encoded("gif", comment=b"x" * 300), small) == ("input: too much metadata",)
 
 
+def test_further_pictures_in_a_jpeg_are_data_after_the_image():
+    """Photographs of phones hold several pictures, which Pillow would open as a format that nobody allowed."""
+    first, second = (Image.new("RGB", (9, 5), colour) for colour in ("red", "blue"))
+    out = io.BytesIO()
+    first.save(out, "MPO", save_all=True, append_images=[second], quality=95)
+    assert ImageSpec().check([out.getvalue()]).reasons == (("input: data after the image",),)
+    result = ImageSpec(trailing="clip").check([out.getvalue()])
+    assert result.reasons == ((),) and result.x[0].shape == (3, 5, 9)
+    assert result.x[0][0].min() > 240 and result.x[0][2].max() < 15
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_without_its_metadata_has_the_same_pixels(mode, progressive):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8)).convert(mode)
+    extras = {"icc_profile": b"p" * 70_000, "comment": b"c" * 500, "exif": b"Exif\0\0" + bytes(50)}
+    out = io.BytesIO()
+    picture.save(out, "JPEG", progressive=progressive, restart_marker_rows=1, **extras)
+    found = read_structure(out.getvalue())
+    assert found.metadata > 70_000 and len(found.core) < len(out.getvalue()) - 70_000 and b"cccc" not in found.core
+    whole, core = (np.array(Image.open(io.BytesIO(data))) for data in (out.getvalue(), found.core))
+    assert (whole == core).all()
+
+
 def test_compressed_metadata_of_a_png_never_reaches_the_decoder():
     bomb = chunk(b"zTXt", b"a\0\0" + zlib.compress(b"\0" * 20_000_000, 9))
     profile = chunk(b"iCCP", b"a\0\0" + zlib.compress(b"\0" * 20_000_000, 9))
