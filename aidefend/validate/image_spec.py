@@ -15,7 +15,7 @@ from aidefend.validate.spec_file import read_spec, spec_fields, write_spec
 from aidefend.validate.spec_header import MOST_ROWS
 from aidefend.validate.spec_result import Reasons, SpecResult, refused_batch, remark
 
-_SCHEMA = "aidefend.image-spec/1"
+_SCHEMA = "aidefend.image-spec/2"
 _FORMATS = ("png", "jpeg", "gif", "bmp", "webp")
 Side = int | tuple[int, int]
 
@@ -47,6 +47,7 @@ class ImageSpec:
         alpha: What is under transparent pixels: "white" or "black", or "reject" images with any. A model that dropped
             the channel would see what no viewer shows.
         orientation: "apply" the EXIF orientation, as viewers do, or "ignore" it.
+        otherwise: Policy for files that break any other rule: "reject", or "quarantine" to ask to keep them aside.
     All other metadata is dropped: colour profiles are not applied, pixels are taken as stored; gamma, comments and
     thumbnails are never looked at.
     Raises: ConfigurationError: a rule contradicts itself.
@@ -75,6 +76,7 @@ class ImageSpec:
     trailing: Literal["reject", "clip", "quarantine"] = "reject"
     alpha: Literal["white", "black", "reject"] = "white"
     orientation: Literal["apply", "ignore"] = "apply"
+    otherwise: Literal["reject", "quarantine"] = "reject"
 
     def __post_init__(self) -> None:
         formats = self.formats
@@ -89,6 +91,7 @@ class ImageSpec:
         check_choice(self.trailing, ("reject", "clip", "quarantine"), "trailing")
         check_choice(self.alpha, ("white", "black", "reject"), "alpha")
         check_choice(self.orientation, ("apply", "ignore"), "orientation")
+        check_choice(self.otherwise, ("reject", "quarantine"), "otherwise")
         for name in ("max_bytes", "max_pixels", "max_frames", "max_batch_bytes", "max_batch_pixels"):
             check_int(getattr(self, name), name)
         check_int(self.max_metadata_bytes, "max_metadata_bytes", 0)
@@ -158,15 +161,15 @@ class ImageSpec:
     def _look(self, image: object) -> tuple[Structure | None, Reasons]:
         """The structure of a file that may be decoded, or None and the rules that it breaks."""
         if type(image) is not bytes:
-            return None, ("input: not bytes",)
+            return None, self._refused("not bytes")
         if len(image) > self.max_bytes:
-            return None, ("input: too many bytes",)
+            return None, self._refused("too many bytes")
         try:
             found = read_structure(image)
         except BadImage as error:
-            return None, (f"input: {error}",)
+            return None, self._refused(str(error))
         except Exception:
-            return None, ("input: cannot be inspected",)
+            return None, self._refused("cannot be inspected")
         reasons = self._broken(found)
         if found.end < len(image) and self.trailing != "clip":
             reasons = (*reasons, remark(self.trailing, "data after the image"))
@@ -182,7 +185,10 @@ class ImageSpec:
             "too many frames": found.frames > self.max_frames,
             "too much metadata": found.metadata > self.max_metadata_bytes,
         }
-        return tuple(f"input: {rule}" for rule, broken in rules.items() if broken)
+        return self._refused(*(rule for rule, broken in rules.items() if broken))
+
+    def _refused(self, *rules: str) -> Reasons:
+        return tuple(remark(self.otherwise, rule) for rule in rules)
 
     def _fits(self, height: int, width: int) -> bool:
         sides = ((self.height, height), (self.width, width))
@@ -195,8 +201,8 @@ class ImageSpec:
         try:
             pixels = decode(found, self.mode, self.alpha, self.orientation)
         except Exception as error:
-            return None, (f"input: {error}" if isinstance(error, BadImage) else "input: cannot be decoded",)
-        return (pixels, ()) if self._fits(*pixels.shape[1:]) else (None, ("input: wrong size",))
+            return None, self._refused(str(error) if isinstance(error, BadImage) else "cannot be decoded")
+        return (pixels, ()) if self._fits(*pixels.shape[1:]) else (None, self._refused("wrong size"))
 
     def to_tensor(self, x: Sequence[Tensor]) -> Tensor:
         """The accepted images `result.x` as float32 (M, C, H, W) in [0, 1]: divided by 255 and nothing else.

@@ -37,6 +37,7 @@ class Column:
             An integer column that accepts missing values becomes float64.
         out_of_range: Policy for values outside the range: "reject", "clip" or "quarantine".
         unknown: Policy for values that are no category: "reject" or "quarantine".
+        otherwise: The same for values that break any other rule: of another kind, infinite, too long.
     Raises: ConfigurationError: a rule contradicts itself or belongs to another kind.
     Example:
         >>> Column("integer", low=0, high=120).high
@@ -51,12 +52,14 @@ class Column:
     missing: Literal["accept", "reject", "quarantine"] = "reject"
     out_of_range: Literal["reject", "clip", "quarantine"] = "reject"
     unknown: Literal["reject", "quarantine"] = "reject"
+    otherwise: Literal["reject", "quarantine"] = "reject"
 
     def __post_init__(self) -> None:
         check_choice(self.kind, _KINDS, "kind")
         check_choice(self.missing, ("accept", "reject", "quarantine"), "missing")
         check_choice(self.out_of_range, ("reject", "clip", "quarantine"), "out_of_range")
         check_choice(self.unknown, ("reject", "quarantine"), "unknown")
+        check_choice(self.otherwise, ("reject", "quarantine"), "otherwise")
         for name in ("low", "high"):
             self._belongs(name, "number", "integer")
             if getattr(self, name) is not None:
@@ -191,15 +194,15 @@ def _finished_numbers(column: Column, name: str, values: Array, missing: Mask, w
         values = values.astype(np.float64)
         values[missing] = np.nan
     broken = {
-        _named("input", name, f"not of kind {column.kind}"): wrong,
-        _named("input", name, "not finite"): infinite,
+        _named(column.otherwise, name, f"not of kind {column.kind}"): wrong,
+        _named(column.otherwise, name, "not finite"): infinite,
         _named(column.out_of_range, name, "out of range"): outside,
     }
     return _finished(column, name, values, missing, broken)
 
 
 def _finished_objects(column: Column, name: str, values: list[Any], missing: Mask, wrong: Mask) -> Judged:
-    broken = {_named("input", name, f"not of kind {column.kind}"): wrong}
+    broken = {_named(column.otherwise, name, f"not of kind {column.kind}"): wrong}
     good = [value is not None for value in values]
     if column.kind == "category":
         known = frozenset(column.categories or ())
@@ -208,7 +211,7 @@ def _finished_objects(column: Column, name: str, values: list[Any], missing: Mas
     if column.max_length is not None:
         most = column.max_length
         long = [ok and len(value) > most for ok, value in zip(good, values, strict=True)]
-        broken[_named("input", name, "too long")] = np.array(long, bool)
+        broken[_named(column.otherwise, name, "too long")] = np.array(long, bool)
     array = np.empty(len(values), object)
     array[:] = values
     return _finished(column, name, array, missing, broken)

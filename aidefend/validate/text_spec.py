@@ -14,7 +14,7 @@ from aidefend.validate.spec_file import read_spec, spec_fields, write_spec
 from aidefend.validate.spec_header import MOST_ROWS
 from aidefend.validate.spec_result import Reasons, SpecResult, refused_batch, remark
 
-_SCHEMA = "aidefend.text-spec/1"
+_SCHEMA = "aidefend.text-spec/2"
 _FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 _STRIPPED = ("bidi", "control", "homoglyph", "invisible")
 _WORDS = {
@@ -55,6 +55,7 @@ class TextSpec:
             (mathematical, of full width, encircled). "clip" makes them plain Latin.
         damaged: For U+FFFD and noncharacters, the traces of a broken decoding; cannot be clipped.
         max_rows: Largest number of texts in a batch.
+        otherwise: "reject" or "quarantine", for texts that break any other rule: sizes, tokens, encoding.
     Policies: "accept" does not ask; "clip" takes the characters out (see above) and accepts; "reject" refuses;
         "quarantine" refuses with a reason that asks to keep the text aside. Whatever the policies, a text that is not
         str or bytes, whose bytes are not UTF-8, that holds a lone surrogate, or more than 30 marks on one letter is
@@ -80,6 +81,7 @@ class TextSpec:
     homoglyph: Policy = "clip"
     damaged: Literal["accept", "reject", "quarantine"] = "reject"
     max_rows: int = 1024
+    otherwise: Literal["reject", "quarantine"] = "reject"
 
     def __post_init__(self) -> None:
         check_int(self.max_bytes, "max_bytes")
@@ -89,6 +91,7 @@ class TextSpec:
         for name in ("not_normal", *_STRIPPED):
             check_choice(getattr(self, name), ("accept", "clip", "reject", "quarantine"), name)
         check_choice(self.damaged, ("accept", "reject", "quarantine"), "damaged")
+        check_choice(self.otherwise, ("reject", "quarantine"), "otherwise")
         if self.max_tokens is not None:
             check_int(self.max_tokens, "max_tokens")
             check_callable(self.tokenizer, "tokenizer", "Pass the tokenizer whose tokens max_tokens counts")
@@ -152,22 +155,22 @@ class TextSpec:
             reasons = self._broken(text)
             return text, reasons or self._counted(text)
         except _Refused as refusal:
-            return "", (str(refusal),)
+            return "", (remark(self.otherwise, str(refusal)),)
         except Exception:
-            return "", ("input: cannot be inspected",)
+            return "", (remark(self.otherwise, "cannot be inspected"),)
 
     def _decoded(self, raw: object) -> str:
         if type(raw) is bytes:
             if len(raw) > self.max_bytes:
-                raise _Refused("input: too many bytes")
+                raise _Refused("too many bytes")
             try:
                 return _safe(raw.decode("utf-8"))
             except UnicodeDecodeError:
-                raise _Refused("input: not UTF-8") from None
+                raise _Refused("not UTF-8") from None
         if type(raw) is not str:  # a subclass may run its own code
-            raise _Refused("input: not a text")
+            raise _Refused("not a text")
         if len(raw) > self.max_bytes:  # each character has at least one byte
-            raise _Refused("input: too many bytes")
+            raise _Refused("too many bytes")
         return _safe(raw)
 
     def _is_clipping(self, text: str) -> bool:
@@ -181,17 +184,17 @@ class TextSpec:
             if self.form is not None and self.not_normal == "clip":
                 text = unicodedata.normalize(self.form, text)
             if len(text) > self.max_bytes:  # a compatibility form can be eighteen times as long
-                raise _Refused("input: too many bytes")
+                raise _Refused("too many bytes")
             if _safe(text) == before:
                 return text
-        raise _Refused("input: characters that come back when clipped")
+        raise _Refused("characters that come back when clipped")
 
     def _broken(self, text: str) -> Reasons:
         size = len(text.encode())
         if size > self.max_bytes:
-            return ("input: too many bytes",)
+            raise _Refused("too many bytes")
         if size < self.min_bytes:
-            return ("input: too few bytes",)
+            raise _Refused("too few bytes")
         found = {name for name in _traps(text) if getattr(self, name) != "accept"}
         if self.form is not None and self.not_normal != "accept" and not unicodedata.is_normalized(self.form, text):
             found.add("not_normal")
@@ -203,8 +206,10 @@ class TextSpec:
         try:
             count = _count(self.tokenizer, text)
         except Exception:
-            return ("input: the tokenizer failed",)
-        return () if count <= self.max_tokens else ("input: too many tokens",)
+            raise _Refused("the tokenizer failed") from None
+        if count > self.max_tokens:
+            raise _Refused("too many tokens")
+        return ()
 
     def to_dict(self) -> dict[str, Any]:
         """The rules as JSON types; of the tokenizer only that there is one."""
@@ -242,7 +247,7 @@ class TextSpec:
 
 
 class _Refused(Exception):
-    """Ends the look at one text; its message is the reason."""
+    """Ends the look at one text; its message is the rule that it breaks."""
 
 
 def _safe(text: str) -> str:
@@ -253,9 +258,9 @@ def _safe(text: str) -> str:
     for letter in text:
         run = run + 1 if unicodedata.combining(letter) else 0
         if run > _LONGEST_RUN:
-            raise _Refused("input: too many marks on one letter")
+            raise _Refused("too many marks on one letter")
         if "\ud800" <= letter <= "\udfff":
-            raise _Refused("input: a lone surrogate")
+            raise _Refused("a lone surrogate")
     return text
 
 

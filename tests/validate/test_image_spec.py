@@ -246,6 +246,20 @@ def test_batches_are_capped_by_files_bytes_and_pixels():
         assert ALL.check(no_list).fault == "input: not a list of files"
 
 
+def test_rules_without_a_policy_of_their_own_have_one_together(tmp_path):
+    good = encoded("png")
+    files = [b"text", good[:-3], good + b"#", encoded("gif"), "no bytes", encoded(pixels=PIXELS[:2]), good]
+    spec = ImageSpec(("png",), height=6, otherwise="quarantine")
+    kept, rejected = spec.check(files), ImageSpec(("png",), height=6).check(files)
+    assert kept.quarantined.tolist() == [True, True, False, True, True, True, False]
+    assert torch.equal(kept.accepted, rejected.accepted) and not rejected.quarantined.any()
+    assert kept.reasons[2] == ("input: data after the image",) and kept.reasons[5] == ("quarantine: wrong size",)
+    spec.save(tmp_path / "rules")
+    assert ImageSpec.load(tmp_path / "rules") == spec
+    with pytest.raises(ConfigurationError, match="otherwise"):
+        ImageSpec(otherwise="clip")
+
+
 def test_one_bad_file_changes_nothing_for_its_batch_mates():
     files = [encoded(), b"\x89PNG\r\n\x1a\n", encoded("bmp"), png(4, 4, b"\0")]
     result = ALL.check(files)

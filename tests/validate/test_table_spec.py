@@ -1,6 +1,7 @@
 """`TableSpec`: columns, kinds, ranges, categories, missing values; the same verdict in every form of a table."""
 
 import json
+import math
 
 import jsonschema
 import numpy as np
@@ -184,6 +185,23 @@ MISSING_MEMORY.untyped_storage().resize_(0)
 def test_what_is_no_table_is_one_fault(table, fault):
     result = SPEC.check(table)
     assert result.fault == fault and result.x is None and not result.accepted.any()
+
+
+def test_rules_without_a_policy_of_their_own_have_one_together(tmp_path):
+    aside = {"otherwise": "quarantine"}
+    spec = TableSpec(
+        {"n": Column("number", **aside), "t": Column("text", max_length=2, **aside), "k": Column("number")}
+    )
+    good = {"n": 1.0, "t": "a", "k": 1.0}
+    rows = [good | change for change in ({}, {"n": "1"}, {"n": math.inf}, {"t": "abc"}, {"t": 3}, {"k": "1"})]
+    result = spec.check(rows)
+    assert result.quarantined.tolist() == [False, True, True, True, True, False]
+    assert result.accepted.tolist() == [True] + [False] * 5
+    assert result.reasons[3] == ("quarantine: column 't': too long",)
+    spec.save(tmp_path / "rules")
+    assert TableSpec.load(tmp_path / "rules") == spec
+    with pytest.raises(ConfigurationError, match="otherwise"):
+        Column("number", otherwise="clip")
 
 
 def test_hostile_objects_are_never_asked_anything():

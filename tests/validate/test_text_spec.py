@@ -1,10 +1,12 @@
 """`TextSpec`: what is accepted is bounded, normal and visible; what is not is refused with its rule; nothing raises."""
 
+import dataclasses
 import time
 import unicodedata
 
 import jsonschema
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -193,6 +195,21 @@ def test_contradictory_rules_are_refused():
     ):
         with pytest.raises(ConfigurationError):
             TextSpec(**arguments)
+
+
+def test_rules_without_a_policy_of_their_own_have_one_together():
+    texts = ["a" * 20, b"\xff", 3, "", "\ud800", "x" + "\u0301" * 31, "four words are many", "a\x00", "fine"]
+    found = {}
+    for otherwise in ("reject", "quarantine"):
+        spec = TextSpec(max_bytes=40, min_bytes=1, max_tokens=3, tokenizer=str.split, otherwise=otherwise)
+        found[otherwise] = dataclasses.replace(spec, max_bytes=19).check(texts)
+    rejected, kept = found["reject"], found["quarantine"]
+    assert not rejected.quarantined.any() and kept.quarantined.tolist() == [True] * 7 + [False] * 2
+    assert torch.equal(kept.accepted, rejected.accepted) and kept.reasons[7] == rejected.reasons[7]
+    for one, other in zip(rejected.reasons[:7], kept.reasons[:7], strict=True):
+        assert [reason.replace("input:", "quarantine:") for reason in one] == list(other)
+    with pytest.raises(ConfigurationError, match="otherwise"):
+        TextSpec(otherwise="accept")
 
 
 def test_what_the_json_schema_refuses_the_check_refuses():
