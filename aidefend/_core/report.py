@@ -1,6 +1,7 @@
 """A verdict on every row of a data set or a batch: what was kept, what was not, and why."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -188,24 +189,41 @@ class Report:
         finding = Finding(identity, title, severity, *share, len(self), setting, self.threat, self.limits)
         return Evidence([finding], {"method": self.method})
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to one safetensors file (no code in it), whole or not at all."""
+    def digest(self) -> str:
+        """SHA-256 over every field, in hex: equal for equal reports, in any process. Keep it where others cannot."""
+        return _digest(canonical_json(self._header()), self._tensors())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What is said of the rows, and the arrays."""
         text = canonical_json({"ids": self.ids, "reasons": self.reasons})
         tensors = {"keep": self.keep, "text": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
         for kind in ("scores", "p_values", "fitted", "columns"):
             tensors |= {f"{kind}/{name}": value for name, value in getattr(self, kind).items()}
-        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one safetensors file (no code in it), whole or not at all.
+
+        Guarantee: equal reports give equal bytes, and `load` refuses a file whose content was changed. The digest in
+            the file has no key: whoever can write the file can write one that fits. Where that matters, sign the file
+            with `artifacts.Manifest`, or keep `digest()` where others cannot write.
+        """
+        # one entry only: the format writes several in no fixed order
+        header = canonical_json({**self._header(), "digest": self.digest()})
         with atomic_path(path) as temporary:
-            safetensors.torch.save_file(tensors, temporary, {"report": canonical_json(self._header())})
+            safetensors.torch.save_file(self._tensors(), temporary, {"report": header})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Report":
-        """The report back from `save`. A file of another kind is refused."""
+        """The report back from `save`. A file of another kind is refused, and one that was changed since."""
         place = check_path(path)
         try:
             with safetensors.safe_open(place, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["report"])
+                raw = (file.metadata() or {})["report"]
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            header = json.loads(raw)
+            if canonical_json(header) != raw or header.pop("digest") != _digest(canonical_json(header), tensors):
+                raise ValueError("it was changed since it was written")
             text = json.loads(tensors.pop("text").numpy().tobytes())
             if header.pop("schema") != _SCHEMA:
                 raise KeyError("schema")
@@ -216,6 +234,16 @@ class Report:
             kind, _, rest = name.partition("/")
             parts[kind][rest] = tensors.pop(name)
         return cls(text["ids"], tensors["keep"], reasons=text["reasons"], **parts, **header)
+
+
+def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        values = tensors[name]
+        head = canonical_json([name, str(values.dtype), list(values.shape)])
+        found.update(head.encode() + b"\n" + values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    found.update(header.encode())
+    return found.hexdigest()
 
 
 def _joined(left: Mapping[str, Tensor], right: Mapping[str, Tensor], method: str, order: Tensor) -> dict[str, Tensor]:

@@ -60,7 +60,7 @@ def _suspicion(report: Report, row: int) -> float:
 
 def _card(report: Report, row: int, sample: Any, texts: Sequence[str] | None) -> dict[str, Any]:
     card = {"row": row, "id": report.ids[row], "reasons": report.reasons[row], "picture": "", "words": ""}
-    card["scores"] = [(name, f"{float(values[row]):.3g}") for name, values in report.scores.items()]
+    card["scores"] = [(name, f"{float(values[row]):.3g}") for name, values in sorted(report.scores.items())]
     if texts is not None:
         card["words"] = texts[row][:_LETTERS] + ("…" if len(texts[row]) > _LETTERS else "")
     elif isinstance(sample, Mapping):

@@ -17,7 +17,7 @@ from aidefend._core.storage import atomic_path, canonical_json, plain
 from aidefend.sanitize.decisions import PROPOSED, WEIGHT, Decisions, as_json, decisions_of
 from aidefend.sanitize.gallery import page
 from aidefend.sanitize.kept_sampler import KeptSampler
-from aidefend.sanitize.material import text_rows, with_class_numbers
+from aidefend.sanitize.material import Encoder, read_material, text_rows, with_class_numbers
 from aidefend.sanitize.raw_table import named_rows
 
 _BEGIN = "aidefend.releases"
@@ -38,6 +38,30 @@ class ScreenReport(Report):
         """Who let which rows out of quarantine, and why, oldest first."""
         found = self.parameters.get("releases", ())
         return tuple(check_items(found, dict, "releases", "Pass what release() wrote"))
+
+    def changed(self, dataset: Any, encoder: Encoder | None = None) -> Tensor:
+        """Row numbers (K,) int64 of samples that are not what was judged: another input, another label, another place.
+
+        Ask it before you train on `view`, which goes by row number. No row: input and label of each are the same, to
+        the bit (labels by 32 bits of a hash; samples that could not be read have no content that could be compared).
+
+        Args:
+            dataset: The data as they are now, in the form in which they were judged.
+            encoder: That of `screen`.
+        Raises: ConfigurationError: another number of samples, or classes of other names.
+        Cost: The data are read as `screen` reads them, and each row is hashed.
+        """
+        material = read_material(dataset, encoder)
+        now, told = material.samples.ids, material.told(dataset)
+        classes = plain(None if told is None else told["classes"])
+        known = plain(self.parameters.get("classes", classes))
+        if known != classes:  # a row's label is a number among them
+            raise refuse(f"the classes {known} that were judged", "dataset", f"classes {classes}", "Compare the labels")
+        if len(now) != len(self):
+            cure = "Pass the same data set"
+            raise refuse(f"the {len(self)} samples that were judged", "dataset", f"{len(now)} samples", cure)
+        differ = [_content(mine) != _content(other) for mine, other in zip(self.ids, now, strict=True)]
+        return torch.tensor(differ, dtype=torch.bool).nonzero().flatten()
 
     def _subset(self, dataset: Any, indices: Tensor) -> Subset[Any]:
         """Of a table with categories the rows are (dict from column to value, label as it stands), of texts pairs."""
@@ -150,6 +174,11 @@ class ScreenReport(Report):
                     columns[name][row] = value
         parameters = {**self.parameters, "releases": [*self.releases, entry]}
         return dataclasses.replace(self, keep=keep, reasons=tuple(reasons), parameters=parameters, columns=columns)
+
+
+def _content(row_id: str) -> str:
+    """The id without the ordinal of equal rows."""
+    return row_id.partition("#")[0]
 
 
 def _last(releases: Sequence[Mapping[str, Any]]) -> str:

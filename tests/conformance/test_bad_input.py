@@ -753,6 +753,10 @@ CALLS = {
     ),
     "sanitize.Decisions": (SCREENED.decisions().rows, lambda: {"action": "keep"}),
     "sanitize.ScreenReport.weights": (SCREENED.weights, lambda: {"down": "structured_poison", "least": 0.0}),
+    "sanitize.ScreenReport.changed": (
+        lambda **a: sanitize.ScreenReport(list("abcd"), torch.ones(4, dtype=torch.bool)).changed(**a),
+        lambda: {"dataset": (X[:4], Y[:4]), "encoder": None},
+    ),
     "sanitize.ScreenReport.release": (
         SCREENED.release,
         lambda: {"ids": ["a"], "by": "me", "why": "checked", "log": None},
