@@ -70,9 +70,8 @@ class FittedLocalDimension(nn.Module):
         distances = k_nearest(wide(features).to(bank.dtype), bank, self.k)[0]
         farthest = distances[:, -1:]
         tiny = torch.finfo(distances.dtype).tiny
-        ratios = (distances / farthest.clamp(min=tiny)).clamp(
-            min=tiny
-        )  # all zero where k copies lie there: dimension 0
+        # all zero where k copies lie there: dimension 0; all of one length where they are beyond numbers: the highest
+        ratios = (distances / farthest.clamp(min=tiny)).nan_to_num(nan=1.0).clamp(min=tiny)
         return 1 / (-ratios.log().mean(dim=1)).clamp(min=1 / _LARGEST)
 
     def settings(self) -> Mapping[str, Any]:

@@ -134,7 +134,8 @@ class Entropy(_LogitScore):
         """-sum p log p of p = softmax(logits): (N,), higher = stranger."""
         ranked = _ranked(check_wide_logits(features, logits))
         own = ranked.others.logsumexp(dim=1).exp().log1p()
-        return own - (ranked.log_probability[:, 1:].exp() * ranked.others).sum(dim=1)
+        rest = ranked.log_probability[:, 1:].exp() * ranked.others
+        return own - rest.nan_to_num(nan=0.0).sum(dim=1)  # 0 * infinity, where logits are the largest of numbers
 
 
 @dataclasses.dataclass(frozen=True)

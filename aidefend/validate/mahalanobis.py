@@ -1,6 +1,7 @@
 """Distance to the nearest class in whitened feature space."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
@@ -142,7 +143,7 @@ class FittedRelativeMahalanobis(nn.Module):
         rows = (wide(features).to(means.dtype) - centre) @ directions.T
         # |z - m|^2 - z^T (1 - share) z: what all classes share never enters, so that nothing cancels in rounding
         gaps: Tensor = (means.square().sum(dim=1) - 2 * rows @ means.T).amin(dim=1)
-        return gaps + rows.square() @ shares
+        return _beyond(gaps + rows.square() @ shares)
 
     def settings(self) -> Mapping[str, Any]:
         """Its configuration as JSON types: there is none."""
@@ -161,7 +162,12 @@ def _stored(features: Tensor, *arrays: Tensor) -> FittedMahalanobis:
 def _nearest(rows: Tensor, means: Tensor) -> Tensor:
     """Smallest squared distance by the expanded square: rows and means are centred, so little cancels."""
     gap = rows.square().sum(dim=1, keepdim=True) - 2 * rows @ means.T + means.square().sum(dim=1)
-    return gap.amin(dim=1).clamp(min=0)
+    return _beyond(gap.amin(dim=1)).clamp(min=0)
+
+
+def _beyond(scores: Tensor) -> Tensor:
+    """Infinity where squares of finite features overflow to a difference of infinities."""
+    return scores.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def _wide_rows(features: Tensor) -> Tensor:

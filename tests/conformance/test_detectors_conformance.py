@@ -106,6 +106,47 @@ def test_other_dtypes_keep_the_order(detector, dtype):
     assert float((far_scores[:, None] > near_scores[None]).double().mean()) > 0.9
 
 
+def shapes_of_trouble(dtype):
+    """Name to clean (features, logits): what covariances, norms and distances are divided by vanishes."""
+    features, logits, _ = world(60)
+    return {
+        "zero vectors": (torch.zeros(60, 5), torch.zeros(60, 3)),
+        "one direction": (features[:, :1].expand(60, 5), logits),
+        "dead features": (features * torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0]), logits),
+        "more features than rows": (torch.cat([features] * 20, dim=1), logits),
+        "copies of one row": (features[:1].expand(60, 5), logits[:1].expand(60, 3)),
+        "tiny": (features * 1e-3, logits * 1e-3) if dtype == torch.float16 else (features * 1e-30, logits * 1e-30),
+    }
+
+
+@every_detector
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("trouble", shapes_of_trouble(torch.float32))
+def test_singular_covariances_zero_vectors_and_half_precision_are_safe(detector, dtype, trouble):
+    features, logits = (array.to(dtype) for array in shapes_of_trouble(dtype)[trouble])
+    fitted = detector.fit(features, logits)
+    zeros = torch.zeros(1, features.shape[1], dtype=dtype)
+    queries = torch.cat([features[:5], zeros, -features[:5]])
+    score = fitted.score(queries, torch.cat([logits[:5], torch.zeros(6, 3, dtype=dtype)]))
+    assert score.shape == (11,) and score.isfinite().all() and score.dtype in (torch.float32, torch.float64)
+
+
+@every_detector
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_numbers_of_a_dtype_are_no_nan(detector, dtype, sign):
+    """NaN is neither high nor low: differences of infinities inside a formula must not reach the score."""
+    features, logits, y = world()
+    fitted = detector.fit(features.to(dtype), logits.to(dtype), y)
+    largest = sign * torch.finfo(dtype).max
+    far = torch.tensor([[largest] * 5, [largest, -largest, 0, 0, 0]], dtype=dtype)
+    sizes = [1.0, 1.0] if dtype == torch.float64 else [largest, -largest]  # sums of logits of float64 are no numbers
+    score = fitted.score(far, torch.tensor([[sizes[0]] * 3, [*sizes, 0.0]], dtype=dtype))
+    assert not score.isnan().any()
+    if detector in OF_FEATURES:
+        assert (score >= fitted.score(*(array.to(dtype) for array in world(seed=1)[:2])).median()).all()
+
+
 @every_detector
 def test_scores_are_differentiable_in_features_or_logits(detector):
     fitted = detector.fit(*world())
