@@ -29,10 +29,10 @@ def summarise(facts: Facts, calibration: JointCalibration, mode: str, rows_a_day
     return f"{text}\nfalse alarms a day at {rows_a_day:g} clean rows: {alarms.low:.0f} to {alarms.high:.0f} (95 %)."
 
 
-def in_force(facts: Facts, calibration: JointCalibration, drifted: bool) -> dict[str, Any]:
-    """What every event and report says of the calibration in force."""
-    setting = {"alpha": facts.alpha, "n": facts.calibration_n, "detectors": list(calibration.names)}
-    setting |= {} if facts.promise == "marginal" else {"promise": facts.promise}
+def in_force(calibration: JointCalibration, drifted: bool) -> dict[str, Any]:
+    """What every event and report says of the calibration by which its rows were judged."""
+    setting = {"alpha": calibration.alpha, "n": calibration.n, "detectors": list(calibration.names)}
+    setting |= {} if calibration.mode == "marginal" else {"promise": calibration.mode}
     return setting | ({"drift_alarm": True} if drifted else {})
 
 

@@ -7,7 +7,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,15 @@ from aidefend.validate.tasks import TASKS, Task, blank_answer, check_company
 
 _MODES = ("enforce", "monitor", "shadow")
 _DETECTORS = (Energy(), NearestNeighbours(k=50))
+
+
+class _Asked(NamedTuple):
+    """Who asks, what was reserved, and what was in force when the call began."""
+
+    principal: str | None
+    admission: Admission
+    collaborators: Collaborators
+    panel: Panel
 
 
 class Guard(nn.Module):
@@ -204,21 +213,25 @@ class Guard(nn.Module):
         if self._closed:
             raise refuse("an open guard", "guard", "closed", "Calibrate or load it again")
         started = time.perf_counter()
+        # one look for the whole call, the monitors first: recalibration replaces them last, so that a new drift monitor
+        # never sees a rank among the old calibration rows
+        collaborators = self.collaborators
+        panel = self._panel()
         rows, principal = count_rows(x), plain_principal(principal)
-        admission = self.collaborators.admit(principal, rows)
+        admission = collaborators.admit(principal, rows)
         try:
-            verdict, spent = self._verdict(x, rows, admission, principal)
+            verdict, spent = self._verdict(x, rows, _Asked(principal, admission, collaborators, panel))
         except BaseException:  # an interrupt: nothing is delivered, nothing is charged
-            self.collaborators.settle(admission, spent=False)
+            collaborators.settle(admission, spent=False)
             raise
         call = Call(
             principal,
             admission,
             spent,
             time.perf_counter() - started,
-            in_force(self.facts, self.calibration, verdict.drifted),
+            in_force(panel.calibration, verdict.drifted),
         )
-        final = settle(self.collaborators, call, verdict, self._refuse)
+        final = settle(collaborators, call, verdict, self._refuse)
         return decide(x, final, self.mode, call.setting, call.seconds)
 
     __call__: Callable[..., GuardDecision]
@@ -230,11 +243,11 @@ class Guard(nn.Module):
         """
         return all_answered(self(x, principal=principal))
 
-    def _verdict(self, x: object, rows: int, admission: Admission, principal: str | None) -> tuple[Verdict, bool]:
+    def _verdict(self, x: object, rows: int, asked: "_Asked") -> tuple[Verdict, bool]:
         """The verdict, and whether the model has run."""
-        if admission.refusal is not None:
-            return self._refuse(rows, admission.refusal), False
-        step, ran = "specification", False
+        if asked.admission.refusal is not None:
+            return self._refuse(rows, asked.admission.refusal), False
+        step, ran, collaborators = "specification", False, asked.collaborators
         try:
             with torch.no_grad():
                 checked = self.spec.check(x)
@@ -249,12 +262,12 @@ class Guard(nn.Module):
                     nothing = self._refuse(rows, "")
                     return dataclasses.replace(nothing, reasons=checked.reasons), False
                 step, ran = "model", True
-                watch = functools.partial(self.collaborators.watch, principal)
-                found = judge(self._panel(), checked, Tensor.detach(x) if shadow else checked.x, chosen, watch)
-                if self.collaborators.drift is None:
+                watch = functools.partial(collaborators.watch, asked.principal)
+                found = judge(asked.panel, checked, Tensor.detach(x) if shadow else checked.x, chosen, watch)
+                if collaborators.drift is None:
                     return found, True
                 step = "drift"
-                return dataclasses.replace(found, drifted=self.collaborators.drifted(found.ranks)), True
+                return dataclasses.replace(found, drifted=collaborators.drifted(found.ranks)), True
         except Exception as error:
             return self._refuse(rows, failure(step, error)), ran
 

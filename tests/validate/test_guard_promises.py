@@ -1,6 +1,7 @@
 """What a guard promises at alpha: on average, by class, for this set; recalibration on record; drift; detections."""
 
 import dataclasses
+import functools
 import math
 import threading
 
@@ -154,6 +155,46 @@ def test_recalibration_is_on_record_before_it_is_in_force():
     assert share < 0.09
     assert recorder.events[-1]["setting"]["n"] == 300
     assert guard.to_evidence()["guard.false_positive_rate"].setting["follows"] == 1
+
+
+def test_calls_that_run_while_a_guard_is_recalibrated_say_what_judged_them():
+    """The event names the calibration that judged the rows; no monitor sees ranks of a calibration before its own."""
+    recorder, seen, drawn = Recorder(), {}, [rows(n, n)[0] for n in (200, 300, 400)]
+
+    class Watching:
+        def __init__(self, n):
+            self.n, self.alarm = n, False
+
+        def observe(self, ranks):
+            seen.setdefault(self.n, []).append(ranks)
+            return self
+
+    class Slow(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.hook = model(), None
+
+        def forward(self, x):
+            outputs, hook = self.inner(x), self.hook
+            self.hook = None
+            if hook is not None:
+                hook()
+            return outputs
+
+    guard = guard_of(network=Slow(), log=recorder)
+    guard.follow(Watching(guard.calibration.n))
+    judged = [guard.calibration.n]
+    for data in drawn:
+        renew = functools.partial(guard.recalibrate, data, reason="test", drift=Watching(len(data)))
+        guard.model.hook = renew  # the new calibration is in force before this very call ends
+        decision = guard(TEST[:20])
+        event = next(one for one in reversed(recorder.events) if one["event"] == "guard.decision")
+        assert event["setting"]["n"] == judged[-1] == decision.report.parameters["n"]
+        assert guard.calibration.n == len(data)
+        judged.append(len(data))
+    for n, ranks in seen.items():
+        steps = torch.cat(ranks) * (n + 1)  # whole numbers among these calibration rows
+        torch.testing.assert_close(steps, steps.round())
 
 
 def test_a_recalibration_that_fails_changes_nothing():
