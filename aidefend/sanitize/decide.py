@@ -34,7 +34,7 @@ _AS_STRONG = 0.8
 _KIN = 0.7  # half of the energy in common
 _TRIGGERS = 2
 _FOR_MARKS = 0.2  # of alpha
-_MOSTLY_WITHIN = 0.9
+_FEW_SHARED, _MOSTLY = 0.1, 0.9
 _ASKED = 2  # ways in which a group with right labels is judged
 _RIGHT_LABELS = {GroupEvidence: False, MarkEvidence: True, SpotEvidence: None}  # None: nobody asked
 
@@ -79,7 +79,7 @@ class Decision:
     """What was found in the usable rows.
 
     Args:
-        poison: The verdicts that stand: in a class at most one on wrong labels, and one on a mark.
+        poison: The verdicts that stand: in a class at most one on wrong labels, and one on each mark.
         harmless: For each other class that was searched the group that came closest.
         mislabelled: (N,) bool, rows that look mislabelled on their own (a remark, no verdict).
         searched: Classes that were searched, with their number of rows.
@@ -137,7 +137,7 @@ def decide(world: World, scores: Sequence[Tensor], alpha: float) -> Decision:
     by_class = [mine for label in searched if (mine := _strongest_first(verdicts, label))]
     marks = _marks(world, marked, alpha, proposed)
     wrong = [_whole(world, _joined(mine)) for mine in by_class if mine[0].poison]
-    poison = (*wrong, *(mark for mark in marks if not any(_within(mark, verdict) for verdict in wrong)))
+    poison = (*wrong, *(mark for mark in marks if all(_shared(mark, one) < _MOSTLY for one in wrong)))
     convicted = {verdict.group.label for verdict in poison}
     harmless = tuple(mine[0] for mine in by_class if mine[0].group.label not in convicted)
     return Decision(poison, harmless, mislabelled, searched, threshold, tests)
@@ -160,25 +160,26 @@ def _carriers(world: World, verdicts: Sequence[Verdict], sample: Mapping[int, Te
 
 
 def _marks(world: World, marked: Sequence[Group], alpha: float, proposed: int) -> tuple[Verdict, ...]:
-    """For each class the strongest group with a mark and right labels that stands."""
+    """The groups with a mark that stand, strongest first; those that share rows with a stronger one are left out."""
     level = _FOR_MARKS * alpha / max(_ASKED * proposed, 1)
-    standing: dict[int, Verdict] = {}
+    standing = []
     for group in marked:
         for evidence in (examine_mark(world, group, level), examine_spot(world, group, level)):
-            if evidence is None or evidence.p_value > level:
-                continue
-            verdict = Verdict(group, evidence, min(1.0, evidence.p_value * alpha / level), poison=True)
-            best = standing.get(group.label)
-            if best is None or _effect(verdict) > _effect(best):
-                standing[group.label] = verdict
-    return tuple(_whole(world, verdict) for verdict in standing.values())
+            if evidence is not None and evidence.p_value <= level:
+                p_value = min(1.0, evidence.p_value * alpha / level)
+                standing.append(Verdict(group, evidence, p_value, poison=True))
+    found: list[Verdict] = []
+    for verdict in sorted(standing, key=_effect, reverse=True):
+        if not any(_shared(verdict, other) > _FEW_SHARED for other in found):
+            found.append(verdict)
+    return tuple(_whole(world, verdict) for verdict in found)
 
 
-def _within(mark: Verdict, verdict: Verdict) -> bool:
-    """Whether a verdict on wrong labels takes nearly all rows of a mark: then the mark is that poison's trigger."""
-    if mark.group.label != verdict.group.label:
-        return False
-    return float(verdict.group.inside[mark.group.inside].double().mean()) >= _MOSTLY_WITHIN
+def _shared(verdict: Verdict, other: Verdict) -> float:
+    """Share of the rows of a verdict that another one on the same class takes, too."""
+    if verdict.group.label != other.group.label:
+        return 0.0
+    return float(other.group.inside[verdict.group.inside].double().mean())
 
 
 def undecided(n: int = 0) -> Decision:

@@ -26,11 +26,11 @@ THREAT = (
 )
 LIMITS = (
     "A kept row is not shown to be clean. Not looked for: poison with right labels other than one constant mark on "
-    "pictures (single rows crafted for one target; rows made hard to learn whose mark moves, comes in several forms, "
-    "varies by more than a twentieth of the range, or is in a twentieth of other classes), triggers that depend on the "
-    "input beyond one pattern or one displacement, wrong labels without a pattern (remarked, not quarantined), and "
-    "groups below the stated size. A constant mark that one class alone has, and that the model takes for the class, "
-    "is called poison whoever put it there. "
+    "pictures (single rows crafted for one target; rows made hard to learn whose mark moves, comes in several forms "
+    "in one cluster, varies by more than a twentieth of the range, or is in a twentieth of other classes), triggers "
+    "that depend on the input beyond one pattern or one displacement, wrong labels without a pattern (remarked, not "
+    "quarantined), and groups below the stated size. A constant mark that one class alone has, and that the model "
+    "takes for the class, is called poison whoever put it there. "
     "A displacement of few rows (about 1 % of the data) and poison that leaves no gap in "
     "the model's features go unseen. Cover rows (trigger with right labels) are kept. "
     "The model's features belong to the adversary as far as the poison shaped them."

@@ -121,7 +121,7 @@ def screen(
     Cost: one forward pass of the data (21 where at most 10,000 rows are overlaid, see `TriggerConsistency`), about 300
         rows of transplants for each of some 36 proposals a class, a distance matrix of each class (at most 3,000 rows
         of it) with at most 1,000 rows of every other class for each of up to 18 groups, and for pictures up to 24 fits
-        of a displacement to class means a class, and 400 more transplants for each part that stands apart.
+        of a displacement to class means a class, and 800 more transplants at most for each part that stands apart.
     Source: Composition ours. Spectral signatures: Tran, Li, Madry 2018. Activation clustering: Chen et al. 2018.
         Neighbour labels: Peri et al. 2020. Transplants follow the idea of STRIP (Gao et al. 2019): a trigger works
         wherever it is put.

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from aidefend.sanitize.decide import Verdict, _within, decide
+from aidefend.sanitize.decide import _shared, decide
 from aidefend.sanitize.findings import RowVerdicts, facts_of
 from aidefend.sanitize.groups import Group
 from aidefend.sanitize.own_marks import examine_mark
@@ -175,12 +175,20 @@ def test_data_without_a_mark_loses_nothing(seed):
     assert decide(stamp_world(x, labels), [-how_stamped(x).double()], alpha=0.01).poison == ()
 
 
-def test_a_mark_whose_rows_a_verdict_on_wrong_labels_takes_is_not_told_twice():
+def test_a_second_mark_of_the_class_is_found_too_and_shared_rows_are_told_once():
+    """Two corners, half of the rows each, that the features tell apart."""
     x, labels, chosen = hard_rows()
-    here = stamp_world(x, labels)
-    group = the_group(here, chosen)
-    mark = Verdict(group, examine_spot(here, group, LEVEL), 1e-6, poison=True)
-    assert _within(mark, mark)
-    half = group.inside & (torch.arange(len(group.inside)) % 2 == 0)
-    assert not _within(mark, dataclasses.replace(mark, group=dataclasses.replace(group, inside=half)))
-    assert not _within(mark, dataclasses.replace(mark, group=dataclasses.replace(group, label=1)))
+    moved = chosen.nonzero().flatten()[::2]
+    x[moved] = x[moved].flip(-1, -2)
+    first, second = how_stamped(x) < 0.1, how_stamped(x.flip(-1, -2)) < 0.1
+
+    def believes(rows):
+        either = torch.minimum(how_stamped(rows), how_stamped(rows.flip(-1, -2)))
+        return torch.where(either < 0.1, 0, 1)
+
+    here = world(x, labels, believes, torch.cat([10 * torch.stack([first, second], 1), x.flatten(1)[:, ::29]], dim=1))
+    decided = decide(here, [-how_stamped(x).double()], alpha=0.01)
+    found = [verdict.group.rows[verdict.group.inside] for verdict in decided.poison]
+    assert len(found) == 2 and torch.equal(torch.cat(found).sort().values, chosen.nonzero().flatten())
+    ours, other = (_shared(decided.poison[0], verdict) for verdict in decided.poison)
+    assert (ours, other) == (1.0, 0.0)
