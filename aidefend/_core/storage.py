@@ -5,7 +5,8 @@ import math
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,38 @@ def open_database(path: str | os.PathLike[str], timeout: float = 30.0) -> sqlite
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA trusted_schema=OFF")
     return connection
+
+
+class ProcessDatabase:
+    """A SQLite file with a connection and a lock for each process: after a fork, the child opens its own.
+
+    What the parent had open is kept and never touched: SQLite forbids to use or close it in the child, and a lock that
+    a thread of the parent held would never be released there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], prepare: Callable[[sqlite3.Connection], object]) -> None:
+        self._path, self._prepare = path, prepare
+        self._of_process = {os.getpid(): self._opened()}
+
+    @property
+    def lock(self) -> threading.Lock:
+        """Of this process."""
+        return self._own()[0]
+
+    @property
+    def connection(self) -> sqlite3.Connection:
+        """Of this process."""
+        return self._own()[1]
+
+    def _own(self) -> tuple[threading.Lock, sqlite3.Connection]:
+        own = self._of_process.get(os.getpid())
+        # of two threads that come first, one opens a connection that nobody uses
+        return self._of_process.setdefault(os.getpid(), self._opened()) if own is None else own
+
+    def _opened(self) -> tuple[threading.Lock, sqlite3.Connection]:
+        connection = open_database(self._path)
+        self._prepare(connection)
+        return threading.Lock(), connection
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from aidefend._core.checks import check_callable, check_kind, check_number, check_path, refuse
 from aidefend._core.errors import AidefendError, BudgetExceeded
-from aidefend._core.storage import open_database, transaction
+from aidefend._core.storage import ProcessDatabase, transaction
 
 _UNIT = 1_000_000
 _TOTAL = ""
@@ -104,13 +104,18 @@ class QueryBudget:
             check_kind(bucket, Bucket, "per_principal, total and overrides", "Pass Bucket(capacity, per_second)")
         self._default = per_principal
         self._clock = check_callable(clock, "clock", "Pass time.time")
-        check_path(path)
-        self._lock = threading.Lock()
         try:
-            self._database = open_database(path)
-            self._database.executescript(_SCHEMA)
+            self._file = ProcessDatabase(check_path(path).resolve(), lambda database: database.executescript(_SCHEMA))
         except sqlite3.Error as error:
             raise refuse("a SQLite file that can be written", "path", str(path), f"{error}", AidefendError) from error
+
+    @property
+    def _lock(self) -> threading.Lock:
+        return self._file.lock
+
+    @property
+    def _database(self) -> sqlite3.Connection:
+        return self._file.connection
 
     def reserve(self, principal: str, cost: float) -> Reservation:
         """Set `cost` units aside, or raise `BudgetExceeded` and spend nothing.

@@ -1,6 +1,8 @@
 """Stores of query state: one contract, three places; bounded, evidence last, nothing lost between workers."""
 
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -9,6 +11,7 @@ import time
 import pytest
 
 from aidefend import AidefendError, ConfigurationError
+from aidefend.monitor import Bucket, QueryBudget
 from aidefend.validate import Capacity, MemoryStore, RedisStore, SQLiteStore
 from tests.validate.query_world import FakeRedis
 
@@ -174,6 +177,36 @@ def test_two_connections_to_one_file_are_one_store(tmp_path):
     assert get(first, b"sum") == b"50" == get(second, b"sum") and second.health().principals == 1
     first.close()
     second.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_workers_that_are_forked_open_their_own_connection(tmp_path):
+    """As servers do that load the application once. Planted violation: a lock that is held at the fork never opens."""
+    store, budget = SQLiteStore(tmp_path / "q", SMALL), QueryBudget(tmp_path / "b", Bucket(1000.0))
+    add_many(store, 1)
+    children = []
+    with store._lock, budget._lock:  # as other threads of the parent might
+        for _ in range(3):
+            child = os.fork()
+            if child == 0:
+                try:
+                    add_many(store, 20)
+                    for _ in range(5):
+                        budget.commit(budget.reserve("a", 2.0))
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            children.append(child)
+    for child in children:
+        deadline = time.monotonic() + 60
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+            assert time.monotonic() < deadline or os.kill(child, signal.SIGKILL)
+            time.sleep(0.02)
+        assert ended[1] == 0
+    assert get(store, b"sum") == b"61" and budget.spent("a") == 30.0 and budget.verify().ok
+    store.close()
+    budget.close()
 
 
 def test_the_file_is_its_owners_alone(tmp_path):

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from aidefend._core.checks import check_kind, check_path, refuse
 from aidefend._core.errors import AidefendError
-from aidefend._core.storage import open_database, transaction
+from aidefend._core.storage import ProcessDatabase, transaction
 from aidefend.validate.queries.crowds import Session
 from aidefend.validate.queries.store import FLAG, TABLES, Buffered, Capacity, StoreHealth
 
@@ -36,7 +36,7 @@ class SQLiteStore:
         evidence go first, the longest unused before others; what goes early is counted in `health()`. A process that
         dies leaves whole transactions behind; after a power cut the last moments may be missing. The file holds keyed
         sketches, no input and no name; keep it away from strangers all the same. Not on a network file system. Each
-        process opens its own store (after a fork, too).
+        process opens its own connection, after a fork by itself.
     Args:
         path: The file, made if missing, readable by its owner alone.
         capacity: See `Capacity`.
@@ -54,14 +54,19 @@ class SQLiteStore:
     def __init__(self, path: str | os.PathLike[str], capacity: Capacity | None = None) -> None:
         self._capacity = Capacity() if capacity is None else check_kind(capacity, Capacity, "capacity")
         place = check_path(path)
-        self._lock = threading.Lock()
         try:
             os.close(os.open(place, os.O_RDWR | os.O_CREAT, 0o600))
-            self._database = open_database(place)
-            self._database.execute("PRAGMA synchronous=NORMAL")  # evidence of the last moments may go with the power
-            self._database.executescript(_SCHEMA)
+            self._file = ProcessDatabase(place.resolve(), _prepare)
         except (OSError, sqlite3.Error) as error:
             raise refuse("a SQLite file that can be written", "path", str(path), f"{error}", AidefendError) from error
+
+    @property
+    def _lock(self) -> threading.Lock:
+        return self._file.lock
+
+    @property
+    def _database(self) -> sqlite3.Connection:
+        return self._file.connection
 
     def run(self, work: Callable[[Session], T], now: float, ttl: float) -> T:
         """See `QueryStore`."""
@@ -136,6 +141,11 @@ class SQLiteStore:
         query = "UPDATE counts SET number = number + ? WHERE name = ? RETURNING number"
         (total,) = self._database.execute(query, (number, name)).fetchone()
         return int(total)
+
+
+def _prepare(database: sqlite3.Connection) -> None:
+    database.execute("PRAGMA synchronous=NORMAL")  # evidence of the last moments may go with the power
+    database.executescript(_SCHEMA)
 
 
 def _checked(table: str) -> str:
