@@ -147,12 +147,13 @@ def iterate(data: Any, batch_size: int = 256, *, bad: Literal["raise", "mark"] =
 def _rows_of(data: Any, batch_size: int, *, mark: bool) -> Iterator[Rows]:
     samples = with_names(data)
     marking = Marking(samples)
+    whole = is_whole(samples.data) or isinstance(samples.data, Mapping)
     for raw, batch in raw_parts(samples.data, samples, batch_size, mark=mark):
         if not batch and not raw:
             continue
         rows = marking.rows(raw, batch=batch) if mark else strict(samples, raw, batch=batch)
         if rows is not None:
-            yield from _cut(rows, batch_size) if len(rows.x) > batch_size and is_whole(samples.data) else [rows]
+            yield from _cut(rows, batch_size) if len(rows.x) > batch_size and whole else [rows]
     if marking.waiting:
         cure = "Repair the data, or say how a sample is read in Samples(data, decode=...)"
         raise refuse("at least one sample that can be read", "data", marking.waiting[0], cure)
@@ -212,16 +213,18 @@ def gather_labelled(data: Any, name: str = "data") -> tuple[Tensor, Tensor]:
 def as_dataset(data: Any) -> Dataset[Any]:
     """A map-style data set over the same samples: tensors and arrays are wrapped, a DataLoader gives its data set.
 
-    Tables, Parquet files and `Samples` become tensors in memory, rows that cannot be read as placeholders among them.
+    Tables (dicts of columns, too), Parquet files and `Samples` become tensors in memory, rows that cannot be read as
+    placeholders among them.
     """
     data = paired(data.dataset if isinstance(data, DataLoader) else data)
-    if isinstance(data, Tensor | np.ndarray):
+    structured = isinstance(data, np.ndarray) and data.dtype.names is not None
+    if isinstance(data, Tensor | np.ndarray) and not structured:
         return TensorDataset(_rows(tensor_of(data)))
     if is_pair(data):
         x, y = (_rows(tensor_of(part)) for part in data)
         check_same_rows(("x", "y"), len(x), len(y))
         return TensorDataset(x, y)
-    if isinstance(data, Samples) or is_frame(data) or is_stored(data):
+    if structured or isinstance(data, Samples | Mapping) or is_frame(data) or is_stored(data):
         whole = gather(data, bad="mark")
         return TensorDataset(whole.x) if whole.y is None else TensorDataset(whole.x, whole.y)
     if is_map_style(data):

@@ -8,7 +8,16 @@ from torch import Tensor
 
 from aidefend._core.checks import check_same_rows, refuse
 from aidefend._core.frames import column_batches, column_widths, is_frame, is_hugging_face, names_of, raw_column
-from aidefend._core.samples import LABEL_KEYS, Columns, Samples, class_indices, table_inputs, tensor_of
+from aidefend._core.samples import (
+    INPUT_KEYS,
+    LABEL_KEYS,
+    Columns,
+    Samples,
+    class_indices,
+    table_inputs,
+    tensor_of,
+    widths,
+)
 
 _ARRAYS = (Tensor, np.ndarray)
 _PLAIN = (Tensor, np.ndarray, list, tuple)
@@ -52,7 +61,10 @@ def with_names(data: Any) -> Samples:
     """The data with the names of its columns, as far as a table needs them said: see `Samples` for the rule."""
     data = paired(data)
     given = data if isinstance(data, Samples) else Samples(data)
-    names = column_widths(given.data)
+    if isinstance(given.data, np.ndarray) and given.data.dtype.names:
+        columns = Columns({name: given.data[name] for name in given.data.dtype.names})
+        given = Samples(columns, given.inputs, given.label, given.decode, given.classes)
+    names = _widths_of_dict(given.data) if isinstance(given.data, Mapping) else column_widths(given.data)
     if given.inputs is not None or names is None:
         return given
     label = given.label if given.label is not None else next((name for name in LABEL_KEYS if name in names), None)
@@ -64,6 +76,18 @@ def columns_of(data: Any) -> dict[str, Any] | None:
     found = with_names(data)
     names = {"inputs": found.inputs, "label": found.label, "classes": found.classes}
     return None if all(value is None for value in names.values()) else names
+
+
+def _widths_of_dict(data: Mapping[Any, Any]) -> dict[str, bool] | None:
+    """Of a dict of columns of single numbers, where none is called like an input; None for every other dict."""
+    named = all(isinstance(name, str) for name in data) and not any(name in data for name in INPUT_KEYS)
+    if not named or not all(isinstance(values, _PLAIN) or _is_column(values) for values in data.values()):
+        return None
+    columns = Columns({name: raw_column(values) for name, values in data.items()})
+    if any(np.ndim(values) == 0 for values in columns.values() if isinstance(values, _ARRAYS)):
+        return None
+    found = widths(columns)
+    return None if any(found.values()) else found
 
 
 def _has_rows(values: Any) -> bool:

@@ -35,7 +35,7 @@ def raw_parts(data: Any, names: Samples, batch_size: int, *, mark: bool) -> Iter
         read = (_read(data, row) for row in range(len(data))) if mark else (data[row] for row in range(len(data)))
         yield from ((part, False) for part in _chunks(read, batch_size))
     elif isinstance(data, IterableDataset) or is_hugging_face(data):
-        yield from ((part, False) for part in _chunks(_going_on(data, mark=mark), batch_size))
+        yield from ((part, False) for part in _chunks(going_on(data, mark=mark), batch_size))
     elif isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
         yield from _elements(data, names, batch_size, mark=mark)
     else:
@@ -68,7 +68,7 @@ def _is_table(data: Mapping[Any, Any], names: Samples) -> bool:
 def _elements(data: Iterable[Any], names: Samples, batch_size: int, *, mark: bool) -> Iterator[tuple[Any, bool]]:
     """A list or an iterator, of batches or of samples: its first element shows which."""
     sized = isinstance(data, Sequence)
-    stream = iter(data) if sized else _going_on(data, mark=mark)
+    stream = iter(data) if sized else going_on(data, mark=mark)
     first = next(stream, _END)
     whole = stream if first is _END else itertools.chain([first], stream)
     if first is _END:
@@ -105,7 +105,7 @@ def _read(data: Any, row: int) -> Any:
         return why(error)
 
 
-def _going_on(data: Iterable[Any], *, mark: bool) -> Iterator[Any]:
+def going_on(data: Iterable[Any], *, mark: bool) -> Iterator[Any]:
     """The elements of an iterator; with `mark`, past those that raise.
 
     An iterator that ends right after it raised is taken as broken and not as finished: a generator that raised is over,

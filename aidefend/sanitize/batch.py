@@ -11,9 +11,9 @@ from aidefend._core.batches import content_ids
 from aidefend._core.checks import check_same_rows, refuse
 from aidefend._core.frames import column_batches, is_frame
 from aidefend._core.samples import Samples
-from aidefend.sanitize.material import TEXT_KEYS, text_id
 from aidefend.sanitize.mixed_table import class_of, row_text
 from aidefend.sanitize.raw_table import rows_of
+from aidefend.sanitize.texts import TEXT_KEYS, text_id
 
 _UNKNOWN = "not judged: the row was not in the data that was screened"
 _COLUMNS = ("aidefend_keep", "aidefend_score", "aidefend_reason")
@@ -78,9 +78,10 @@ def _columns(batch: Any) -> Mapping[str, Any]:
 
 def _names(columns: Mapping[str, Any], state: Mapping[str, Any], decode: Any) -> Samples:
     """The columns that were screened, where the batch has them; else those that data sets use."""
-    if state["parameters"].get("kind") == "text":
-        return Samples(None, next((key for key in TEXT_KEYS if key in columns), TEXT_KEYS[0]))
     told = state["parameters"].get("columns") or {}
+    if state["parameters"].get("kind") == "text":
+        texts = next((key for key in (told.get("inputs"), *TEXT_KEYS) if key in columns), TEXT_KEYS[0])
+        return Samples(None, texts, told["label"] if told.get("label") in columns else None)
     inputs, label = told.get("inputs"), told.get("label")
     wanted = [inputs] if isinstance(inputs, str) else list(inputs or ())
     there = all(name in columns for name in [*wanted, *([label] if label is not None else [])])

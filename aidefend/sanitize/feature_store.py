@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -28,7 +29,7 @@ from aidefend.sanitize.feature_shards import (
     widened,
     widths,
 )
-from aidefend.sanitize.features import Features, Layer, extract_features
+from aidefend.sanitize.features import Features, Layer, check_still, extract_features
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,10 +98,11 @@ class FeatureStore:
         """
         check_int(shard_rows, "shard_rows")
         check_int(batch_size, "batch_size")
-        if isinstance(layer, Tensor):
+        if isinstance(layer, Tensor | np.ndarray):
             raise refuse("layer to be a module, a name or a function", "layer", layer, "Use Features.blocks instead")
         if on_batch is not None:
             check_callable(on_batch, "on_batch", "Pass a function of a batch and its features")
+        check_still(data)
         folder = _made(path)
         setting = {"format": FORMAT, "shard_rows": shard_rows, "layer": _name_of(layer), "model": _digest_of(model)}
         writer = _Writer(folder, setting)

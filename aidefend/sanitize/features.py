@@ -4,15 +4,21 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from aidefend._core.batches import Batch, gather
 from aidefend._core.checks import check_int, check_labels, check_logits, check_tensor, expected, refuse
 from aidefend._core.errors import AidefendError, IncompatibleModel
+from aidefend._core.frames import is_frame
 from aidefend._core.modules import InputCapture, Model, device_of, evaluate, find_module, last_linear, preserve
+from aidefend._core.naming import with_names
+from aidefend._core.parts import is_map_style
 
-Layer = str | nn.Module | Callable[[Tensor], Tensor] | Tensor
+Layer = str | nn.Module | Callable[[Tensor], Tensor] | Tensor | np.ndarray
+_READ_TWICE = 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,14 +88,37 @@ def read_samples(dataset: Any) -> Batch:
     """All samples in memory, in the data set's own order (a DataLoader's shuffling is passed by).
 
     A sample that cannot be read keeps its row, see `Batch.broken`.
-    Raises: ConfigurationError: no sample, no labels, labels below 0, samples without a feature.
+    Raises: ConfigurationError: no sample, no labels, labels below 0, samples without a feature, samples that change.
     """
     batch = gather(dataset, bad="mark")
     if batch.y is None:
-        raise refuse("a data set of (x, y) samples", "dataset", "inputs without labels", "Give every sample a label")
+        cure = 'Give every sample a label, or name the column that holds it: Samples(data, label="...")'
+        raise refuse("a data set of (x, y) samples", "dataset", "inputs without labels", cure)
+    check_still(dataset)
     if batch.x.ndim < 2 or not batch.x[0].numel():
         raise refuse("samples with at least one feature", "dataset", batch.x, "Give x the shape (features,) or more")
     return batch._replace(y=check_labels(batch.y, len(batch.ids), name="labels"))
+
+
+def check_still(data: Any) -> None:
+    """Refuse a data set whose samples change from read to read: what is judged would not be what is trained on.
+
+    Sixteen samples, spread over the data, are read twice; forms that can be read once only, and arrays, are passed by.
+    Raises: ConfigurationError: a sample changed.
+    """
+    names = with_names(data)
+    rows: Any = names.data.dataset if isinstance(names.data, DataLoader) else names.data
+    if not is_map_style(rows) or isinstance(rows, Tensor | np.ndarray | list | tuple | TensorDataset) or is_frame(rows):
+        return
+    some = torch.linspace(0, len(rows) - 1, min(_READ_TWICE, len(rows))).long().tolist()
+    try:
+        first, again = (gather(dataclasses.replace(names, data=Subset(rows, some)), bad="mark") for _ in range(2))
+    except AidefendError:
+        return  # not one of these can be read: there is nothing to compare
+    changed = [row for row, before, after in zip(some, first.ids, again.ids, strict=True) if before != after]
+    if changed:
+        cure = "Turn augmentation off (the transform of the evaluation), or draw it from the number of the sample"
+        raise refuse("samples that are the same at each read", "dataset", f"sample {changed[0]} changed", cure)
 
 
 def finite_rows(x: Tensor) -> Tensor:
@@ -105,19 +134,21 @@ def readable_rows(batch: Batch) -> Tensor:
     return readable
 
 
-def extract_features(samples: Any, model: Model, layer: Layer | None = None, batch_size: int = 512) -> Features:
+def extract_features(samples: Any, model: Model | None, layer: Layer | None = None, batch_size: int = 512) -> Features:
     """Features, logits and losses of every sample: one pass in eval mode, without gradients, in the data's own order.
 
     Guarantee: the model is left as it was (see `_core.modules.preserve`); rows with NaN or infinity never enter it.
     Args:
         samples: A data set of (x, y) samples, in any form that `Samples` takes, or the `Batch` that `read_samples` made
-            of it. Augmentation must be off.
-        model: Module or callable from x to logits (N, K >= 2).
+            of it. Augmentation has to be off: sixteen samples of a data set are read twice.
+        model: Module or callable from x to logits (N, K >= 2). None: there is none; `layer` then holds the features,
+            and logits and losses are NaN, so that detectors which need them have no opinion.
         layer: Where features come from: None: the input of the `nn.Linear` that runs last (for a plain callable: its
             logits); a name of `named_modules()` or a module of the model: the input of that module, flattened; any
-            other callable: `layer(x)`, flattened; a tensor (N, d): the features themselves.
+            other callable: `layer(x)`, flattened; a tensor or array (N, d): the features themselves.
         batch_size: Rows a pass.
-    Raises: ConfigurationError: no labels, wrong shapes, unknown layer. IncompatibleModel: the model raises, or runs no
+    Raises: ConfigurationError: no labels, wrong shapes, unknown layer, samples that change from read to read, neither
+        model nor features. IncompatibleModel: the model raises, or runs no
         Linear.
     Cost: one forward pass per sample (and one sample more to find the layer).
 
@@ -131,14 +162,22 @@ def extract_features(samples: Any, model: Model, layer: Layer | None = None, bat
     batch = samples if isinstance(samples, Batch) else read_samples(samples)
     labels = check_labels(batch.y, len(batch.ids), name="labels")
     usable = readable_rows(batch)
+    layer = torch.from_numpy(layer) if isinstance(layer, np.ndarray) and layer.dtype.kind == "f" else layer
+    if model is None and not isinstance(layer, Tensor):
+        raise refuse("a model, or features in its place", "model", None, "Pass a model, or layer=features of (N, d)")
     if layer is not None and not isinstance(layer, str | Tensor) and not callable(layer):
         cure = "Name a module, or pass one, a function of x, or the features themselves"
         raise refuse("layer to be a name, a module, a function or a tensor", "layer", layer, cure)
-    features, logits = _through(model, batch.x[usable], layer, batch_size)
+    if model is None:
+        width = max(2, int(labels.max()) + 1)
+        features = logits = torch.full((int(usable.sum()), width), torch.nan)
+    else:
+        features, logits = _through(model, batch.x[usable], layer, batch_size)
     if isinstance(layer, Tensor):
         features = check_tensor(layer, "layer", ndim=2, floating=True, finite=False, rows=len(labels))[usable]
     features, logits = _spread(features, usable), _spread(logits, usable)
-    usable = usable & torch.isfinite(features).all(dim=1) & torch.isfinite(logits).all(dim=1)
+    answered = torch.isfinite(logits).all(dim=1) | (model is None)
+    usable = usable & torch.isfinite(features).all(dim=1) & answered
     losses = torch.full((len(labels),), torch.nan)
     known = usable & (labels < logits.shape[1])
     losses[known] = nn.functional.cross_entropy(logits[known], labels[known], reduction="none")

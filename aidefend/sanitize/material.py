@@ -1,7 +1,6 @@
 """What a screen is given: arrays, a table, or texts; and how a model is asked about them."""
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aidefend._core.batches import Batch, content_ids
-from aidefend._core.checks import check_callable, check_items, check_labels, check_same_rows, check_tensor, refuse
+from aidefend._core.batches import Batch
+from aidefend._core.checks import check_callable, check_tensor, refuse
 from aidefend._core.modules import Model
 from aidefend._core.naming import columns_of, paired
 from aidefend._core.samples import LABEL_KEYS
@@ -21,8 +20,8 @@ from aidefend.sanitize.raw_table import RawTable, class_numbers, listed, raw_tab
 from aidefend.sanitize.table_items import Column, TableItems, plain_columns
 from aidefend.sanitize.text_encoder import TextEncoder
 from aidefend.sanitize.text_items import TextItems
+from aidefend.sanitize.texts import TextRows, read_texts, text_ids
 
-TEXT_KEYS = ("text", "texts", "sentence", "document")
 _WIDEST_TABLE = 1024  # columns; wider rows are features or pixels, whose values are no statements
 Encoder = Callable[[list[str]], Tensor]
 
@@ -39,6 +38,7 @@ class Material:
         names: Names of the columns of a table.
         table: The table with categories or gaps, or None.
         classes: Names of the classes in order, where labels were words and the data do not say their order.
+        columns: Of texts: the names of their columns, where somebody said them.
     """
 
     samples: Batch
@@ -48,6 +48,7 @@ class Material:
     names: tuple[str, ...] | None = None
     table: MixedTable | None = None
     classes: tuple[str, ...] | None = None
+    columns: dict[str, Any] | None = None
 
     @property
     def kind(self) -> str:
@@ -62,9 +63,11 @@ class Material:
         """What has to be known to find the same columns and classes in a batch."""
         if self.table is not None:
             return self.table.told()
+        if self.columns is not None:
+            return self.columns if any(self.columns.values()) else None
         if self.classes is not None:
             return {"inputs": None, "label": None, "classes": list(self.classes)}
-        return None if self.texts is not None else columns_of(dataset)
+        return columns_of(dataset)
 
     def asked(self, model: Model | None, layer: Layer | None) -> tuple[Model | None, Layer | None]:
         """A user's model of a table with categories behind its numbers, and its layer by the name that it then has."""
@@ -133,33 +136,32 @@ def _on_texts(model: Model, texts: Sequence[str]) -> Model:
 def read_material(dataset: Any, encoder: Encoder | None = None) -> Material:
     """Texts with labels, or whatever `read_samples` reads.
 
-    Texts are a pair (list or Series of str, labels), a dict with one of TEXT_KEYS and a label column, or a map-style
-    data set or list of (str, label) samples.
-    Raises: ConfigurationError: see `read_samples`; labels that are missing; an encoder for what is no text.
+    Raises: ConfigurationError: see `read_samples` and `read_texts`; an encoder for what is no text.
     """
     if encoder is not None:
         check_callable(encoder, "encoder", "Pass a function from a list of texts to a tensor (N, d)")
-    dataset = paired(dataset)
-    found = _texts_of(dataset)
-    if found is None:
-        if encoder is not None:
-            raise refuse("texts where an encoder is given", "dataset", type(dataset).__name__, "Pass (texts, labels)")
-        raw = raw_table(dataset)
-        if raw is not None and _is_mixed(raw):
-            return _mixed(encoded(raw))
-        told = (columns_of(dataset) or {}).get("inputs")
-        names = tuple(told) if isinstance(told, list | tuple) else _names_of(dataset)
-        rows, classes = with_class_numbers(dataset)
-        return Material(read_samples(rows), names=names, classes=classes)
-    texts = check_items(found[0], str, "texts", "Pass a list of texts")
-    numbers, classes = class_numbers(found[1])
-    labels = check_labels(torch.tensor(np.asarray(numbers)), len(texts), name="labels")
-    ids = _text_ids(texts, labels)
-    if not texts:
-        raise refuse("at least one text", "dataset", "no text", "Pass the texts to be screened")
+    written, dataset = read_texts(dataset)
+    if written is not None:
+        return _of_texts(written, encoder)
+    if encoder is not None:
+        raise refuse("texts where an encoder is given", "dataset", type(dataset).__name__, "Pass (texts, labels)")
+    raw = raw_table(dataset)
+    if raw is not None and _is_mixed(raw):
+        return _mixed(encoded(raw))
+    told = (columns_of(dataset) or {}).get("inputs")
+    names = tuple(told) if isinstance(told, list | tuple) else _names_of(dataset)
+    rows, classes = with_class_numbers(dataset)
+    return Material(read_samples(rows), names=names, classes=classes)
+
+
+def _of_texts(written: TextRows, encoder: Encoder | None) -> Material:
+    texts, labels, classes, broken = written.usable()
     used = TextEncoder() if encoder is None else encoder
-    samples = Batch(ids, _encoded(used, list(texts)), labels)
-    return Material(samples, texts, used, encoder is not None, classes=classes)
+    x = _encoded(used, texts)
+    x[list(broken)] = torch.nan
+    samples = Batch(text_ids(texts, labels, broken), x, labels, tuple(sorted(broken.items())))
+    told = {"inputs": written.inputs, "label": written.label, "classes": None if classes is None else list(classes)}
+    return Material(samples, tuple(texts), used, encoder is not None, classes=classes, columns=told)
 
 
 def _is_mixed(raw: RawTable) -> bool:
@@ -179,10 +181,8 @@ def _mixed(table: MixedTable) -> Material:
     names = table.raw.inputs
     broken = {row for row, _ in table.broken}
     texts = [row_text(names, row) for row in rows_of(table.raw.columns, names)]
-    ids = list(_text_ids(texts, table.labels))
-    for row in broken:
-        ids[row] = f"unreadable:{row}"
-    return Material(Batch(tuple(ids), table.x, table.labels, table.broken), names=names, table=table)
+    ids = text_ids(texts, table.labels, broken)
+    return Material(Batch(ids, table.x, table.labels, table.broken), names=names, table=table)
 
 
 def _names_of(dataset: Any) -> tuple[str, ...] | None:
@@ -195,28 +195,6 @@ def _encoded(encoder: Encoder, texts: list[str]) -> Tensor:
     return rows.detach().float().cpu()
 
 
-def _texts_of(dataset: Any) -> tuple[Any, Any] | None:
-    """(texts, labels) where the data set holds texts."""
-    if isinstance(dataset, Mapping):
-        key, label = (next((k for k in keys if k in dataset), None) for keys in (TEXT_KEYS, LABEL_KEYS))
-        if key is None or not _all_texts(dataset[key]):
-            return None
-        if label is None:
-            raise refuse(f"a label column among {LABEL_KEYS}", "dataset", sorted(map(str, dataset)), "Name the labels")
-        return dataset[key], dataset[label]
-    if isinstance(dataset, tuple | list) and len(dataset) == 2 and _all_texts(dataset[0]):
-        check_same_rows(("texts", "labels"), len(dataset[0]), len(dataset[1]))
-        return dataset[0], dataset[1]
-    raw = None if isinstance(dataset, tuple | list) else raw_table(dataset)
-    if raw is not None and len(raw.inputs) == 1 and raw.inputs[0] in TEXT_KEYS and raw.label is not None:
-        texts = listed(raw.columns[raw.inputs[0]])
-        return (texts, listed(raw.columns[raw.label])) if _all_texts(texts) else None
-    if _of_samples(dataset):
-        pairs = [dataset[row] for row in range(len(dataset))]
-        return [text for text, _ in pairs], [label for _, label in pairs]
-    return None
-
-
 def with_class_numbers(dataset: Any) -> tuple[Any, tuple[str, ...] | None]:
     """A pair (x, y) whose labels are words with numbers in their place, and the names; other data as they are."""
     dataset = paired(dataset)
@@ -224,54 +202,3 @@ def with_class_numbers(dataset: Any) -> tuple[Any, tuple[str, ...] | None]:
         return dataset, None
     numbers, classes = class_numbers(dataset[1])
     return (dataset, None) if classes is None else ((dataset[0], numbers), classes)
-
-
-def text_rows(dataset: Any) -> list[tuple[str, Any]]:
-    """The rows of a data set of texts as (text, label).
-
-    Raises: ConfigurationError: it holds no texts.
-    """
-    found = _texts_of(paired(dataset))
-    if found is None:
-        raise refuse("the texts that were judged", "dataset", type(dataset).__name__, "Pass the same texts")
-    return list(zip(listed(found[0]), listed(found[1]), strict=True))
-
-
-def _all_texts(values: Any) -> bool:
-    collection = isinstance(values, list | tuple) or (isinstance(values, np.ndarray) and values.ndim == 1)
-    return collection and len(values) > 0 and isinstance(values[0], str)
-
-
-def _of_samples(dataset: Any) -> bool:
-    if isinstance(dataset, Tensor | np.ndarray | str) or not hasattr(dataset, "__getitem__"):
-        return False
-    if not hasattr(dataset, "__len__") or not len(dataset):
-        return False
-    try:
-        first = dataset[0]
-    except Exception:
-        return False  # a table, or a sample that cannot be read: `read_samples` says which
-    return isinstance(first, tuple | list) and len(first) == 2 and isinstance(first[0], str)
-
-
-def text_id(text: Any, label: Any) -> str | None:
-    """The id of a text with its label, without an ordinal; None for what is no text or no whole number."""
-    try:
-        number = int(label)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    if not isinstance(text, str) or number != label:
-        return None
-    raw = text.encode("utf-8", "surrogatepass")
-    row = torch.tensor(list(raw), dtype=torch.uint8).reshape(1, len(raw))
-    return content_ids(row, torch.tensor([number]))[0]
-
-
-def _text_ids(texts: Sequence[str], labels: Tensor) -> tuple[str, ...]:
-    seen: Counter[str] = Counter()
-    found = []
-    for text, label in zip(texts, labels.tolist(), strict=True):
-        name = str(text_id(text, label))
-        found.append(f"{name}#{seen[name]}" if seen[name] else name)
-        seen[name] += 1
-    return tuple(found)

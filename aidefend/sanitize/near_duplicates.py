@@ -147,7 +147,7 @@ class NearDuplicates:
         if kind == "text":
             texts = check_items(block.get("text"), str, "text", "Add the texts, one a row")
             check_same_rows(("ids", "text"), len(rows.ids), len(texts))
-            return rows.ids, min_hashes(texts, _PERMUTATIONS, self.seed), np.ones(len(texts), dtype=bool)
+            return rows.ids, min_hashes(texts, _PERMUTATIONS, self.seed), rows.usable.numpy()
         x = block.get("x") if kind == "image" or (kind == "content" and "x" in block) else block["features"]
         if not isinstance(x, Tensor) or len(x) != len(rows.ids) or (kind == "image" and x.ndim != 4):
             rule = "x of shape (N, C, H, W)" if kind == "image" else "x with one row for each id"

@@ -17,8 +17,9 @@ from aidefend._core.storage import atomic_path, canonical_json, plain
 from aidefend.sanitize.decisions import PROPOSED, WEIGHT, Decisions, as_json, decisions_of
 from aidefend.sanitize.gallery import page
 from aidefend.sanitize.kept_sampler import KeptSampler
-from aidefend.sanitize.material import Encoder, read_material, text_rows, with_class_numbers
+from aidefend.sanitize.material import Encoder, read_material, with_class_numbers
 from aidefend.sanitize.raw_table import named_rows
+from aidefend.sanitize.texts import text_rows
 
 _BEGIN = "aidefend.releases"
 

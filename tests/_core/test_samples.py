@@ -80,6 +80,16 @@ LIBRARIES = {
     "web tuples": lambda _: [(f"{i:04}", x, y) for i, (x, y) in enumerate(zip(X, Y.tolist(), strict=True))],
     "generator of samples": lambda _: zip(X, Y.tolist(), strict=True),
     "named table": lambda _: Samples({"f": X[:, 0], "g": X[:, 1], "h": X[:, 2], "z": Y}, ["f", "g", "h"], "z"),
+    "dict of lists": lambda _: {
+        "a": X[:, 0].tolist(),
+        "b": X[:, 1].int().tolist(),
+        "c": X[:, 2].tolist(),
+        "y": Y.tolist(),
+    },
+    "dict of arrays": lambda _: {"a": X[:, 0].numpy(), "b": X[:, 1].numpy(), "c": X[:, 2].numpy(), "y": Y.numpy()},
+    "dict of tensors": lambda _: {"a": X[:, 0], "b": X[:, 1], "c": X[:, 2], "target": Y},
+    "dict with an input column": lambda _: {"x": X, "y": Y},
+    "structured array": lambda _: structured(),
     "words": lambda _: Samples((X.numpy(), np.array(WORDS)[Y]), classes=WORDS),
 }
 
@@ -91,12 +101,27 @@ def as_one(folder):
     return str(path)
 
 
+def structured():
+    rows = np.zeros(7, dtype=[("a", "f4"), ("b", "i8"), ("c", "f8"), ("label", "i8")])
+    for place, name in enumerate("abc"):
+        rows[name] = X[:, place]
+    rows["label"] = Y
+    return rows
+
+
 @pytest.mark.parametrize("bad", ["raise", "mark"])
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_every_library_gives_the_same_rows(name, bad, tmp_path):
     batch = gather(LIBRARIES[name](tmp_path), 3, bad=bad)
     assert torch.equal(batch.x.float(), X) and torch.equal(batch.y, Y) and not batch.broken
     assert batch.ids == content_ids(batch.x, Y)
+
+
+@pytest.mark.parametrize("name", ["dict of lists", "dict of tensors", "dict with an input column", "structured array"])
+def test_tables_in_memory_are_data_sets_for_views(name):
+    rows = as_dataset(LIBRARIES[name](None))
+    assert len(rows) == 7 and rows[3][0].tolist() == X[3].tolist() and int(rows[3][1]) == 0
+    assert [len(batch.ids) for batch in iterate(LIBRARIES[name](None), 3)] == [3, 3, 1]
 
 
 def test_parquet_is_read_in_parts(tmp_path):

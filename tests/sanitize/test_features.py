@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from aidefend import ConfigurationError, IncompatibleModel
-from aidefend.sanitize import extract_features
+from aidefend.sanitize import ConfidentLearning, FeatureStore, SpectralSignature, extract_features, screen
 
 
 class Net(nn.Module):
@@ -135,6 +135,56 @@ def test_blocks_cover_all_rows_once_and_carry_what_detectors_need():
 def test_malformed_calls_name_argument_and_cure(call, match):
     with pytest.raises(ConfigurationError, match=match):
         call()
+
+
+class Shaking(Dataset):
+    """Samples (x, y); `shakes` says whether the transform of training is on."""
+
+    def __init__(self, shakes):
+        self.rows, self.shakes = data(60), shakes
+
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, row):
+        x, y = self.rows[0][row], int(self.rows[1][row])
+        return (x.flip(0) if self.shakes and random.random() < 0.5 else x), y
+
+
+@pytest.mark.global_random("the data set draws from the global stream, as augmentation does")
+def test_augmentation_that_is_on_is_refused_wherever_features_are_taken(tmp_path):
+    model = Net()
+    calls = (
+        lambda rows: extract_features(rows, model),
+        lambda rows: extract_features(DataLoader(rows, 7), model),
+        lambda rows: screen(rows, model),
+        lambda rows: FeatureStore.write(rows, model, tmp_path / str(rows.shakes)),
+    )
+    for call in calls:
+        assert len(call(Shaking(False))) == 60
+        with pytest.raises(ConfigurationError, match=r"same at each read.*Turn augmentation off"):
+            call(Shaking(True))
+
+
+def test_features_of_the_user_need_no_model():
+    x, y = data()
+    features = torch.randn(23, 6)
+    features[4] = torch.nan
+    for given in (features, features.numpy()):
+        found = extract_features((x, y), None, layer=given)
+        assert (
+            torch.equal(found.features[:4], features[:4]) and found.logits.isnan().all() and found.losses.isnan().all()
+        )
+        assert found.usable.tolist() == [row != 4 for row in range(23)]
+        (block,) = found.blocks()
+        scores = SpectralSignature().partial_fit(block).score(block)
+        assert bool(scores[found.usable].isfinite().all())
+        assert bool(ConfidentLearning().partial_fit(block).score(block).isnan().all())
+        beside = extract_features((x, y), Net(), layer=given)
+        assert torch.equal(beside.features[:4], features[:4]) and bool(beside.losses[:4].isfinite().all())
+    for layer in (None, "head", lambda rows: rows):
+        with pytest.raises(ConfigurationError, match="layer=features"):
+            extract_features((x, y), None, layer=layer)
 
 
 def test_a_model_without_a_linear_names_the_cure():
