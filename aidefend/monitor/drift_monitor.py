@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,8 @@ class DriftMonitor:
 
     Guarantee: `check` flags anything on rows drawn like the reference with probability at most alpha for one call
         (Holm, under every dependence of the features); many calls need their own correction. `observe` raises a false
-        alarm with probability at most alpha over its whole life; see `CalibrationMartingale`.
+        alarm with probability at most alpha over its whole life, restarts with `state_dict` included; see
+        `CalibrationMartingale`.
     Args:
         reference: (n, ...) float, n >= 20; flattened to (n, d). None if only p-values are watched.
         alpha: Level of each of the two, in (0, 1).
@@ -112,6 +114,19 @@ class DriftMonitor:
         """
         with self._lock:
             return self._stream.observe(p_values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The bet on the p-values as JSON values, to go on after a restart: an alarm that was raised stays raised."""
+        with self._lock:
+            return self._stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`.
+
+        Raises: ConfigurationError: something else, or of a monitor with another alpha or calibration_n.
+        """
+        with self._lock:
+            self._stream.load_state_dict(state)
 
 
 def _rows(values: Tensor, name: str) -> Tensor:

@@ -1,6 +1,7 @@
 """Drift is found at the stated false-alarm rate; metrics cannot grow with traffic."""
 
 import builtins
+import json
 
 import pytest
 import torch
@@ -100,6 +101,23 @@ def test_a_restart_continues_the_bet_and_batching_does_not_matter():
     assert resumed.observe(torch.zeros(0)) == resumed.state
     with pytest.raises(ConfigurationError, match="same alpha"):
         CalibrationMartingale(0.02, 500).load_state_dict(parts.state_dict())
+
+
+def test_a_monitor_goes_on_after_a_restart_and_stays_alarmed():
+    drifted = 0.2 * torch.rand(400, generator=stream(0), dtype=torch.float64) + 1e-3
+    whole, before, after = (DriftMonitor(calibration_n=5_000) for _ in range(3))
+    found = whole.observe(drifted)
+    assert found.alarm and not before.observe(drifted[: found.alarm_at // 2]).alarm
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    resumed = after.observe(drifted[found.alarm_at // 2 :])
+    assert (resumed.count, resumed.capital) == (400, pytest.approx(found.capital, rel=1e-9))
+    assert resumed.alarm and found.alarm_at // 2 < resumed.alarm_at
+    again = DriftMonitor(calibration_n=5_000)
+    again.load_state_dict(after.state_dict())
+    assert again.observe(torch.ones(50, dtype=torch.float64)).alarm
+    for wrong in (DriftMonitor(calibration_n=400), DriftMonitor(alpha=0.05, calibration_n=5_000)):
+        with pytest.raises(ConfigurationError, match="same alpha and calibration_n"):
+            wrong.load_state_dict(before.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+import shutil
 import threading
 
 import pytest
@@ -510,6 +511,22 @@ def test_a_compiled_model_is_guarded_like_the_model_inside():
     guard = guard_of(compiled)
     torch.testing.assert_close(guard(TEST).p_values["combined"], guard_of(model())(TEST).p_values["combined"])
     assert guard.facts.identity == guard_of(network).facts.identity
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of torch.compile needs g++ on the path")
+@pytest.mark.parametrize(
+    "compiled", [torch.compile, lambda network: network.compile() or network], ids=["wrapped", "own"]
+)
+def test_generated_code_is_guarded_like_the_model_inside(compiled):
+    """The default backend, of which the quick test above knows only the tracing."""
+    torch.compiler.reset()
+    guard, expected = guard_of(compiled(model())), guard_of()
+    for x in (TEST, TEST[:1], torch.cat([TEST[:3], strange(2)])):
+        found, wanted = guard(x), expected(x)
+        assert torch.equal(found.accepted, wanted.accepted)
+        torch.testing.assert_close(found.outputs, wanted.outputs, equal_nan=True)
     torch.compiler.reset()
 
 
