@@ -515,6 +515,7 @@ def test_a_compiled_model_is_guarded_like_the_model_inside():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch about its own parts
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of torch.compile needs g++ on the path")
 @pytest.mark.parametrize(
     "compiled", [torch.compile, lambda network: network.compile() or network], ids=["wrapped", "own"]
