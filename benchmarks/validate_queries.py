@@ -8,7 +8,8 @@ Attacks run on rows of the second half that the model knows, one account an atta
 answer inside the threat) or their last query; thresholds never see them. "before" is the share of attacks that are
 flagged before they succeed, or flagged (or stalled) at all if they do not; "survive" is the share that succeeds
 unflagged. Attackers who know the monitor stand beside: steps as wide as its radius, widths found with an oracle
-(`query_attackers_oars`), disguises, copies of the model, and Blacklight against the same sequences. The threshold keeps
+(`query_attackers_oars`), random shifts, copies of the model, and Blacklight against the same sequences (quick and slow
+attacks: `benchmarks.validate_queries_time`). The threshold keeps
 to alpha on average over calibrations, or, with --strict, for this very calibration with 95 % confidence. Writes
 benchmarks/results/validate_queries.json after each row; a run with the same settings goes on where the last one ended.
 """
@@ -30,7 +31,7 @@ from aidefend._core.stats import wilson
 from aidefend.attacks import NES, Extraction, HopSkipJump, Square
 from aidefend.validate import MemoryStore, QueryMonitor
 from benchmarks.query_attackers import Boundary, jacobian_augmented, record
-from benchmarks.query_attackers_adaptive import WideHopSkipJump, WideNES, WideSquare, interleaved, shifted
+from benchmarks.query_attackers_adaptive import WideHopSkipJump, WideNES, WideSquare, shifted
 from benchmarks.query_attackers_oars import OARS
 from benchmarks.query_baseline import Blacklight
 from benchmarks.query_traffic import KINDS, population
@@ -236,7 +237,6 @@ def run_data(bench: Bench) -> None:
     for arm in (*plain_of, *wide_of):
         bench.row(f"blacklight, {arm}", lambda arm=arm: blacklight(bench, arm, found(arm)[:8]))
     bench.row("benign, one store", lambda: benign_shares(bench, COUNTED))
-    bench.row("disguised", lambda: disguises(bench, {arm: found(arm)[:6] for arm in ("square", "hopskipjump")}))
 
 
 def oars(bench: Bench, arm: str, attack: tuple[Threat, Callable[..., object]], bit: bool) -> dict[str, Any]:
@@ -279,27 +279,6 @@ def benign_shares(bench: Bench, together: int) -> dict[str, Any]:
     shares = {"all": wilson(sum(flagged), len(flagged)), **{k: [sum(v), len(v)] for k, v in kinds.items()}}
     print(f"{bench.name}: benign accounts flagged, {together} together: {shares}", flush=True)
     return shares
-
-
-def disguises(bench: Bench, plain: dict[str, list[Sequence]]) -> dict[str, Any]:
-    """The same queries among benign ones, or slowly."""
-    lines: dict[str, list[tuple[Sequence, int]]] = {}
-    model = bench.model
-    for arm, found in plain.items():
-        for number, one in enumerate(found):
-            mixed = interleaved(one[0][:200], bench.natural[number * 37 :], 9)
-            at, _ = flag_at(bench.fresh(), mixed, model, lambda i: "eve")
-            lines.setdefault(f"{arm}, 9 benign between", []).append((one, -(-at // 10)))
-            for a_day in (10, 50):
-                now, at = [1e9], 0
-                monitor = bench.fresh(clock=lambda now=now: now[0])
-                for i in range(min(len(one[0]), 300)):
-                    now[0] += 86_400 / a_day
-                    if monitor.watch("eve", one[0][i : i + 1], model(one[0][i : i + 1])).remark:
-                        at = i + 1
-                        break
-                lines.setdefault(f"{arm}, {a_day} queries a life", []).append((one, at))
-    return {label: show(bench.name, label, summary(rows)) for label, rows in lines.items()}
 
 
 def blacklight(bench: Bench, arm: str, known: list[Sequence]) -> dict[str, Any]:
