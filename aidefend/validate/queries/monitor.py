@@ -72,8 +72,9 @@ class QueryMonitor:
         and in the steady state more evidence (see `ttl` of `calibrate`). Drift, other traffic, and someone who asks
         near an account's own inputs void it. (2) No answer tells which query was flagged: at that call the client sees
         what it would have seen otherwise. An account is suspended a random time (`delay`) later. (3) Memory is bounded
-        by the store; what it gives up early is counted in `health()`. (4) About attackers: none. One who asks slowly,
-        from many accounts, or moves every query far enough passes; docs/query-monitoring.md has the measured shares.
+        by the store; what it gives up early is counted in `health()`. (4) About attackers: none. One who needs only
+        some tens of queries, asks few in a `ttl`, asks from many accounts, or moves every query far enough passes;
+        docs/query-monitoring.md has the measured shares.
     An account that is flagged because others asked near the same inputs, and never sent three such queries itself,
     is remarked and not suspended: otherwise anyone could have a competitor suspended. Once it sends them, it is.
     Args:
