@@ -80,7 +80,7 @@ class DriftMonitor:
     def __init__(
         self, reference: Tensor | None = None, *, alpha: float = 0.01, calibration_n: int | None = None
     ) -> None:
-        self.alpha = check_probability(alpha, "alpha")
+        self.alpha, self.calibration_n = check_probability(alpha, "alpha"), calibration_n
         self._reference: Tensor | None = None
         if reference is not None:
             rows = _rows(check_tensor(reference, "reference", floating=True), "reference")

@@ -60,7 +60,7 @@ class CalibrationMartingale:
         self, alpha: float = 0.01, calibration_n: int | None = None, sides: Literal["low", "both"] = "low"
     ) -> None:
         check_choice(sides, ("low", "both"), "sides")
-        self.alpha = check_probability(alpha, "alpha")
+        self.alpha, self.calibration_n = check_probability(alpha, "alpha"), calibration_n
         band = 0.0
         if calibration_n is not None:
             check_int(calibration_n, "calibration_n")

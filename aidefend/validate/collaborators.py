@@ -201,6 +201,22 @@ class Collaborators:
             (self.budget.commit if spent else self.budget.refund)(admission.reservation)
 
 
+def check_band(drift: Drift | None, n: int) -> None:
+    """Refuse a drift monitor whose rate of false alarms does not hold for p-values among n calibration rows.
+
+    One that does not say for how many rows it was made is its owner's affair.
+    """
+    if drift is None or not hasattr(drift, "calibration_n"):
+        return
+    known = drift.calibration_n
+    if known is None or known > n:
+        rule = f"a drift monitor made for these {n} calibration rows, or for fewer"
+        cure = (
+            f"Pass DriftMonitor(calibration_n={n}): the p-values deviate from uniform by what so many rows leave open"
+        )
+        raise refuse(rule, "drift", f"calibration_n={known}", cure)
+
+
 @dataclasses.dataclass(frozen=True)
 class Admission:
     """Whether a call may go on: a refusal in words, or a reservation to settle."""

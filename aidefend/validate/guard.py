@@ -28,6 +28,7 @@ from aidefend.validate.collaborators import (
     MetricsSink,
     Policy,
     Queries,
+    check_band,
     failure,
     plain_principal,
 )
@@ -108,6 +109,7 @@ class Guard(nn.Module):
         modules = model.modules() if isinstance(model, nn.Module) else ()
         self._switches = [module for module in modules if hasattr(module, "training")]  # frozen TorchScript has none
         check_company(facts.task, output, self.collaborators.queries)
+        check_band(self.collaborators.drift, parts.calibration.n)
         answer = blank_answer(facts.num_classes, getattr(torch, facts.logits_dtype))
         self._blank = blank_row(answer, parts.spec.smallest_row(), output, mode)
         self._capture = PassCapture(model, layer, facts.task)
@@ -287,7 +289,9 @@ class Guard(nn.Module):
         The p-values are those of the combined statistic among all calibration rows, whatever the promise, so
         `DriftMonitor(calibration_n=guard.calibration.n)` fits. Once it raises its alarm, every decision says `drifted`
         and every event of the log "drift_alarm": the rates no longer hold, until you `recalibrate`.
+        Raises: ConfigurationError: a monitor made for more calibration rows, or for none: its alarms mean nothing.
         """
+        check_band(drift, self.calibration.n)
         self.collaborators = dataclasses.replace(self.collaborators, drift=drift)
 
     def recalibrate(
@@ -306,7 +310,8 @@ class Guard(nn.Module):
                 accepted are no sample of clean rows.
             reason: Why, in words: for the log, and for `calibration.history`.
             used_ids: Content ids of rows that trained the model or fitted the detectors; rows among them are refused.
-            drift: A new drift monitor; a guard that has one needs one, since the old one watched the old calibration.
+            drift: A new drift monitor, made for at most the new number of rows; a guard that has one needs one, since
+                the old one watched the old calibration.
             batch_size: Rows a pass.
         Raises: ConfigurationError: too few rows for alpha, rows that were used, no reason, no new drift monitor; the
             old calibration stays in force.
@@ -317,6 +322,7 @@ class Guard(nn.Module):
         parts, entry = recalibrated(
             self.model, self._capture, self._parts(), calibration_loader, reason, used_ids, batch_size
         )
+        check_band(drift, parts.calibration.n)
         if collaborators.log is not None:
             collaborators.log.append({"event": "guard.recalibrated", "resource": collaborators.resource, **entry})
         self.facts, self.calibration, self.collaborators = parts.facts, parts.calibration, given

@@ -271,6 +271,25 @@ def test_the_monitor_sees_scored_rows_alone_and_its_failure_refuses():
         guard.follow("a monitor")
 
 
+@pytest.mark.parametrize("n", [None, 10_000])
+def test_a_drift_monitor_whose_alarms_mean_nothing_is_refused(n, tmp_path):
+    """Planted violation: without the band for so few rows, exchangeable rows raise the alarm sooner or later."""
+    guard, wrong = guard_of(), DriftMonitor(calibration_n=n)
+    calls = {
+        "follow": lambda: guard.follow(wrong),
+        "calibrate": lambda: guard_of(drift=wrong),
+        "recalibrate": lambda: guard.recalibrate(moved(300, 9), reason="test", drift=wrong),
+        "load": lambda: Guard.load(tmp_path / "guard", model(), drift=wrong),
+    }
+    guard.follow(DriftMonitor(calibration_n=guard.calibration.n - 1))  # more cautious than need be
+    guard.save(tmp_path / "guard")
+    before = guard.calibration
+    for call in calls.values():
+        with pytest.raises(ConfigurationError, match=f"calibration_n={n}"):
+            call()
+    assert guard.calibration is before
+
+
 def test_threads_share_a_drift_monitor_without_losing_a_row():
     monitor = DriftMonitor(calibration_n=480)
     guard = guard_of(drift=monitor)
