@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from scipy import stats
@@ -17,8 +17,10 @@ from aidefend.sanitize.group_evidence import (
     GroupEvidence,
     examine,
     more_than,
+    with_company,
 )
 from aidefend.sanitize.groups import CARRIER_GROUPS, ClassSearch, Group, extended
+from aidefend.sanitize.levels import FIRST, Levels, in_turn
 from aidefend.sanitize.own_marks import MarkEvidence, examine_mark, marked_groups
 from aidefend.sanitize.own_spots import SpotEvidence, examine_spot
 from aidefend.sanitize.trigger import FORMS, Trigger
@@ -41,7 +43,7 @@ _RIGHT_LABELS = {GroupEvidence: False, MarkEvidence: True, SpotEvidence: None}  
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Verdict:
-    """One group with its evidence, the p-value corrected for all proposals of the screen, and the decision.
+    """One group with its evidence, the p-value corrected for all groups of the screen, and the decision.
 
     `kin`: the trigger was proven in another class, so two of the five hypotheses were not asked again.
     With a `MarkEvidence` the labels of the group are right; with a `SpotEvidence` they are not asked for.
@@ -83,7 +85,9 @@ class Decision:
         harmless: For each other class that was searched the group that came closest.
         mislabelled: (N,) bool, rows that look mislabelled on their own (a remark, no verdict).
         searched: Classes that were searched, with their number of rows.
-        threshold: Level of each test of wrong labels: their share of alpha divided by the number of proposals.
+        threshold: Level at which the share of foreign rows and the gap of one more group would have been tested.
+        gate: Level of the other three tests of wrong labels, and of a gap that rows lie in.
+        kin_threshold: As `threshold`, of a group that carries a trigger proven in another class.
         tests: Number of proposals, with those that triggers of other classes may make.
         written: Patterns of values or words that stand, any number a class.
         written_detectable: For each class that was searched for them, the smallest number of rows that would do.
@@ -94,6 +98,8 @@ class Decision:
     mislabelled: Tensor
     searched: dict[int, int]
     threshold: float
+    gate: float
+    kin_threshold: float
     tests: int
     written: tuple[WrittenVerdict, ...] = ()
     written_detectable: Mapping[int, int | None] = dataclasses.field(default_factory=dict)
@@ -112,7 +118,8 @@ def decide(world: World, scores: Sequence[Tensor], alpha: float) -> Decision:
         scores: Detector scores (N,) over the same rows; they propose groups.
         alpha: Chance of quarantining anything where each proposal is harmless in at least one of the five ways
             (of three ways for groups whose trigger was proven in another class), and in one of the four ways of marks:
-            four fifths of it are for wrong labels, one fifth for right ones.
+            four fifths of it are for wrong labels, one fifth for right ones. As far as the tests of the gate (see
+            `verdicts_on`) tell nothing of foreign rows and gaps of harmless groups.
     """
     stream = make_generator(seed=derive_seed(world.seed, "sample") % 2**63)
     groups: list[Group] = []
@@ -130,17 +137,17 @@ def decide(world: World, scores: Sequence[Tensor], alpha: float) -> Decision:
         marked += marked_groups(search)
         proposed += search.proposed
         tests += search.proposed + _TRIGGERS * CARRIER_GROUPS
-    threshold = (1 - _FOR_MARKS) * alpha / max(tests, 1)
-    verdicts = [_judged(world, group, threshold, tests) for group in groups]
-    verdicts += [_judged(world, group, threshold, tests) for group in _carriers(world, verdicts, sample)]
-    verdicts = _with_kin(verdicts, threshold, tests)
+    levels = Levels.of((1 - _FOR_MARKS) * alpha, tests)
+    verdicts, classes = verdicts_on(groups, [examine(world, group, levels.gate) for group in groups], levels)
+    verdicts = _with_kin(world, verdicts, _carriers(world, verdicts, sample), levels)
     by_class = [mine for label in searched if (mine := _strongest_first(verdicts, label))]
     marks = _marks(world, marked, alpha, proposed)
     wrong = [_whole(world, _joined(mine)) for mine in by_class if mine[0].poison]
     poison = (*wrong, *(mark for mark in marks if all(_shared(mark, one) < _MOSTLY for one in wrong)))
     convicted = {verdict.group.label for verdict in poison}
     harmless = tuple(mine[0] for mine in by_class if mine[0].group.label not in convicted)
-    return Decision(poison, harmless, mislabelled, searched, threshold, tests)
+    thresholds = FIRST * levels.rest / (classes + 1), levels.gate, FIRST * levels.kin / max(len(searched) - 1, 1)
+    return Decision(poison, harmless, mislabelled, searched, *thresholds, tests)
 
 
 def _carriers(world: World, verdicts: Sequence[Verdict], sample: Mapping[int, Tensor]) -> list[Group]:
@@ -184,7 +191,7 @@ def _shared(verdict: Verdict, other: Verdict) -> float:
 
 def undecided(n: int = 0) -> Decision:
     """About n rows, none of which was searched for groups."""
-    return Decision((), (), torch.zeros(n, dtype=torch.bool), {}, 0.0, 0)
+    return Decision((), (), torch.zeros(n, dtype=torch.bool), {}, 0.0, 0.0, 0.0, 0)
 
 
 def _classes(world: World) -> list[tuple[int, Tensor]]:
@@ -194,13 +201,34 @@ def _classes(world: World) -> list[tuple[int, Tensor]]:
     return [(label, rows) for label, rows in found if len(rows) >= SMALLEST_CLASS and banks - {label}]
 
 
-def _judged(world: World, group: Group, threshold: float, tests: int) -> Verdict:
-    evidence = examine(world, group, threshold)
-    p_value = min(1.0, evidence.p_value * tests / (1 - _FOR_MARKS))
-    return Verdict(group, evidence, p_value, evidence.p_value <= threshold)
+def verdicts_on(
+    groups: Sequence[Group], evidence: Sequence[GroupEvidence], levels: Levels, kin: bool = False
+) -> tuple[list[Verdict], int]:
+    """A verdict on each group, and how many classes had groups past the gate.
+
+    The gate keeps out most groups at a small share of alpha, and says nothing of how many of their rows are foreign,
+    nor of their gap. So the rest of alpha is for those that are past it: equal parts for their classes, and in a class
+    in turn, those first that are nearest to other classes (to a tenth: honest rows in a group move it away), the larger
+    of equal ones first. Of kin company and a gap with rows in it are the gate.
+    """
+    gates = [max(one.p_company, one.p_gap) if kin else one.p_gate for one in evidence]
+    past: dict[int, list[int]] = {}
+    for place, group in enumerate(groups):
+        if gates[place] <= levels.gate:
+            past.setdefault(group.label, []).append(place)
+    share = (levels.kin if kin else levels.rest) / max(len(past), 1)
+    own = dict.fromkeys(range(len(groups)), share)
+    for places in past.values():
+        places.sort(key=lambda place: (round(evidence[place].apart, 1), -int(groups[place].inside.sum())))
+        own |= zip(places, in_turn([evidence[place].p_rest for place in places], share), strict=True)
+    found = []
+    for place, (group, one) in enumerate(zip(groups, evidence, strict=True)):
+        excess = max(gates[place] / levels.gate, one.p_rest / own[place])
+        found.append(Verdict(group, one, min(1.0, excess * levels.alpha / (1 - _FOR_MARKS)), excess <= 1, kin))
+    return found, len(past)
 
 
-def _with_kin(verdicts: list[Verdict], threshold: float, tests: int) -> list[Verdict]:
+def _with_kin(world: World, verdicts: Sequence[Verdict], carriers: Sequence[Group], levels: Levels) -> list[Verdict]:
     """The verdicts, where a trigger that was proven in one class need not be proven again in another.
 
     All-to-all poison is a small group in every class, all with one pattern. A group that carries it is foreign, stands
@@ -208,18 +236,24 @@ def _with_kin(verdicts: list[Verdict], threshold: float, tests: int) -> list[Ver
     stranger, is known from the other class.
     """
     proven = [verdict.group for verdict in verdicts if verdict.poison]
-    found = []
-    for verdict in verdicts:
-        evidence, group = cast("GroupEvidence", verdict.evidence), verdict.group
-        kin = [other for other in proven if other.label != group.label and not verdict.poison]
-        carries = evidence.p_kin <= threshold and any(_alike(group, other) for other in kin)
-        p_value = min(1.0, evidence.p_kin * tests / (1 - _FOR_MARKS))
-        found.append(dataclasses.replace(verdict, p_value=p_value, poison=True, kin=True) if carries else verdict)
-    return found
+    known = [*verdicts, *verdicts_on(carriers, [examine(world, group, 0.0) for group in carriers], levels)[0]]
+    kin = [
+        (place, verdict.group, verdict.evidence)
+        for place, verdict in enumerate(known)
+        if isinstance(verdict.evidence, GroupEvidence)
+        and not verdict.poison
+        and any(_alike(verdict.group, other) for other in proven)
+    ]
+    evidence = [with_company(world, group, found) for _, group, found in kin]
+    judged, _ = verdicts_on([group for _, group, _ in kin], evidence, levels, kin=True)
+    for (place, _, _), verdict in zip(kin, judged, strict=True):
+        if verdict.poison:
+            known[place] = verdict
+    return known
 
 
 def _alike(group: Group, other: Group) -> bool:
-    return group.trigger.likeness(other.trigger) >= _KIN
+    return group.label != other.label and group.trigger.likeness(other.trigger) >= _KIN
 
 
 def _strongest_first(verdicts: Sequence[Verdict], label: int) -> list[Verdict]:
@@ -263,14 +297,20 @@ def _whole(world: World, verdict: Verdict) -> Verdict:
     return dataclasses.replace(verdict, group=extended(world, verdict.group, rows))
 
 
-def smallest_detectable(n: int, threshold: float) -> int | None:
+def smallest_detectable(n: int, threshold: float, gate: float) -> int | None:
     """Rows of a group in a class of n that the tests find with 80 % power; None where no size up to n / 2 would do.
 
     Assumes that a proposal hits the group, that it is apart from the class in the features (nothing in between, 80 % of
-    it at its peak), and that 95 % of its rows are recognised as foreign and 95 % of transplants turned.
+    it at its peak), that 95 % of its rows are recognised as foreign and 95 % of transplants turned, and that it lies
+    nearer to other classes and mixes with them.
     """
-    if _power(TRANSPLANTS, MANY_TURNED, threshold / (FORMS + 1)) < POWER:
+    if _power(TRANSPLANTS, MANY_TURNED, gate / (FORMS + 1)) < POWER:
         return None
+    return smallest_kin(n, threshold)
+
+
+def smallest_kin(n: int, threshold: float) -> int | None:
+    """The same where transfer need not be shown, as the trigger was proven in another class."""
     fits = (size for size in range(6, n // 2 + 1) if _power(size, MOSTLY_FOREIGN, threshold) >= POWER)
     return next((size for size in fits if 0.5 ** int(0.8 * size) <= threshold), None)
 

@@ -3,13 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from scipy import stats
-
-from aidefend.sanitize.decide import POWER, Decision, smallest_detectable
-from aidefend.sanitize.group_evidence import MOSTLY_FOREIGN
-
-_FOREIGN = 0.95
-_AT_PEAK = 0.8
+from aidefend.sanitize.decide import POWER, Decision, smallest_detectable, smallest_kin
 
 _APART = (
     "the group is proposed, stands apart in the model's features (four in five of its rows at their peak, none in the "
@@ -29,15 +23,18 @@ def routes(decision: Decision, *, pictures: bool) -> dict[str, dict[str, Any]]:
 
     None for rows: no size up to half of the class would do, so nothing was shown.
     """
-    threshold = decision.threshold
+
+    def whole(n: int) -> int | None:
+        return smallest_detectable(n, decision.threshold, decision.gate)
+
     found = {}
     if decision.searched:
-        found["pattern"] = _route("pattern", decision, lambda n: smallest_detectable(n, threshold))
+        found["pattern"] = _route("pattern", decision, whole)
         if pictures:
-            found["displacement"] = _route("displacement", decision, lambda n: smallest_detectable(n, threshold))
+            found["displacement"] = _route("displacement", decision, whole)
         if decision.poison:
             found["proven in another class"] = _route(
-                "proven in another class", decision, lambda n: smallest_kin(n, threshold)
+                "proven in another class", decision, lambda n: smallest_kin(n, decision.kin_threshold)
             )
     if decision.written_detectable:
         sizes = {str(label): {"rows": rows} for label, rows in decision.written_detectable.items()}
@@ -52,13 +49,3 @@ def _route(name: str, decision: Decision, smallest: Callable[[int], int | None])
         for label, rows in sizes.items()
     }
     return {"power": POWER, "assumes": ASSUMED[name], "classes": classes}
-
-
-def smallest_kin(n: int, threshold: float) -> int | None:
-    """Rows of a group in a class of n whose trigger was proven in another class, found with power .8; or None."""
-    for size in range(6, n // 2 + 1):
-        needed = int(stats.binom.isf(threshold, size, MOSTLY_FOREIGN)) + 1
-        seen = float(stats.binom.sf(needed - 1, size, _FOREIGN)) >= POWER
-        if seen and 0.5 ** int(_AT_PEAK * size) <= threshold:
-            return size
-    return None

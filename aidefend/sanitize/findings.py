@@ -216,7 +216,8 @@ def _said_of_pattern(facts: Mapping[str, Any]) -> tuple[str, str]:
 def facts_of(decision: Decision, removed: int, n: int) -> dict[str, Any]:
     """Counts, shares and detectable sizes of a decision, JSON types."""
     share = wilson(removed, n)
-    sizes = {label: smallest_detectable(rows, decision.threshold) for label, rows in decision.searched.items()}
+    levels = decision.threshold, decision.gate
+    sizes = {label: smallest_detectable(rows, *levels) for label, rows in decision.searched.items()}
     return {
         "target_classes": sorted({verdict.group.label for verdict in decision.quarantined}),
         "poisoned_share": {"value": share.value, "low": share.low, "high": share.high, "rows": removed, "n": n},
@@ -230,7 +231,11 @@ def facts_of(decision: Decision, removed: int, n: int) -> dict[str, Any]:
         "written_detectable": {str(label): size for label, size in decision.written_detectable.items()},
         "power": POWER,
         "tests": decision.tests,
-        "level_of_each_test": decision.threshold,
+        "levels": {
+            "foreign_and_gap": decision.threshold,
+            "others": decision.gate,
+            "proven_in_another_class": decision.kin_threshold,
+        },
     }
 
 

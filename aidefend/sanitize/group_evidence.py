@@ -1,6 +1,5 @@
 """Five hypotheses under which a group is harmless. A group is called poison only if all of them fall."""
 
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -18,27 +17,30 @@ from aidefend.sanitize.view import Conformity
 from aidefend.sanitize.world import World, turned
 
 TRANSPLANTS = 200
-MOSTLY_FOREIGN = 0.6
+MOSTLY_FOREIGN = 0.5
 MANY_TURNED = 1 / 3
 KEEPS_TO_ITSELF = 1 / 4
+CLEARLY_NEARER = 0.8
+EMPTY = 0.1
 
 
 class GroupEvidence(NamedTuple):
     """What speaks against a group. Each p-value belongs to one hypothesis under which the group would be harmless.
 
     Args:
-        foreign: Share of the group that fits another class and not its own; `p_foreign`: of H: at most six
-            in ten, or no more than in the rest of its class.
+        foreign: Share of the group that fits another class and not its own; `p_foreign`: of H: at most half, or no
+            more than in the rest of its class.
         valley: Rows between the group and the rest, as share of those at the thinner peak; `p_valley`: of H: no gap.
         transfer: Share of ordinary rows of other classes that the group's trigger turns into the class in its best
-            form (added, added twice, written, bent), NaN where the two other tests made it needless; `p_transfer`: of
-            H: at most a third in any form (Bonferroni).
+            form (added, added twice, written, bent), NaN where nearness made it needless; `p_transfer`: of H: at most
+            a third in any form (Bonferroni).
         apart: Median distance of its rows to the nearest other class over that inside the group, as share of the same
-            for the rest of the class; NaN where the other tests made it needless; `p_nearer`: of H: the group lies no
-            nearer to other classes than the rest of its class does. Of two parts it tells which is the stranger.
+            for the rest of the class, less what either part has in common; `p_nearer`: of H: the group lies no nearer
+            to other classes than the rest of its class does, and without what either has in common not by a fifth. Of
+            two parts it tells which is the stranger.
         company: How much more often its rows' neighbours are of the group than they would be if the group were a random
             part of the classes that it looks like, once the trigger is taken off: about 0 for poison, about .5 for a
-            style of its own; `p_company`: of H: at least a quarter more often.
+            style of its own, NaN where nearness made it needless; `p_company`: of H: at least a quarter more often.
     """
 
     foreign: float
@@ -53,30 +55,47 @@ class GroupEvidence(NamedTuple):
     p_company: float
 
     @property
-    def p_value(self) -> float:
-        """Of H: the group is harmless in at least one of the five ways (intersection-union test)."""
-        return max(self.p_foreign, self.p_valley, self.p_transfer, self.p_nearer, self.p_company)
+    def p_gap(self) -> float:
+        """Of H: no gap, where rows lie in it, else 0: cuts that settled show a gap with some rows in any class."""
+        return self.p_valley if self.valley > EMPTY else 0.0
 
     @property
-    def p_kin(self) -> float:
-        """The same without transfer and nearness, for a group whose trigger was proven in another class."""
-        return max(self.p_foreign, self.p_valley, self.p_company)
+    def p_gate(self) -> float:
+        """Of H: harmless in at least one of the ways that every proposal is asked about first."""
+        return max(self.p_transfer, self.p_nearer, self.p_company, self.p_gap)
+
+    @property
+    def p_rest(self) -> float:
+        """Of H: harmless in at least one of the two ways that small groups find hard to refute; an empty gap is one."""
+        return max(self.p_foreign, self.p_valley if self.valley <= EMPTY else 0.0)
+
+    @property
+    def p_value(self) -> float:
+        """Of H: the group is harmless in at least one of the five ways (intersection-union test)."""
+        return max(self.p_gate, self.p_rest)
 
 
 def examine(world: World, group: Group, threshold: float) -> GroupEvidence:
-    """All five tests; the dearer three only where the two cheaper ones leave the group suspect."""
-    cheap = (*foreign_share(group.foreign, group.inside), *valley_depth(group.log_odds, group.inside))
-    dear = (math.nan, 1.0, math.nan, 1.0, math.nan, 1.0)
-    if max(cheap[1], cheap[3]) <= threshold:
-        bend = bend_of(world, group.label, group.rows[group.inside], group.looks_like[group.inside])
-        straight = group
-        if bend is not None:
-            content = world.view.coordinates(bend.taken_off(world.x[group.rows[group.inside]]))
-            straight = dataclasses.replace(group, content=content)
-        dear = (*transfer_share(world, group, bend), *nearness(world, group), *_company(world, straight))
-    values = dict(zip(("foreign", "p_foreign", "valley", "p_valley"), cheap, strict=True))
-    names = ("transfer", "p_transfer", "apart", "p_nearer", "company", "p_company")
-    return GroupEvidence(**values, **dict(zip(names, dear, strict=True)))
+    """All five tests; the dearer two, transfer and company, only where the group lies nearer to other classes."""
+    foreign, p_foreign = foreign_share(group.foreign, group.inside)
+    valley, p_valley = valley_depth(group.log_odds, group.inside)
+    apart, p_nearer = nearness(world, group)
+    dear = (math.nan, 1.0, math.nan, 1.0)
+    if p_nearer <= threshold:
+        bend = _bend(world, group)
+        dear = (*transfer_share(world, group, bend), *_company(world, group, bend))
+    transfer, p_transfer, company, p_company = dear
+    return GroupEvidence(
+        foreign, valley, transfer, p_foreign, p_valley, p_transfer, apart, p_nearer, company, p_company
+    )
+
+
+def with_company(world: World, group: Group, evidence: GroupEvidence) -> GroupEvidence:
+    """The evidence with the test of company, where nearness had made it needless."""
+    if not math.isnan(evidence.company):
+        return evidence
+    company, p_company = _company(world, group, _bend(world, group))
+    return evidence._replace(company=company, p_company=p_company)
 
 
 def more_than(share: float, successes: int, n: int) -> float:
@@ -85,7 +104,7 @@ def more_than(share: float, successes: int, n: int) -> float:
 
 
 def foreign_share(foreign: Tensor, inside: Tensor) -> tuple[float, float]:
-    """Share of foreign rows and p-value. H: at most six in ten, or no more than in the rest of the class."""
+    """Share of foreign rows and p-value. H: at most half, or no more than in the rest of the class."""
     ours, n = int(foreign[inside].sum()), int(inside.sum())
     others, rest = int(foreign[~inside].sum()), int((~inside).sum())
     excess = float(stats.fisher_exact([[ours, n - ours], [others, rest - others]], alternative="greater").pvalue)
@@ -133,23 +152,47 @@ def drawn_like(likeness: Tensor, labels: Tensor, free: Tensor, stream: torch.Gen
 def nearness(world: World, group: Group) -> tuple[float, float]:
     """How far the group is from other classes, relative to the rest of its class, and the p-value of H: no nearer.
 
-    A row's distance to other classes is measured against that to its own part, so that dense parts gain nothing. The
-    test compares the ranks of these ratios (Mann, Whitney 1947); nothing is taken off the rows here.
+    Asked twice (Bonferroni): of the rows as they are; and with what either part has in common taken off, where a loud
+    trigger carries its rows away from all classes and makes the clean part look the nearer one. There any part may
+    gain, so the group must be nearer by a fifth. A row's distance to other classes is measured against that to its
+    own part, so that dense parts gain nothing. The tests compare the ranks of these ratios (Mann, Whitney 1947). The
+    first figure is that of the second question.
     """
     conformity, inside = world.conformity, group.inside
     points = conformity.coordinates[group.rows]
-    beyond = conformity.distance_elsewhere(points, group.label)
-    within = torch.zeros(len(points), dtype=points.dtype)
+    without = points.clone()
     for part in (inside, ~inside):
+        without[part] -= conformity.common(points[part], group.label)[0]
+    as_they_are = conformity.away(group.rows, group.label) / _within(conformity, group, points)
+    bare = conformity.distance_elsewhere(without, group.label) / _within(conformity, group, without)
+    scaled = torch.where(inside, bare / CLEARLY_NEARER, bare)
+    p_values = [_ranked_lower(values, inside) for values in (as_they_are, scaled)]
+    return float(bare[inside].median() / bare[~inside].median().clamp(min=1e-12)), min(1.0, 2 * min(p_values))
+
+
+def _within(conformity: Conformity, group: Group, points: Tensor) -> Tensor:
+    """(n,) distance of each row to its own part."""
+    within = torch.zeros(len(points), dtype=points.dtype)
+    for part in (group.inside, ~group.inside):
         mine = points[part]
         within[part] = kth_distance(mine, mine, conformity.k, torch.arange(len(mine)))
-    ratio = beyond / within.clamp(min=1e-12)
-    p_value = stats.mannwhitneyu(ratio[inside].numpy(), ratio[~inside].numpy(), alternative="less").pvalue
-    return float(ratio[inside].median() / ratio[~inside].median().clamp(min=1e-12)), float(p_value)
+    return within.clamp(min=1e-12)
 
 
-def _company(world: World, group: Group) -> tuple[float, float]:
-    return own_company(world.conformity, group.label, group.content, group.looks_like[group.inside])
+def _ranked_lower(values: Tensor, inside: Tensor) -> float:
+    """p-value of H: the values inside are no lower than the others."""
+    return float(stats.mannwhitneyu(values[inside].numpy(), values[~inside].numpy(), alternative="less").pvalue)
+
+
+def _bend(world: World, group: Group) -> Bend | None:
+    return bend_of(world, group.label, group.rows[group.inside], group.looks_like[group.inside])
+
+
+def _company(world: World, group: Group, bend: Bend | None) -> tuple[float, float]:
+    content = group.content
+    if bend is not None:
+        content = world.view.coordinates(bend.taken_off(world.x[group.rows[group.inside]]))
+    return own_company(world.conformity, group.label, content, group.looks_like[group.inside])
 
 
 def own_company(conformity: Conformity, label: int, content: Tensor, likeness: Tensor) -> tuple[float, float]:

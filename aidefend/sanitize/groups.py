@@ -173,28 +173,29 @@ class ClassSearch:
 
         Twice: a sharper group tells its pattern better, and the pattern the group's edge.
         """
-        group = self._described(side, self.points)
+        group = self._described(side)
         found = [group]
         amounts = amounts_of(self.world, self.label, self.rows, group.trigger)
         for start in (cut(amounts[:, 0]), cut(amounts[:, 1]), side):
             found += self._settled_with(start, amounts)
         for _ in range(_SHARPENED):
-            group = found[-1]
-            amounts = amounts_of(self.world, self.label, self.rows, group.trigger, self._bend(group))
-            found += self._settled_with(group.inside, amounts)
+            group, bend = found[-1], self._bend(found[-1])
+            amounts = amounts_of(self.world, self.label, self.rows, group.trigger, bend)
+            found += self._settled_with(group.inside, amounts, bend)
         return found
 
-    def _settled_with(self, side: Tensor, amounts: Tensor) -> list[Group]:
+    def _settled_with(self, side: Tensor, amounts: Tensor, bend: Bend | None = None) -> list[Group]:
         """The side settled in the features and the amounts of a trigger, if it survives."""
         points = torch.cat([self.points, amounts], dim=1)
         settled = settle(points, side, inverse_covariance(points))
-        return [self._described(settled, points)] if settled is not None and self.large_enough(settled) else []
+        return [self._described(settled, bend)] if settled is not None and self.large_enough(settled) else []
 
     def _bend(self, group: Group) -> Bend | None:
         return bend_of(self.world, self.label, self.rows[group.inside], group.looks_like[group.inside])
 
-    def _described(self, inside: Tensor, points: Tensor) -> Group:
+    def _described(self, inside: Tensor, bend: Bend | None = None) -> Group:
         trigger, offset, matched = self._common(inside)
+        points = torch.cat([self.points, amounts_of(self.world, self.label, self.rows, trigger, bend)], dim=1)
         fits, which = self.elsewhere.clone(), self.nearest.clone()
         content = self.view[inside] - offset
         fits[inside], which[inside] = self.world.conformity.others(content, self.label)
@@ -204,11 +205,7 @@ class ClassSearch:
 
     def _common(self, inside: Tensor) -> tuple[Trigger, Tensor, Tensor]:
         """What the group has beyond its content, in the inputs and in the view, and the rows that told its content."""
-        conformity, view = self.world.conformity, self.view[inside]
-        matched = conformity.matched(view, self.label)
-        offset = (view - conformity.coordinates[matched].mean(dim=1)).mean(dim=0)
-        matched = conformity.matched(view - offset, self.label)  # now by content, with the pattern taken off
-        offset = (view - conformity.coordinates[matched].mean(dim=1)).mean(dim=0)
+        offset, matched = self.world.conformity.common(self.view[inside], self.label)
         beside = self.world.x[matched.flatten()].float().mean(dim=0)
         ours = self.world.x[self.rows[inside]].float()
         return Trigger.between(ours, beside, exact=True), offset, matched.unique()
@@ -237,9 +234,8 @@ def amounts_of(world: World, label: int, rows: Tensor, trigger: Trigger, bend: B
     x, conformity = world.x[rows], world.conformity
     columns = [world.view.amount(x, trigger.pattern), trigger.hit(x), conformity.strangeness(rows, label)]
     if bend is not None:
-        there, back = conformity.coordinates[rows], world.view.coordinates(bend.taken_off(x))
-        far, near = (conformity.distance_elsewhere(points, label).clamp(min=1e-12) for points in (there, back))
-        columns.append(standardised((far / near).double().log()))
+        near = conformity.distance_elsewhere(world.view.coordinates(bend.taken_off(x)), label).clamp(min=1e-12)
+        columns.append(standardised((conformity.away(rows, label).clamp(min=1e-12) / near).double().log()))
     return torch.stack(columns, dim=1)
 
 

@@ -57,13 +57,14 @@ def screen(
     """Judge every row of a training set: quarantine structured poison, remark what else looks wrong, remove nothing.
 
     Detectors propose parts of each class; a part is quarantined as a whole if five hypotheses under which it would be
-    harmless all fall: at most six in ten of it fit another class and not their own (in a view of the inputs that does
+    harmless all fall: at most half of it fits another class and not its own (in a view of the inputs that does
     not use the model); it does not stand apart in the model's features; what it has in common turns at most a third of
     ordinary rows of other classes into its label, be it added, added twice, written into its spot, or, for pictures, a
-    smooth displacement; it lies no nearer to other classes than the rest of its class; and, with its pattern taken off,
-    it keeps to itself where wrongly labelled rows would mix with those that they look like. Where a trigger was proven
-    in one class, it is looked for in the others, and a group that carries it need not show the third and the fourth
-    again (all-to-all poison; `proven_in_another_class` in the report).
+    smooth displacement; it lies no nearer to other classes than the rest of its class, and with what either has in
+    common taken off not by a fifth; and, with its pattern taken off, it keeps to itself where wrongly labelled rows
+    would mix with those that they look like. Where a trigger was proven in one class, it is looked for in the others,
+    and a group that carries it need not show the third and the fourth again (all-to-all poison;
+    `proven_in_another_class` in the report).
     Honest styles and rare groups have right labels and pass the first.
     Of pictures a group with right labels is quarantined, too (`right_labels` in the report), if four hypotheses fall:
     it does not stand apart in the features; what it has beyond its own class turns at most a fifth of rows of other
@@ -77,10 +78,12 @@ def screen(
     hold in common and that, taken off, leave rows of another class (`WrittenSearch`). Tables may have columns of text,
     bool or category, and gaps.
 
-    Guarantee: the tests are intersection-union tests, corrected for the number of proposals (Bonferroni): where
-        in every proposal one of the five and one of the four hypotheses hold, something is quarantined with probability
-        at most .01 as far as the tests' binomial models hold; each proposal was chosen on the same rows, so read it as
-        calibrated by measurement, not as a proof. Nothing is promised against an adversary who knows this screen; see
+    Guarantee: the tests are intersection-union tests, corrected for the number of proposals (three tests act as a gate,
+        Bonferroni; foreign rows and an empty gap share what is left among the classes with a group past the gate, in a
+        fixed order): where in every proposal one of the five and one of the four hypotheses hold, something is
+        quarantined with probability at most .01 as far as the tests' binomial models hold and, of harmless groups, the
+        gate tells nothing of the other two; each proposal was chosen on the same rows, so read it as calibrated by
+        measurement, not as a proof. Nothing is promised against an adversary who knows this screen; see
         the report's `limits`.
     Args:
         dataset: Data set of (x, y) samples, tensors (x, y), (DataFrame, Series), a table, a Parquet file, or any other

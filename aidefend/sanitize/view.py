@@ -113,6 +113,7 @@ class Conformity:
         stream = make_generator(seed=derive_seed(seed, "conformity") % 2**63)
         self.banks: dict[int, Tensor] = {}
         self._usual: dict[int, Tensor] = {}
+        self._away: dict[int, tuple[Tensor, Tensor]] = {}
         for label in labels.unique().tolist():
             rows = (labels == label).nonzero().flatten()
             rows = rows[torch.randperm(len(rows), generator=stream)[:limit]]
@@ -142,8 +143,15 @@ class Conformity:
         place = torch.searchsorted(bank[order], rows).clamp(max=len(bank) - 1)
         own = torch.where(bank[order][place] == rows, order[place], -1)
         within = kth_distance(points, self.coordinates[bank], self.k, own)
-        beyond = self.distance_elsewhere(points, label).clamp(min=1e-12)
+        beyond = self.away(rows, label).clamp(min=1e-12)
         return standardised((within.clamp(min=1e-12) / beyond).double().log())
+
+    def away(self, rows: Tensor, label: int) -> Tensor:
+        """`distance_elsewhere` (n,) of rows of the data. Of each class the last answer is kept: groups ask again."""
+        known = self._away.get(label)
+        if known is None or not torch.equal(known[0], rows):
+            known = self._away[label] = (rows, self.distance_elsewhere(self.coordinates[rows], label))
+        return known[1]
 
     def distance_elsewhere(self, points: Tensor, label: int) -> Tensor:
         """Distance (n,) of points (n, v) to the k-th row of the nearest class other than `label`."""
@@ -151,6 +159,17 @@ class Conformity:
         banks = (rows for other, rows in self.banks.items() if other != label)
         found = [kth_distance(points, self.coordinates[rows], self.k, nowhere) for rows in banks]
         return torch.stack(found).min(dim=0).values
+
+    def common(self, points: Tensor, label: int) -> tuple[Tensor, Tensor]:
+        """What points (n, v) have beyond the bank rows of other classes that look like them (v,), and those (n, 5).
+
+        Twice: with the common part taken off, the rows are found by content.
+        """
+        offset = torch.zeros_like(points[0])
+        for _ in range(2):
+            matched = self.matched(points - offset, label)
+            offset = (points - self.coordinates[matched].mean(dim=1)).mean(dim=0)
+        return offset, matched
 
     def matched(self, points: Tensor, label: int, count: int = 5) -> Tensor:
         """Row numbers (n, count) of the nearest bank rows that have other labels."""

@@ -7,8 +7,7 @@ from scipy import stats
 
 from aidefend.sanitize import screen
 from aidefend.sanitize.calibration import ENOUGH, calibrated, references
-from aidefend.sanitize.decide import POWER
-from aidefend.sanitize.detectable import smallest_kin
+from aidefend.sanitize.decide import POWER, smallest_detectable, smallest_kin
 from aidefend.sanitize.written import smallest_written
 from tests.worlds import poisoned_clusters
 
@@ -133,9 +132,10 @@ def test_each_route_states_its_size_and_what_it_assumes():
     routes = report.parameters["detectable_by_route"]
     assert list(routes) == ["pattern", "proven in another class", "written"]
     assert all(route["power"] == POWER and route["assumes"] for route in routes.values())
-    n, level = report.parameters["classes_searched"]["1"], report.parameters["level_of_each_test"]
+    n, levels = report.parameters["classes_searched"]["1"], report.parameters["levels"]
     kin, whole = routes["proven in another class"]["classes"]["1"]["rows"], routes["pattern"]["classes"]["1"]["rows"]
-    assert kin == smallest_kin(n, level) <= whole and 0 < kin < n / 2
-    assert smallest_kin(12, level) is None
+    assert kin == smallest_kin(n, levels["proven_in_another_class"]) and 0 < kin < n / 2
+    assert whole == smallest_detectable(n, levels["foreign_and_gap"], levels["others"]) and 0 < whole < n / 2
+    assert smallest_kin(12, levels["foreign_and_gap"]) is None
     assert f"No evidence there of at least {kin} rows (proven in another class), at power 0.8" in report.limits
     assert "clean. Not" in report.limits and "no evidence" in report.limits

@@ -10,6 +10,7 @@ from scipy import stats
 from aidefend.sanitize.decide import smallest_detectable
 from aidefend.sanitize.features import Features
 from aidefend.sanitize.group_evidence import (
+    MOSTLY_FOREIGN,
     drawn_like,
     examine,
     foreign_share,
@@ -33,7 +34,7 @@ def test_more_than_is_the_exact_binomial_tail():
 
 
 @pytest.mark.parametrize(("ours", "rest", "poison"), [(0.95, 0.05, True), (0.6, 0.05, False), (0.95, 0.95, False)])
-def test_foreign_share_wants_more_than_six_in_ten_that_the_rest_of_the_class_does_not_have(ours, rest, poison):
+def test_foreign_share_wants_more_than_half_that_the_rest_of_the_class_does_not_have(ours, rest, poison):
     inside = torch.arange(600) < 60
     foreign = torch.zeros(600, dtype=torch.bool)
     foreign[: round(60 * ours)] = True
@@ -92,12 +93,18 @@ def test_planted_poison_falls_in_all_five_and_the_strongest_null_decides():
     assert all(not math.isnan(value) for value in found)
 
 
-@pytest.mark.parametrize("harmless", ["not foreign", "no gap", "no transfer", "not nearer", "a style of its own"])
+HARMLESS = ["not foreign", "half foreign", "no gap", "no transfer", "not nearer", "a style of its own"]
+
+
+@pytest.mark.parametrize("harmless", HARMLESS)
 def test_each_hypothesis_alone_saves_a_group(harmless):
     planted = poisoned_clusters()
     group, here = group_of(planted, planted.is_poison), world(planted)
     if harmless == "not foreign":
         group = dataclasses.replace(group, foreign=torch.zeros_like(group.foreign))
+    elif harmless == "half foreign":
+        half = group.foreign & (group.inside.cumsum(dim=0) % 2 == 0)
+        group = dataclasses.replace(group, foreign=half)
     elif harmless == "no gap":
         group = dataclasses.replace(group, log_odds=torch.randn(len(group.rows)).double())
     elif harmless == "no transfer":
@@ -109,7 +116,7 @@ def test_each_hypothesis_alone_saves_a_group(harmless):
         group = dataclasses.replace(group, inside=~group.inside, log_odds=-group.log_odds, foreign=~group.foreign)
         likeness = group.looks_like.masked_scatter(group.inside, planted.y[strangers])
         group = dataclasses.replace(group, content=here.conformity.coordinates[strangers] + 1e-3, looks_like=likeness)
-        assert nearness(here, group)[1] == examine(here, group, threshold=1e-4).p_value
+        assert nearness(here, group)[1] == examine(here, group, threshold=1e-4).p_nearer > 1e-4
     assert examine(here, group, threshold=1e-4).p_value > 1e-4
 
 
@@ -119,6 +126,19 @@ def test_nearness_tells_the_poison_from_the_class_by_its_order():
     poison = group_of(planted, planted.is_poison)
     clean = dataclasses.replace(poison, inside=~poison.inside)
     assert nearness(here, poison)[1] < 1e-6 and nearness(here, clean)[1] > 0.99
+
+
+def test_a_loud_trigger_does_not_make_the_clean_part_the_stranger():
+    planted = poisoned_clusters()
+    x = planted.x.clone()
+    x[planted.is_poison, :3] += 60
+    loud = dataclasses.replace(planted, x=x)
+    here, poison = world(loud), group_of(loud, loud.is_poison)
+    points = here.conformity.coordinates[poison.rows]
+    far = here.conformity.distance_elsewhere(points, 0)
+    assert far[poison.inside].median() > far[~poison.inside].median()  # as they are, the clean rows are nearer
+    clean = dataclasses.replace(poison, inside=~poison.inside)
+    assert nearness(here, poison)[1] < 1e-6 and nearness(here, clean)[1] > 0.1
 
 
 def test_company_is_near_zero_for_a_random_part_of_a_class_and_high_for_a_cluster():
@@ -165,13 +185,14 @@ def test_shuffled_worlds_keep_inputs_and_class_sizes():
 
 @pytest.mark.parametrize("threshold", [1e-2, 1e-4])
 def test_the_smallest_detectable_group_has_the_stated_power(threshold):
-    size = smallest_detectable(600, threshold)
+    size = smallest_detectable(600, threshold, 1e-6)
     stream = torch.Generator().manual_seed(0)
 
     def power(n):
         successes = (torch.rand(4000, n, generator=stream) < 0.95).sum(dim=1).tolist()
-        return sum(more_than(0.6, count, n) <= threshold for count in successes) / 4000
+        return sum(more_than(MOSTLY_FOREIGN, count, n) <= threshold for count in successes) / 4000
 
     assert power(size) > 0.77
-    assert smallest_detectable(600, threshold / 100) > size
-    assert smallest_detectable(10, 1e-6) is None
+    assert smallest_detectable(600, threshold / 100, 1e-6) > size
+    assert smallest_detectable(10, threshold, 1e-6) is None
+    assert smallest_detectable(600, threshold, 1e-99) is None  # no number of transplants passes such a gate

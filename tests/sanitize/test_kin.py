@@ -9,12 +9,14 @@ from aidefend.sanitize.decide import Verdict, _with_kin, decide
 from aidefend.sanitize.features import Features
 from aidefend.sanitize.group_evidence import GroupEvidence, transfer_share
 from aidefend.sanitize.groups import CARRIER_GROUPS, ClassSearch
+from aidefend.sanitize.levels import Levels
 from aidefend.sanitize.trigger import Trigger
 from aidefend.sanitize.view import IndependentView
 from aidefend.sanitize.world import world_of
 from tests.worlds import PoisonedClusters
 
 FIRST, SECOND = 90, 80
+LEVELS = Levels(0.008, gate=1e-5, rest=1e-5, kin=1e-5)
 
 
 def planted_twice(right_labels=False, first=FIRST):
@@ -66,7 +68,7 @@ def test_carriers_of_a_trigger_are_found_whole_where_the_model_turns_nothing_wit
 def verdict(world, label, inside, evidence, poison):
     """A verdict on some rows of a class, with the trigger as it was planted."""
     rows = (world.labels == label).nonzero().flatten()
-    group = ClassSearch(world, label, rows)._described(inside[rows], world.features[rows].double())
+    group = ClassSearch(world, label, rows)._described(inside[rows])
     planted = Trigger.between(4.0 * (torch.arange(20) < 3).float().expand(2, 20), torch.zeros(20))
     return Verdict(dataclasses.replace(group, trigger=planted), evidence, 0.5, poison)
 
@@ -82,11 +84,11 @@ def test_kin_need_not_turn_rows_nor_lie_near_but_all_else_must_fall(changed, car
     nothing_turned = dict(zip(GroupEvidence._fields, (0.9, 0.0, 0.0, 0.0, 0.0, 1.0, 1.2, 1.0, 0.0, 0.0), strict=True))
     first = verdict(here, 0, planted.is_poison, GroupEvidence(0.9, 0, 1, 0, 0, 0, 0.5, 0, 0, 0), poison=True)
     other = verdict(here, 1, planted.is_poison, GroupEvidence(**nothing_turned | changed), poison=False)
-    found = _with_kin([first, other], threshold=1e-5, tests=100)
+    found = _with_kin(here, [first, other], [], LEVELS)
     assert [one.poison for one in found] == [True, carries] and [one.kin for one in found] == [False, carries]
     other_trigger = dataclasses.replace(other, group=dataclasses.replace(other.group, trigger=_elsewhere()))
-    assert not _with_kin([first, other_trigger], threshold=1e-5, tests=100)[1].poison
-    assert _with_kin([other], threshold=1e-5, tests=100) == [other]
+    assert not _with_kin(here, [first, other_trigger], [], LEVELS)[1].poison
+    assert _with_kin(here, [other], [], LEVELS) == [other]
 
 
 def test_carriers_with_right_labels_are_kept():
