@@ -115,7 +115,7 @@ def screen(
             does not vanish unnoticed.
         max_removed_group: The same for each of `groups`, counted after the caps of classes.
     Returns: A report with the scores `structured_poison` (probability-like, above .5 in quarantine), one for each
-        detector, and `view_disagreement` (in [0, 1], how far four views of a row differ); p-values, corrected for
+        detector, and `view_disagreement` (in [0, 1], how far five views of a row differ); p-values, corrected for
         `structured_poison`, conformal for the others (`parameters["p_values"]` says against which rows, and what that
         promises); reasons; and in `parameters` the target classes, the estimated poisoned share with interval, the
         smallest detectable group for each route, and what the same screen quarantines when labels are permuted.

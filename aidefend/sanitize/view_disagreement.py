@@ -1,4 +1,4 @@
-"""How far views of the same row differ: the suspect model's features, the inputs near and wide, and unseen heads."""
+"""How far views of a row differ: the suspect model's features, inputs near and wide, unseen heads, random features."""
 
 import dataclasses
 import math
@@ -12,11 +12,13 @@ from torch import Tensor
 from aidefend._core.random import derive_seed, make_generator
 from aidefend.sanitize.decide import Verdict
 from aidefend.sanitize.features import Features
+from aidefend.sanitize.suspect import Scaled
 from aidefend.sanitize.written import WrittenVerdict
 
-VIEWS = ("model", "independent", "wide", "out_of_fold")
+VIEWS = ("model", "independent", "wide", "out_of_fold", "random")
 VIEW_SCORE = "view_disagreement"
 _NEIGHBOURS = 10
+_RANDOM = 256
 _BANK_ROWS = 10_000
 _WIDE = 0.35  # of a class: more than poison usually is
 _SHARPNESS = 16.0
@@ -32,8 +34,8 @@ class ViewReadings:
 
     Args:
         disagreement: (N,) float64 in [0, 1]: Jensen-Shannon divergence of the views' class shares over the logarithm of
-            their number. 0 where all say the same, .41 where one of four is alone and sure, .5 where two are against
-            two; NaN for rows that are not usable.
+            their number. 0 where all say the same, .31 where one of five is alone and sure, .42 where two are against
+            three; NaN for rows that are not usable.
         placed: For each view (N,) int64, the likeliest class; -1 for rows that are not usable.
         labels: (N,) int64.
         usable: (N,) bool.
@@ -93,20 +95,22 @@ def words_of_views(found: Mapping[str, Any]) -> str:
 
 
 def view_readings(found: Features, coordinates: Tensor, unseen: Tensor, seed: int) -> ViewReadings:
-    """Four judgements of every row, none of which has seen the row itself.
+    """Five judgements of every row, none of which has seen the row itself.
 
     "model": labels of the ten nearest rows in the suspect model's features, which poison shapes. "independent": the
     same in principal directions of the inputs, which never met a label. "wide": there, too, by the distance within
     which 35 % of each class lie, which looks past a cluster of poison but is coarse. "out_of_fold": normal classes in
-    these directions, fitted on the other folds. Poison with wrong labels keeps to its label in the first; it leaves it
-    in the second and the fourth as far as it is rare or its pattern small, and in the third nearly always.
+    these directions, fitted on the other folds. "random": as "wide", in features of a layer that was drawn and never
+    trained, so that neither a label nor the data had a say in them. Poison with wrong labels keeps to its label in the
+    first; it leaves it in the second and the fourth as far as it is rare or its pattern small, and in the third and
+    the fifth nearly always.
 
     Args:
         found: All rows, usable or not.
         coordinates: (N, v) in the independent view.
         unseen: (N, K) log-probabilities of cross-validation.
-        seed: Chooses the at most 10,000 rows, equally many a class, among which neighbours are sought.
-    Cost: distances of all rows to these, in both spaces.
+        seed: Chooses the at most 10,000 rows, equally many a class, among which neighbours are sought, and the layer.
+    Cost: distances of all rows to these, in three spaces.
     """
     rows, n = found.usable, len(found)
     labels = found.labels[rows]
@@ -117,6 +121,7 @@ def view_readings(found: Features, coordinates: Tensor, unseen: Tensor, seed: in
         "independent": _neighbour_shares(coordinates[rows], labels, classes, bank),
         "wide": _wide_shares(coordinates[rows], labels, classes, bank),
         "out_of_fold": torch.softmax(unseen[rows][:, classes].double(), dim=1),
+        "random": _wide_shares(random_features(found.x[rows], seed), labels, classes, bank),
     }
     disagreement = torch.full((n,), torch.nan, dtype=torch.float64)
     disagreement[rows] = divergence(torch.stack([shares[name] for name in VIEWS]))
@@ -124,6 +129,16 @@ def view_readings(found: Features, coordinates: Tensor, unseen: Tensor, seed: in
     for name in VIEWS:
         placed[name][rows] = classes[shares[name].argmax(dim=1)]
     return ViewReadings(disagreement, placed, found.labels, rows)
+
+
+def random_features(x: Tensor, seed: int) -> Tensor:
+    """(N, 256) float32: inputs (N, ...) through one layer of drawn weights and ReLU, whatever the labels are."""
+    stream = make_generator(seed=derive_seed(seed, "random view") % 2**63)
+    scaled = Scaled(x)
+    parts = [scaled(part) for part in x.split(_BLOCK)]
+    width = parts[0].shape[1]
+    weights = torch.randn(width, _RANDOM, generator=stream) / math.sqrt(width)
+    return torch.cat([torch.relu(part @ weights) for part in parts])
 
 
 def no_readings(found: Features) -> ViewReadings:

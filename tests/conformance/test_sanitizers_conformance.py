@@ -139,6 +139,38 @@ def test_any_sharding_and_order_gives_the_same_scores(name, order, cuts):
         torch.testing.assert_close(other.score(block), whole, rtol=1e-9, atol=1e-9)
 
 
+@every_detector
+def test_merge_is_new_for_every_detector_and_leaves_both_parts_as_they_were(name):
+    whole, strangers = with_all(world()), with_all(block_of(torch.randn(20, 5), torch.arange(20) % 3, start=500))
+    a, b = fitted(name, whole), fitted(name, strangers)
+    before = a.score(whole).nan_to_num(-1e9), b.score(whole).nan_to_num(-1e9)
+    total = a.merge(b)
+    assert total is not a and total is not b and type(total) is type(a)
+    total.partial_fit(with_all(block_of(torch.randn(9, 5), torch.zeros(9, dtype=torch.int64), start=900)))
+    assert torch.equal(a.score(whole).nan_to_num(-1e9), before[0])
+    assert torch.equal(b.score(whole).nan_to_num(-1e9), before[1])
+
+
+@every_detector
+def test_every_detector_gives_any_block_tiny_data_and_a_copy_of_itself_their_scores(name):
+    block = with_all(world())
+    given = {key: values.clone() for key, values in block.items() if isinstance(values, torch.Tensor)}
+    detector = fitted(name, block)
+    whole = detector.score(block)
+    parts = [detector.score(cut(block, range(start, min(start + 7, 90)))) for start in range(0, 90, 7)]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-9, atol=1e-9, equal_nan=True)
+    assert torch.equal(pickle.loads(pickle.dumps(detector)).score(block).nan_to_num(-1e9), whole.nan_to_num(-1e9))
+    assert all(torch.equal(block[key], values) for key, values in given.items())
+    assert bool(EVERY[name]().score(block).isnan().all())  # before any row there is no opinion
+    for n in range(4):
+        tiny = with_all(block_of(torch.randn(n, 5), torch.zeros(n, dtype=torch.int64)))
+        scores = fitted(name, tiny).score(tiny)
+        assert scores.shape == (n,) and not bool(torch.isinf(scores).any())
+    for stranger in (object(), Outliers() if not isinstance(detector, Outliers) else Scan()):
+        with pytest.raises(AidefendError, match="Merge detectors of one kind"):
+            detector.merge(stranger)
+
+
 def test_every_detector_is_in_the_list():
     parts = ("partial_fit", "merge", "score")
     named = [getattr(sanitize, name) for name in sanitize.__all__]

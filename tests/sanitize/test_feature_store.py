@@ -1,8 +1,10 @@
 """Features on disk: what is read is what was written, an interrupted run goes on, and changed bytes are refused."""
 
 import json
+from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from torch import nn
 
 from aidefend import ConfigurationError
 from aidefend._core import batches
-from aidefend.sanitize import FeatureStore, Outliers, SpectralSignature, extract_features
+from aidefend.sanitize import FeatureStore, Outliers, SpectralSignature, extract_features, feature_shards
 from aidefend.sanitize.feature_shards import halved, restored
 
 STREAM = torch.Generator().manual_seed(0)
@@ -53,6 +55,24 @@ def test_what_is_read_is_what_was_made(tmp_path, batch_size):
     assert read["ids"] == made.ids and len(store) == 50
     assert [shard["rows"] for shard in store.index["shards"]] == [16, 16, 16, 2]
     assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) < 50 * 200 + 4 * 1000
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="there is no list of what is mapped")
+@pytest.mark.global_random("Counting seeds its weights")
+def test_features_are_float16_in_the_file_and_mapped_and_not_read_into_memory(tmp_path, monkeypatch):
+    store = FeatureStore.write((X, Y), Counting(), tmp_path, shard_rows=16)
+    with safetensors.safe_open(tmp_path / "shard-000000.safetensors", framework="pt") as file:
+        assert file.get_tensor("features").dtype == torch.float16
+    seen = []
+
+    def looking(halves, exponents):
+        seen.append((halves.dtype, Path("/proc/self/maps").read_text().count("shard-")))
+        return restored(halves, exponents)
+
+    monkeypatch.setattr(feature_shards, "restored", looking)
+    whole(store)
+    assert len(seen) == 4 and all(kind == torch.float16 and maps for kind, maps in seen)
+    assert len(store.digest) == 64 and all(len(shard["sha256"]) == 64 for shard in store.index["shards"])
 
 
 @given(st.lists(st.floats(-(2.0**127), 2.0**127, width=32), min_size=1, max_size=6))

@@ -269,6 +269,18 @@ def test_a_model_without_the_backdoor_holds_and_no_repair_is_named(world):
     assert after.low <= after.value <= after.high and after.n == unchanged.n
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_tested_again_after_further_training(world, method, short):
+    """Short runs repair little: what counts is that none of them escapes its verdict."""
+    repaired = repair(world.model, world.trusted, method, epochs=2, **settings(world, method))
+    result = retest(world.model, repaired, world.trusted, world.trigger, 0, epochs=2)
+    assert result.success_before > 0.95 and result.accuracy_after > 0.9
+    assert (result.verdict == "not repaired") == (result.success_after > result.limit)
+    shares = {finding.id: finding for finding in result.to_evidence().findings}
+    assert {"repair.success_after_tuning", "repair.success_after_reminder", "repair.success_of_control"} <= set(shares)
+    assert all(finding.setting["verdict"] == result.verdict for finding in shares.values())
+
+
 @pytest.mark.parametrize(
     ("after", "tuned_on", "reminded", "control", "verdict"),
     [

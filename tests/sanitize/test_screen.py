@@ -1,5 +1,6 @@
 """The screen as a whole on a small world: what it finds, says, keeps, and refuses."""
 
+import importlib
 import json
 
 import pytest
@@ -78,6 +79,26 @@ def test_clean_data_loses_nothing_and_is_not_called_clean():
     report = screen((planted.x, planted.y), seed=0)
     assert bool(report.keep.all()) and report.parameters["target_classes"] == []
     assert "clean" not in report.summary()
+
+
+def test_the_control_counts_what_a_filter_takes_from_permuted_labels(planted, monkeypatch):
+    """A filter that finds in permuted labels what it found in the true ones: its cost shows in the report."""
+    door = importlib.import_module("aidefend.sanitize.screen")
+    decide, asked = door.decide, []
+
+    def eager(world, scores, alpha):
+        asked.append((world.labels, decide(world, scores, alpha) if not asked else None))
+        return asked[0][1]
+
+    monkeypatch.setattr(door, "decide", eager)
+    report = screen((planted.x, planted.y), detectors=[], seed=0)
+    (true, _), (permuted, _) = asked
+    kept = int(report.keep.sum())
+    control = report.parameters["label_permuted_control"]
+    assert len(true) == len(planted.y) and len(permuted) == control["n"] == kept
+    assert torch.equal(permuted.sort().values, planted.y[report.keep].sort().values)
+    assert not torch.equal(permuted, planted.y[report.keep])
+    assert control["quarantined"] == int((~report.keep).sum()) > 0
 
 
 def test_equal_input_and_seed_give_an_equal_report(planted, report):

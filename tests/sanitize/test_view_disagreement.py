@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aidefend.sanitize import screen
-from aidefend.sanitize.view_disagreement import VIEWS, divergence
+from aidefend.sanitize.view_disagreement import VIEWS, divergence, random_features
 from tests.worlds import poisoned_clusters
 
 
@@ -61,3 +61,23 @@ def test_rows_that_cannot_be_used_have_no_opinion(planted):
     none = screen((torch.full((30, 3), torch.nan), torch.arange(30) % 2), detectors=[], seed=0)
     assert bool(none.scores["view_disagreement"].isnan().all())
     assert none.parameters["views"]["differ_on"] == {"rows": 0, "n": 0, "share": None}
+
+
+def test_random_features_know_no_label_and_tell_inputs_apart(planted):
+    one, same, other = (random_features(planted.x, seed) for seed in (1, 1, 2))
+    assert one.shape == (600, 256) and bool((one >= 0).all())
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    moved = random_features(planted.x.flip(0), 1).flip(0)  # a row's features are its own
+    torch.testing.assert_close(moved, one, rtol=1e-4, atol=1e-4)
+    clean = ~planted.is_poison
+    distance = torch.cdist(one[clean], one[clean]).fill_diagonal_(torch.inf)
+    assert float((planted.y[clean][distance.argmin(dim=1)] == planted.y[clean]).double().mean()) > 0.95
+    picture = random_features(torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8), 0)
+    assert picture.shape == (5, 256) and picture.dtype == torch.float32
+
+
+def test_the_random_view_places_poison_where_its_content_belongs(planted, report):
+    """It is one of the views that the report names, and another than the suspect model's."""
+    for group in report.parameters["views"]["groups"]:
+        found = group["views"]["random"]
+        assert found["saw"] and found["placed_elsewhere"] > 0.9 and found["of_the_rest"] < 0.1
