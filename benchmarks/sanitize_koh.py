@@ -1,12 +1,14 @@
 """Poison that knows the filters against linear models: what it costs, and what limits it.
 
-python -m benchmarks.sanitize_koh --data mnist.npz [--first-seed 710] [--seeds 5] [--rate 0.03]
-Breast cancer and wine (its second class against the others) of scikit-learn, a third of each held out, and 1,000 digits
+python -m benchmarks.sanitize_koh --data mnist.npz [--first-seed 720] [--seeds 4] [--rate 0.03]
+Breast cancer and wine (its second class against the others) of scikit-learn, a third of each held out, and 500 digits
 4 and 9 on 14 x 14 pixels; columns of tables standardised on the clean rows. `SanitizerAware` replaces 3 % of the rows,
 aims at the test rows themselves (the strongest attacker), and knows nothing of filters, or sphere, slab, subspace and
-loss, or asks the defender's own five filters besides. The defender's filters drop the most suspicious 5 % of each
-class, as they follow from the poisoned rows. The model is scikit-learn's logistic regression; test error for each arm,
-and its multiple of the error on clean rows (ratio of the means over the seeds). Nothing was chosen on these seeds.
+loss. The defender's filters, these and one by neighbours, drop the most suspicious 5 % of each class, as they follow
+from the poisoned rows. The model is scikit-learn's logistic regression; test error for each arm, and its multiple of
+the error on clean rows (ratio of the means over the seeds). Ridge, the number of parts and linear base models were
+chosen by the error on clean rows of seeds 700 to 704; the first run, on seeds 710 to 714, had ridge regressions as base
+models (clean error of the vote on breast cancer .12) and was not used.
 Writes benchmarks/results/sanitize_koh.json after each seed; seeds that are there are not run again.
 """
 
@@ -28,8 +30,17 @@ REMOVED = 0.05  # of each class, by each filter
 PARTITIONS = 25
 DATA = ("breast cancer", "wine", "digits 4 and 9")
 BROKEN, LIMITED = 8.0, 2.0  # targets: multiples of the clean error through the filters, and behind trimming or votes
-ATTACKS = ("none", "unaware", "aware", "aware, asks the filters")
+ATTACKS = ("none", "unaware", "aware")
 FILTERS = ("sphere", "slab", "subspace", "loss", "neighbours")
+LIMITING = (
+    "trimmed loss 5 %",
+    "trimmed loss 10 %",
+    "vote",
+    "trimmed, then vote",
+    "screen",
+    "screen, weights",
+    "clipped gradients",
+)
 Model = Callable[[Tensor], Tensor]
 
 
@@ -46,7 +57,7 @@ class World(NamedTuple):
 def clean_world(name: str, digits: dict[str, Any], seed: int) -> World:
     """Rows in an order that the seed draws."""
     if name == "digits 4 and 9":
-        x, y = _pair(digits["train_x"], digits["train_y"], 1000, seed)
+        x, y = _pair(digits["train_x"], digits["train_y"], 500, seed)
         test_x, test_y = _pair(digits["test_x"], digits["test_y"], None, seed)
     else:
         from sklearn import datasets
@@ -74,8 +85,8 @@ def poisoned(w: World, attack: str, rate: float, seed: int) -> World:
     if attack == "none":
         return w
     knows = () if attack == "unaware" else ("sphere", "slab", "subspace", "loss")
-    asked = all_filters if attack.endswith("asks the filters") else None
-    made = SanitizerAware(rate, knows, REMOVED, asked, (w.test_x, w.test_y), RIDGE).poison((w.x, w.y), seed=seed)
+    aim = (w.test_x, w.test_y)
+    made = SanitizerAware(rate, knows, REMOVED, aim=aim, ridge=RIDGE).poison((w.x, w.y), seed=seed)
     pairs = [made.dataset[row] for row in range(len(w.y))]
     x, y = torch.stack([row for row, _ in pairs]), torch.tensor([int(label) for _, label in pairs])
     return w._replace(x=x, y=y, is_poison=made.is_poison)
@@ -124,20 +135,15 @@ def kept(scores: Tensor, y: Tensor) -> Tensor:
     return keep
 
 
-def all_filters(x: Tensor, y: Tensor) -> Tensor:
-    """(N,) bool: what every filter keeps."""
-    return torch.stack([kept(suspicion(name, x, y), y) for name in FILTERS]).all(dim=0)
-
-
-def trained(w: World, seed: int, method: Any) -> nn.Linear:
-    """The same linear model in a loop of one's own, with a robust loss and default settings."""
+def trained(w: World, seed: int, method: Any, share: float = 0.1) -> nn.Linear:
+    """The same linear model in a loop of one's own, with a robust loss."""
     with torch.random.fork_rng():
         torch.random.default_generator.manual_seed(seed)
         model = nn.Linear(w.x.shape[1], 2)
     optimizer = torch.optim.Adam([{"params": [model.weight], "weight_decay": RIDGE}, {"params": [model.bias]}], lr=0.05)
     for _ in range(500):
         optimizer.zero_grad()
-        robust_loss(model, w.x, w.y, method=method).backward()
+        robust_loss(model, w.x, w.y, method=method, share=share).backward()
         optimizer.step()
     return model
 
@@ -149,8 +155,8 @@ def untrimmed(model: nn.Linear, w: World) -> Tensor:
 
 
 def voting(x: Tensor, y: Tensor, seed: int) -> Model:
-    """Majority of ridge regressions on parts of the rows."""
-    ensemble = PartitionEnsemble(partitions=PARTITIONS, classes=2, seed=seed).fit((x, y))
+    """Majority of linear models, each on its own part of the rows."""
+    ensemble = PartitionEnsemble(lambda: nn.Linear(x.shape[1], 2), PARTITIONS, classes=2, seed=seed).fit((x, y))
     return lambda rows: ensemble.certify(rows).votes
 
 
@@ -170,7 +176,8 @@ def arms(w: World, seed: int) -> Iterator[tuple[str, Model, Tensor]]:
     yield "screen, weights", fitted(w.x, w.y, report.weights().double().clamp(min=1e-9)), report.weights() > 0
     trimmed = trained(w, seed, "trimmed")
     left = untrimmed(trimmed, w)
-    yield "trimmed loss", trimmed, left
+    yield "trimmed loss 5 %", trained(w, seed, "trimmed", 0.05), every
+    yield "trimmed loss 10 %", trimmed, left
     yield "clipped gradients", trained(w, seed, "clipped"), every
     yield "vote", voting(w.x, w.y, seed), every
     yield "trimmed, then vote", voting(w.x[left], w.y[left], seed), left
@@ -220,12 +227,19 @@ def verdicts(means: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for data in dict.fromkeys(row["data"] for row in means):
         mine = [row for row in means if row["data"] == data and row["multiple"] is not None]
         at = {(row["attack"], row["arm"]): row["multiple"] for row in mine}
-        aware = [attack for attack in ATTACKS if attack.startswith("aware")]
         for arm in ("undefended", *through):
-            best = max(at[attack, arm] for attack in aware)
+            best = at["aware", arm]
             target = f"attack reaches x{BROKEN:g} behind: {arm}"
             found.append(_target(data, target, best, best >= BROKEN))
-        for arm in ("trimmed loss", "vote", "trimmed, then vote", "screen", "screen, weights", "clipped gradients"):
+        for arm in (
+            "trimmed loss 5 %",
+            "trimmed loss 10 %",
+            "vote",
+            "trimmed, then vote",
+            "screen",
+            "screen, weights",
+            "clipped gradients",
+        ):
             worst = max(at[attack, arm] for attack in ATTACKS)
             target = f"error stays below x{LIMITED:g} with: {arm}"
             found.append(_target(data, target, worst, worst <= LIMITED))
@@ -240,8 +254,8 @@ def main() -> None:
     """Print the rows as they come, their means, and the targets."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--first-seed", type=int, default=710)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=720)
+    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--rate", type=float, default=0.03)
     parser.add_argument("--only", nargs="*", choices=DATA, default=DATA, help="these data sets")
     arguments = parser.parse_args()
