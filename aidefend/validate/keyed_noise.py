@@ -25,7 +25,7 @@ class KeyedNoise:
         better than one. Without the key the noise of an input cannot be told from a fresh draw (BLAKE2b as a keyed
         function). With argmax="keep", the predicted class is that of the logits.
         It does not stop: averaging over *neighbours* (an input that moves by more than `step` gets new noise), a clone
-        (noise of mean zero is averaged out by training), attacks by labels with argmax="keep".
+        (noise of mean zero is averaged out by training), membership inference and evasion by labels (argmax="keep").
     Args:
         key: 16 to 64 secret random bytes, such as secrets.token_bytes(32). Never written by `Guard.save`, which keeps
             a fingerprint of it.

@@ -63,7 +63,8 @@ class Rounded:
     """Probabilities rounded to some digits, renormalised, with the predicted class kept.
 
     Guarantee: the predicted class is that of the logits. Nothing else: repeated queries with tiny moves of the input
-        recover what was rounded away, and the label alone serves the attacks named at `LabelOnly`.
+        recover what was rounded away. It does not stop membership inference by labels, decision-based evasion, or a
+        clone.
     Args:
         digits: Decimal digits, 0 to 6.
     Returns: (N, K) float that sums to 1. In a guard, a refused row has NaN.
@@ -94,7 +95,8 @@ class Tempered:
     """Probabilities at a temperature: flatter above 1, sharper below.
 
     Guarantee: none. The map can be inverted by whoever knows the temperature, so it only costs a careless attacker;
-        a temperature that was fitted on held-out data calibrates the confidences, which is its honest use.
+        a temperature that was fitted on held-out data calibrates the confidences, which is its honest use. It does not
+        stop membership inference, by labels or else, evasion, or a clone: above 1 it shows a thief more.
     Args:
         temperature: > 0.
     Returns: (N, K) float that sums to 1. In a guard, a refused row has NaN.

@@ -161,3 +161,10 @@ def test_the_argmax_policy_holds():
 def test_the_key_is_never_shown():
     noisy = KeyedNoise(b"a very secret key")
     assert "secret" not in repr(noisy) and noisy.fingerprint != KeyedNoise(KEY).fingerprint
+
+
+@pytest.mark.parametrize("kind", [LabelOnly, TopK, Rounded, Tempered, ReverseSigmoid, KeyedNoise])
+def test_each_states_what_it_does_not_stop(kind):
+    promise = " ".join(kind.__doc__.partition("Guarantee:")[2].partition("Returns:")[0].split())
+    after = promise.partition("not stop")[2]
+    assert "membership inference" in after and ("clone" in after or "distillation" in after), promise
