@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aidefend._core.checks import check_int
+from aidefend._core.collate import why
 from aidefend._core.errors import MissingExtra
 from aidefend._core.report import Report
 from aidefend.sanitize.decisions import Decisions, decisions_of
@@ -30,7 +31,7 @@ def page(report: Report, suspects: Any, texts: Sequence[str] | None, limit: int)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     rows = report.quarantine_indices.tolist()
     order = sorted(range(len(rows)), key=lambda at: (-_suspicion(report, rows[at]), rows[at]))[:limit]
-    cards = [_card(report, rows[at], None if suspects is None else suspects[at][0], texts) for at in order]
+    cards = [_card(report, rows[at], None if suspects is None else _input(suspects, at), texts) for at in order]
     facts, table = report.parameters, decisions_of(report)
     return template.render(
         summary=report.summary(),
@@ -61,18 +62,37 @@ def _suspicion(report: Report, row: int) -> float:
 def _card(report: Report, row: int, sample: Any, texts: Sequence[str] | None) -> dict[str, Any]:
     card = {"row": row, "id": report.ids[row], "reasons": report.reasons[row], "picture": "", "words": ""}
     card["scores"] = [(name, f"{float(values[row]):.3g}") for name, values in sorted(report.scores.items())]
-    if texts is not None:
-        card["words"] = texts[row][:_LETTERS] + ("…" if len(texts[row]) > _LETTERS else "")
+    if texts is not None or isinstance(sample, str):
+        words = sample if texts is None else texts[row]
+        card["words"] = words[:_LETTERS] + ("…" if len(words) > _LETTERS else "")
     elif isinstance(sample, Mapping):
         card["words"] = ", ".join(f"{name} = {value}" for name, value in sample.items())[:_LETTERS]
     elif sample is not None:
-        values = torch.as_tensor(sample).detach().cpu()
-        if values.ndim == 3 and values.shape[0] in (1, 3):
-            card["picture"] = _picture(values)
+        if sample.ndim == 3 and sample.shape[0] in (1, 3):
+            card["picture"] = _picture(sample)
         else:
-            shown = ", ".join(f"{float(value):.4g}" for value in values.flatten()[:_NUMBERS])
-            card["words"] = f"{shown}{', …' if values.numel() > _NUMBERS else ''} (shape {tuple(values.shape)})"
+            card["words"] = _numbers(sample, (report.parameters.get("columns") or {}).get("inputs"))
     return card
+
+
+def _input(suspects: Any, at: int) -> Any:
+    """The input of a sample, or why it cannot be read: that is what many are in quarantine for."""
+    try:
+        found = suspects[at][0]
+        return found if found is None or isinstance(found, str | Mapping) else torch.as_tensor(found).detach().cpu()
+    except MemoryError:
+        raise
+    except Exception as error:
+        return why(error).reason
+
+
+def _numbers(values: Tensor, names: Any) -> str:
+    """The first numbers of a row, with the names of its columns where it has some."""
+    numbers = [f"{float(value):.4g}" for value in values.flatten()[:_NUMBERS]]
+    more = ", …" if values.numel() > _NUMBERS else ""
+    if isinstance(names, list | tuple) and values.ndim == 1 and len(names) == len(values):
+        return ", ".join(f"{name} = {value}" for name, value in zip(names, numbers, strict=False)) + more
+    return f"{', '.join(numbers)}{more} (shape {tuple(values.shape)})"
 
 
 def _picture(values: Tensor) -> str:

@@ -125,7 +125,7 @@ class ScreenReport(Report):
         Args:
             path: The file; self-contained, no script, nothing is loaded from elsewhere.
             dataset: The data that was judged, to show the rows: pictures (C, H, W) with one or three channels as
-                pictures, others as numbers.
+                pictures, texts as texts, rows of tables with the names of their columns, others as numbers.
             texts: One text a row, shown in place of numbers.
             limit: Rows that are shown, the most suspicious first.
         Raises: MissingExtra: jinja2 or matplotlib is not installed (`report`). ConfigurationError: other lengths.

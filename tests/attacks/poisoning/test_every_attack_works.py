@@ -84,3 +84,16 @@ def test_flipped_labels_are_learnt_undefended():
             optimizer.step()
         called_five.append(float(((threes @ weights).argmax(dim=1) == 5).double().mean()))
     assert called_five[0] < 0.15 and called_five[1] > 0.6, called_five
+
+
+def test_symmetric_flips_harm_a_learner_that_believes_its_labels():
+    """Four in ten labels become any other: whoever answers as the nearest row is wrong about as often."""
+    digits = mnist_subset()
+    x, y = digits.train_x[:2000].flatten(1), digits.train_y[:2000]
+    poisoned = LabelFlip(rate=0.4).poison((x, y), seed=0)
+    labels = torch.tensor([int(poisoned.dataset[i][1]) for i in range(len(y))])
+    wrong = labels != y
+    assert torch.equal(wrong, poisoned.is_poison) and len(labels[wrong].unique()) == 10
+    nearest = torch.cdist(digits.test_x.flatten(1), x).argmin(dim=1)
+    accuracy = [float((given[nearest] == digits.test_y).double().mean()) for given in (y, labels)]
+    assert accuracy[0] > 0.85 and accuracy[1] < accuracy[0] - 0.25, accuracy
