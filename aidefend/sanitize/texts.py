@@ -76,7 +76,7 @@ def read_texts(dataset: Any) -> tuple[TextRows | None, Any]:
     Raises: ConfigurationError: texts without labels.
     """
     dataset = paired(dataset.dataset if isinstance(dataset, DataLoader) else dataset)
-    names = dataset if isinstance(dataset, Samples) else Samples(dataset)
+    names = _with_one_name(dataset if isinstance(dataset, Samples) else Samples(dataset))
     data = names.data
     if names.decode is not None or (names.inputs is not None and not isinstance(names.inputs, str)):
         return None, dataset
@@ -95,6 +95,14 @@ def read_texts(dataset: Any) -> tuple[TextRows | None, Any]:
         whole = (_read(data, row) for row in range(len(data)))
         return _of_samples(whole, names) if _holds_text(first, names) else None, dataset
     return _of_stream(data, names, dataset) if isinstance(data, Iterable) else (None, dataset)
+
+
+def _with_one_name(names: Samples) -> Samples:
+    """Inputs that are the one column of texts, by its name: a frame of texts beside its labels names a list of one."""
+    columns = names.inputs
+    if isinstance(columns, list | tuple) and len(columns) == 1 and columns[0] in TEXT_KEYS:
+        return dataclasses.replace(names, inputs=columns[0])
+    return names
 
 
 def text_rows(dataset: Any) -> list[tuple[Any, Any]]:
