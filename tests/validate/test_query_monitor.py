@@ -92,6 +92,50 @@ def test_the_answer_at_the_flag_is_the_usual_one_and_the_account_ends_later(save
     assert ask(monitor, "eve", day(9)).allowed and not monitor.standing("eve").flagged
 
 
+class Counting(MemoryStore):
+    """Counts what a call reads and writes: time is noise here, work is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.work = []
+
+    def run(self, work, now, ttl):
+        counts = {"get": 0, "put": 0}
+
+        def counted(session):
+            for name in counts:
+                inner = getattr(session, name)
+
+                def step(*given, name=name, inner=inner, **options):
+                    counts[name] += 1
+                    return inner(*given, **options)
+
+                setattr(session, name, step)
+            return work(session)
+
+        found = super().run(counted, now, ttl)
+        self.work.append((counts["get"], counts["put"]))
+        return found
+
+
+def test_a_call_is_the_same_work_whether_it_flags_or_comes_from_a_suspended_account(saved):
+    """The crowd around the rows decides how much is read, not the standing of the account."""
+    work, standings = {}, {}
+    for action in ("suspend", "alert"):
+        store = Counting()
+        monitor, clock = monitor_of(saved, store, action=action)
+        standings[action] = []
+        for part in torch.cat([probes(150), day(3)]).split(2):
+            standings[action].append(ask(monitor, "eve", part))
+            clock.now += 30
+        work[action] = store.work
+    assert [one.allowed for one in standings["suspend"]] != [one.allowed for one in standings["alert"]]
+    assert work["suspend"] == work["alert"] and not standings["suspend"][-1].allowed
+    flag = next(i for i, one in enumerate(standings["alert"]) if one.remark)
+    puts = {put for _, put in work["alert"][:75]}
+    assert len(puts) == 1 and 0 < flag < 75  # among near rows, the call that flags writes what all others write
+
+
 def test_the_moment_of_the_suspension_is_drawn_anew_for_each_account(saved):
     monitor, clock = monitor_of(saved, delay=(10.0, 120.0))
     for i in range(20):
