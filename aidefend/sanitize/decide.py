@@ -236,7 +236,7 @@ def _with_kin(world: World, verdicts: Sequence[Verdict], carriers: Sequence[Grou
     stranger, is known from the other class.
     """
     proven = [verdict.group for verdict in verdicts if verdict.poison]
-    known = [*verdicts, *verdicts_on(carriers, [examine(world, group, 0.0) for group in carriers], levels)[0]]
+    known = [*verdicts, *(Verdict(group, examine(world, group, -1.0), 1.0, poison=False) for group in carriers)]
     kin = [
         (place, verdict.group, verdict.evidence)
         for place, verdict in enumerate(known)

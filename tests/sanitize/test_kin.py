@@ -100,3 +100,13 @@ def test_carriers_with_right_labels_are_kept():
 def test_carriers_are_kept_where_the_trigger_was_proven_nowhere():
     planted, _ = planted_twice(first=0)
     assert convicted(decide(searched(planted), [], alpha=0.01)) == {}
+
+
+def test_carriers_spend_no_further_chance_of_their_own(monkeypatch):
+    """They count as kin only: judged in full as well, they would take the share of ordinary proposals a second time."""
+    planted, _ = planted_twice()
+    here, rows = searched(planted), (planted.y == 1).nonzero().flatten()
+    certain = GroupEvidence(1.0, 0, 1, 0, 0, 0, 0.5, 0.0, 0, 0)
+    monkeypatch.setattr("aidefend.sanitize.decide.examine", lambda world, group, threshold: certain)
+    group = ClassSearch(here, 1, rows)._described(planted.is_poison[rows])
+    assert [one.poison for one in _with_kin(here, [], [group], LEVELS)] == [False]
