@@ -1,5 +1,6 @@
 """The block: a slice of rows as every detector takes it, and the checks at that door."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -48,7 +49,9 @@ def read_block(block: Mapping[str, Any], dimensions: int | None = None, key: str
 
 
 def _finite(features: Tensor) -> Tensor:
-    """(N,) bool: a row whose sum is finite is finite; the others are looked at number by number."""
+    """(N,) bool: a sum that is finite has finite terms; where it is not, rows and then numbers are looked at."""
+    if math.isfinite(float(features.sum())):
+        return torch.ones(len(features), dtype=torch.bool)
     usable = torch.isfinite(features.sum(dim=1))
     odd = (~usable).nonzero().flatten()
     usable[odd] = torch.isfinite(features[odd]).all(dim=1)

@@ -40,7 +40,7 @@ def id_keys(ids: Sequence[str], seed: int) -> np.ndarray:
 
 def _bytes(ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """All ids as one row of bytes, zero after each and eight times at the end; and where each one ends (n,)."""
-    text = np.frombuffer("\0".join([*ids, "\0" * 8]).encode(), dtype=np.uint8)
+    text = np.frombuffer(("\0".join(ids) + 9 * "\0").encode(), dtype=np.uint8)
     ends = np.flatnonzero(text == 0)
     if len(ends) != len(ids) + 8:  # an id holds the separator itself
         parts = [row_id.encode() for row_id in ids]
@@ -50,8 +50,8 @@ def _bytes(ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 def _word(text: np.ndarray, starts: np.ndarray, left: np.ndarray) -> np.ndarray:
     """(n,) uint64: the eight bytes from each start on; those beyond the `left` ones of the id count as zero."""
-    windows = np.lib.stride_tricks.sliding_window_view(text, 8)
-    words: np.ndarray = windows[starts].view("<u8")[:, 0].astype(np.uint64)
+    anywhere = np.ndarray((len(text) - 7,), dtype="<u8", buffer=text, strides=(1,))  # a word at each byte
+    words: np.ndarray = anywhere.take(starts).astype(np.uint64, copy=False)
     beyond = np.uint64(8) * np.clip(8 - left, 0, 7).astype(np.uint64)
     words <<= beyond  # the first byte of an id is the lowest, so what lies beyond the id is shifted out ...
     words >>= beyond  # ... at the top

@@ -12,18 +12,30 @@ from aidefend.sanitize.id_keys import id_keys
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Kept:
-    """Rows of one class: keys (n,) uint64, ids (n,) text, features (n, d)."""
+    """Rows of one class: keys (n,) uint64, places (n,) of their ids in `ids`, features (n, d)."""
 
     keys: np.ndarray
-    ids: np.ndarray
+    ids: Sequence[str]
+    places: np.ndarray
     features: Tensor
 
-    def at(self, places: np.ndarray) -> "_Kept":
-        return _Kept(self.keys[places], self.ids[places], self.features[torch.from_numpy(places)])
+    def names(self) -> list[str]:
+        """Their ids. Looked up when needed: of a large block most ids are never looked at."""
+        return [self.ids[place] for place in self.places.tolist()]
 
-    def smallest(self, limit: int) -> "_Kept":
-        """The `limit` rows with the smallest keys, ascending; equal keys by id."""
-        return self.at(_smallest(self.keys, self.ids, limit))
+    @classmethod
+    def of(cls, keys: np.ndarray, ids: Sequence[str], places: np.ndarray, features: Tensor) -> "_Kept":
+        """Rows of a block by their places in it."""
+        return cls(keys[places], ids, places, features.index_select(0, torch.from_numpy(places)))
+
+    @classmethod
+    def joined(cls, parts: Sequence["_Kept"], limit: int) -> "_Kept":
+        """The `limit` rows of all parts with the smallest keys, ascending; equal keys by id."""
+        keys, ids = np.concatenate([part.keys for part in parts]), [name for part in parts for name in part.names()]
+        places = _smallest(keys, ids, np.arange(len(keys)), limit)
+        names = tuple(ids[place] for place in places.tolist())
+        features = torch.cat([part.features for part in parts])[torch.from_numpy(places)]
+        return cls(keys[places], names, np.arange(len(names)), features)
 
 
 def _by_label(labels: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -37,12 +49,18 @@ def _by_label(labels: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         yield label, order[ends[label] - counts[label] : ends[label]]
 
 
-def _smallest(keys: np.ndarray, ids: np.ndarray, limit: int) -> np.ndarray:
-    order = np.argsort(keys)
-    ordered = keys[order]
+def _smallest(keys: np.ndarray, ids: Sequence[str], places: np.ndarray, limit: int) -> np.ndarray:
+    """Those of the places that have the smallest keys, ascending; equal keys by id."""
+    here = keys[places]
+    if len(here) > limit:
+        within = np.flatnonzero(here <= np.partition(here, limit - 1)[limit - 1])
+        places, here = places[within], here[within]
+    order = np.argsort(here)
+    ordered = here[order]
     if len(ordered) > 1 and bool((ordered[1:] == ordered[:-1]).any()):
-        order = np.lexsort((ids.astype(str), keys))
-    return order[:limit]
+        order = np.lexsort((np.array([ids[place] for place in places.tolist()]), here))
+    chosen: np.ndarray = places[order[:limit]]
+    return chosen
 
 
 class ClassSample:
@@ -59,17 +77,17 @@ class ClassSample:
 
     def add(self, ids: Sequence[str], features: Tensor, labels: Tensor) -> None:
         """Offer the rows of one block."""
-        keys, names = id_keys(ids, self.seed), np.array(ids, dtype=object)
+        keys = id_keys(ids, self.seed)
         for label, places in _by_label(labels.numpy()):
             kept = self._rows.get(label, [])
             if kept and len(kept[0].keys) == self.limit:  # only what is below its last can enter
                 places = places[keys[places] <= kept[0].keys[-1]]
             if not kept:  # the first part is sorted at once, and copied once
-                places = places[_smallest(keys[places], names[places], self.limit)]
-            if len(places):
-                self._offer(
-                    label, _Kept(keys[places], names[places], features.index_select(0, torch.from_numpy(places)))
-                )
+                self._rows[label] = [_Kept.of(keys, ids, _smallest(keys, ids, places, self.limit), features)]
+            elif len(places):
+                few = _Kept.of(keys, ids, places, features)
+                names = tuple(few.names())  # without the rest of the block, which need not stay in memory
+                self._offer(label, dataclasses.replace(few, ids=names, places=np.arange(len(names))))
 
     def merged(self, other: "ClassSample") -> "ClassSample":
         """The sample of both parts together; neither is changed."""
@@ -86,7 +104,11 @@ class ClassSample:
     def of(self, label: int) -> tuple[tuple[str, ...], Tensor]:
         """Ids and features (n, d) of the kept rows of a class, in the order of their hashes."""
         rows = self._settled(label)
-        return tuple(rows.ids.tolist()), rows.features
+        return tuple(rows.names()), rows.features
+
+    def features(self, label: int) -> Tensor:
+        """(n, d) of the kept rows of a class, in the order of their hashes."""
+        return self._settled(label).features
 
     def _offer(self, label: int, rows: _Kept) -> None:
         parts = self._rows.setdefault(label, [])
@@ -97,7 +119,5 @@ class ClassSample:
     def _settled(self, label: int) -> _Kept:
         parts = self._rows[label]
         if len(parts) > 1:
-            keys, ids = np.concatenate([part.keys for part in parts]), np.concatenate([part.ids for part in parts])
-            whole = _Kept(keys, ids, torch.cat([part.features for part in parts]))
-            self._rows[label] = [whole.smallest(self.limit)]
+            self._rows[label] = [_Kept.joined(parts, self.limit)]
         return self._rows[label][0]
