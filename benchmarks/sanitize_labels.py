@@ -1,6 +1,7 @@
 """Wrong labels: ConfidentLearning beside cleanlab, on the same predictions of cross-validation.
 
-python -m benchmarks.sanitize_labels --data mnist.npz [--seeds 5] [--small-seeds 20] [--keep FOLDER] [--timing-only]
+python -m benchmarks.sanitize_labels --data mnist.npz [--seeds 5] [--small-seeds 20] [--mnist-seeds 5]
+    [--keep FOLDER] [--timing-only]
 Labels of digits (1,797), 3,000 MNIST digits, breast cancer (569) and wine (178) are flipped at 5 to 40 %, evenly or to
 the next class; two classifiers predict them by 5-fold cross-validation. F1 of the rows that are called wrong, with the
 standard error of the difference over the seeds, average precision of the ranking, and time beside cleanlab's
@@ -109,11 +110,11 @@ def measured(found: tuple[Any, Any], wrong: Any) -> tuple[float, float]:
     return 2 * float((issues & wrong).sum()) / float(issues.sum() + wrong.sum()), average_precision_score(wrong, scores)
 
 
-def rows(path: str, seeds: int, small_seeds: int, keep: Path | None) -> Iterator[dict[str, Any]]:
+def rows(path: str, seeds: dict[str, int], keep: Path | None) -> Iterator[dict[str, Any]]:
     """One row for each data set, classifier, kind and rate: means over the seeds."""
     for (name, x, y), model in itertools.product(data_sets(path), ("logistic", "forest")):
         kinds = ("symmetric", "next class") if y.max() > 1 else ("symmetric",)
-        used = range(FIRST_SEED, FIRST_SEED + (small_seeds if name in SMALL else seeds))
+        used = range(FIRST_SEED, FIRST_SEED + seeds[name])
         for kind, rate in itertools.product(kinds, RATES):
             both = []
             for seed in used:
@@ -135,15 +136,17 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="of digits")
     parser.add_argument("--small-seeds", type=int, default=20, help="of breast cancer and wine")
+    parser.add_argument("--mnist-seeds", type=int, default=5)
     parser.add_argument("--keep", type=Path, help="folder of predictions, read where they exist")
     parser.add_argument("--timing-only", action="store_true", help="keep the other rows of the last result")
     arguments, table = parser.parse_args(), []
+    seeds = dict.fromkeys(SMALL, arguments.small_seeds) | {"digits": arguments.seeds, "MNIST": arguments.mnist_seeds}
     if arguments.keep is not None:
         arguments.keep.mkdir(parents=True, exist_ok=True)
     known = earlier("sanitize_labels", {}) if arguments.timing_only else {}
-    for row in known.get("rows") or rows(arguments.data, arguments.seeds, arguments.small_seeds, arguments.keep):
+    for row in known.get("rows") or rows(arguments.data, seeds, arguments.keep):
         table.append(row)
         print(" ".join(f"{v:.3f}" if isinstance(v, float) else f"{v!s:13}" for v in row.values()), flush=True)
     timed = times()

@@ -11,7 +11,7 @@ from aidefend.sanitize.confident_learning import ConfidentLearning
 from aidefend.sanitize.near_duplicates import NearDuplicates
 from aidefend.sanitize.outliers import Outliers
 
-LIKELY = 0.9
+LIKELY = 0.95
 FAR = 6.0
 
 
@@ -35,7 +35,7 @@ class Remarks:
 def remarks_of(detector: Any, block: Mapping[str, Any], scores: Tensor) -> Remarks | None:
     """Rows that a fitted detector would have looked at, with reasons; None for a detector that judges groups only.
 
-    Wrong labels: the issues of confident learning with a score of at least .9, with the label that fits better.
+    Wrong labels: the issues of confident learning with a score of at least .95, with the label that fits better.
     Copies: every member of a group of near duplicates but the one whose id comes first. Outliers: six robust standard
     deviations beyond the median of the class.
     """
