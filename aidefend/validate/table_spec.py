@@ -30,9 +30,9 @@ class TableSpec:
     """The rules that every table must satisfy: which columns there are, and what each may hold.
 
     Guarantee: `check` never raises, and asks for the numbers of rows, columns and bytes (256 MiB) before it converts
-        anything. A row
-        that breaks a rule changes no verdict on another. Values are judged as they are: "5" is no number, True is no
-        integer, and an object of an unknown class is never asked anything.
+        anything; a column that is not named is never converted. A row that breaks a rule changes no verdict on another.
+        Values are judged as they are: "5" is no number, True is no integer, and an object of an unknown class is never
+        asked anything.
     Args:
         columns: Name to `Column`, in the order in which `to_tensor` puts them.
         extra: Policy for columns that are not named: "reject" the table, or "drop" them.
@@ -111,7 +111,7 @@ class TableSpec:
             object for booleans, categories and texts.
         """
         try:
-            found, n = columns_of(table, self.max_rows, _MOST_COLUMNS)
+            found, n = columns_of(table, self.max_rows, _MOST_COLUMNS, self.columns)
             return self._check_rows(found, n)
         except NoTable as error:
             return refused_batch(str(error))

@@ -230,6 +230,29 @@ def test_rows_of_arrow_that_share_memory_are_not_copied(name, form):
     )
 
 
+def wide_tables(rows, columns):
+    """One good column beside many that nobody named, in every form; a bit in arrow is a pointer in a list."""
+    pa, pandas = pytest.importorskip("pyarrow"), pytest.importorskip("pandas")
+    bits = pa.array(np.zeros(rows, bool))
+    arrow = pa.table({"a": pa.array([1] * rows)} | {f"c{i}": bits for i in range(columns)})
+    dictionary = pandas.Series(["x"] * rows, dtype="category")
+    return {
+        "arrow": arrow,
+        "pandas": pandas.DataFrame({"a": [1] * rows} | {f"c{i}": dictionary for i in range(columns)}),
+        "rows": [{"a": 1, f"c{i % columns}": None} for i in range(rows)],
+    }
+
+
+@pytest.mark.parametrize("form", ["arrow", "pandas", "rows"])
+@pytest.mark.parametrize("extra", ["reject", "drop"])
+def test_columns_that_nobody_named_are_never_converted(form, extra):
+    """Planted violation: 2,000 columns of 5,000 bits are 1 MB in arrow and 80 MB as lists."""
+    table = wide_tables(5_000, 2_000)[form]
+    result, peak = peak_of(lambda: TableSpec({"a": Column("integer")}, extra=extra).check(table))
+    assert (result.fault is None) == (extra == "drop") and peak < 10**7
+    assert result.fault in (None, "input: columns that are not named")
+
+
 def test_columns_of_arrow_are_read_as_before():
     pa = pytest.importorskip("pyarrow")
     words = pa.array(["a", None, "b", "a"])
