@@ -30,6 +30,7 @@ from aidefend.sanitize.feature_shards import (
     widths,
 )
 from aidefend.sanitize.features import Features, Layer, check_still, extract_features
+from aidefend.sanitize.texts import refuse_texts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,6 +103,7 @@ class FeatureStore:
             raise refuse("layer to be a module, a name or a function", "layer", layer, "Use Features.blocks instead")
         if on_batch is not None:
             check_callable(on_batch, "on_batch", "Pass a function of a batch and its features")
+        refuse_texts(data)
         check_still(data)
         folder = _made(path)
         setting = {"format": FORMAT, "shard_rows": shard_rows, "layer": _name_of(layer), "model": _digest_of(model)}

@@ -105,6 +105,18 @@ def _with_one_name(names: Samples) -> Samples:
     return names
 
 
+def refuse_texts(data: Any) -> None:
+    """For calls that take numbers only: refuse a pair, a dict or a table of texts, and say what to do.
+
+    Raises: ConfigurationError: these are texts.
+    """
+    names = data if isinstance(data, Samples) else Samples(data)
+    in_memory = isinstance(names.data, tuple | list | Mapping) or is_frame(names.data)
+    if names.decode is None and in_memory and read_texts(data)[0] is not None:
+        cure = "Encode them, as (TextEncoder()(texts), labels), or call screen, which takes texts"
+        raise refuse("inputs of numbers", "data", "texts", cure)
+
+
 def text_rows(dataset: Any) -> list[tuple[Any, Any]]:
     """The rows of a data set of texts as (text, label), as they stand.
 

@@ -1,16 +1,19 @@
-"""Trigger consistency: a trigger keeps its say when other rows are laid over the input."""
+"""Trigger consistency: a trigger keeps its say when other rows are laid over the input, or the input is scaled."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from aidefend._core.batches import in_batches
-from aidefend._core.checks import check_callable, check_int, check_logits, check_tensor, refuse
+from aidefend._core.checks import check_callable, check_choice, check_int, check_logits, check_tensor, refuse
 from aidefend._core.modules import Model, device_of, evaluate, preserve
 from aidefend.sanitize.block import check_kin, read_block
 from aidefend.sanitize.sample import ClassSample
+
+Response = Literal["added", "blended", "scaled"]
+_FACTORS = (3, 5, 7, 9, 11)
 
 
 class TriggerConsistency:
@@ -18,7 +21,7 @@ class TriggerConsistency:
 
     Blocks carry "x" (N, ...), the inputs of the model. Each row is added to the same overlays, cut to the range of the
     data; the score is 1 less the mean entropy of the answers, in shares of the largest possible one. A trigger that
-    works on any input works there too, so the answers stay alike and sure.
+    works on any input works there too, so the answers stay alike and sure. `response` asks otherwise.
 
     Guarantee: none. Blind to triggers that work on rows of one source class only, to triggers made for each input,
         and to models that are sure of everything; a class that is simple in itself scores high, too.
@@ -26,10 +29,14 @@ class TriggerConsistency:
         model: Module or callable from x to logits (N, K), that was trained on the data. Left as it was.
         overlays: Number of rows that are laid over, as evenly from the classes as it goes; the same for any sharding.
         seed: Chooses them.
+        response: "added": as above; "blended": the mean of row and overlay, which leaves half of each; "scaled": the
+            row itself times 3, 5, 7, 9 and 11, cut to the range of the data, and the score is the mean chance of the
+            class that the model gives to the row as it is: brightness turns ordinary rows, and triggers stay.
     A row with NaN or infinity, and every row before `partial_fit`, scores NaN (no opinion).
-    Cost: `overlays` forward passes a row, one pass of scoring; the overlays are held in memory.
-    Source: Gao, Xu, Wang, Chen, Ranasinghe, Nepal 2019 (STRIP). Differs: no threshold is taken from a trusted set; a
-        row is never laid over itself.
+    Cost: `overlays` forward passes a row ("scaled": 6), one pass of scoring; the overlays are held in memory.
+    Source: Gao, Xu, Wang, Chen, Ranasinghe, Nepal 2019 (STRIP); "scaled": Guo, Li, Chen, Guo, Sun, Liu 2023 (SCALE-UP).
+        Differs: no threshold is taken from a trusted set; a row is never laid over itself; chances in place of the
+        share of equal answers.
 
     Example:
         >>> model = lambda x: 9.0 * torch.stack([x[:, 0] - 0.5, 0.5 - x[:, 0]], dim=1)
@@ -39,9 +46,10 @@ class TriggerConsistency:
         3
     """
 
-    def __init__(self, model: Model, overlays: int = 20, seed: int = 0) -> None:
+    def __init__(self, model: Model, overlays: int = 20, seed: int = 0, *, response: Response = "added") -> None:
         self.model = check_callable(model, "model", "Pass a module or a function from x to logits")
         self.overlays, self.seed = check_int(overlays, "overlays"), check_int(seed, "seed", 0)
+        self.response: Response = check_choice(response, ("added", "blended", "scaled"), "response")
         self.sample = ClassSample(overlays + 1, seed)
         self.low, self.high = float("inf"), float("-inf")
 
@@ -57,10 +65,10 @@ class TriggerConsistency:
 
     def merge(self, other: "TriggerConsistency") -> "TriggerConsistency":
         """A new detector that has seen what both have seen."""
-        check_kin(self, other, ("overlays", "seed"))
+        check_kin(self, other, ("overlays", "seed", "response"))
         if self.model is not other.model and not _same_weights(self.model, other.model):
             raise refuse("a detector of the same model", "other", "another model", "Give both the same model")
-        total = TriggerConsistency(self.model, self.overlays, self.seed)
+        total = TriggerConsistency(self.model, self.overlays, self.seed, response=self.response)
         total.sample = self.sample.merged(other.sample)
         total.low, total.high = min(self.low, other.low), max(self.high, other.high)
         return total
@@ -71,8 +79,19 @@ class TriggerConsistency:
         scores = torch.full((len(ids),), torch.nan, dtype=torch.float64)
         if self.sample.classes() and bool(usable.any()):
             kept = [row_id for row_id, fits in zip(ids, usable.tolist(), strict=True) if fits]
-            scores[usable] = 1 - self._entropy(kept, x[usable])
+            scaled = self.response == "scaled"
+            scores[usable] = self._chance(x[usable]) if scaled else 1 - self._entropy(kept, x[usable])
         return scores
+
+    def _chance(self, x: Tensor) -> Tensor:
+        """(n,) mean chance, over the factors, of the class that the model gives to the row as it is."""
+        with preserve(self.model), torch.no_grad():
+            evaluate(self.model)
+            own = in_batches(self._answers, x, 512).argmax(dim=1, keepdim=True)
+            rows = x if x.is_floating_point() else x.float()
+            scaled = ((rows * factor).clamp(self.low, self.high).to(x.dtype) for factor in _FACTORS)
+            chances = [in_batches(self._answers, rows, 512).gather(1, own)[:, 0] for rows in scaled]
+        return torch.stack(chances).mean(dim=0)
 
     def _entropy(self, ids: list[str], x: Tensor) -> Tensor:
         """(n,) mean entropy of the answers over all overlays but the row itself, in [0, 1]."""
@@ -84,16 +103,22 @@ class TriggerConsistency:
                 other = torch.tensor([row_id != name for row_id in ids])
                 fits = other & (counted < self.overlays)
                 if bool(fits.any()):
-                    laid = (x[fits].to(over.dtype) + over).clamp(self.low, self.high).to(x.dtype)
+                    both = x[fits].to(over.dtype) + over
+                    both = both / 2 if self.response == "blended" else both.clamp(self.low, self.high)
+                    laid = both.to(x.dtype)
                     total[fits] += in_batches(self._answer_entropy, laid, 512)
                     counted[fits] += 1
         return torch.where(counted > 0, total / counted.clamp(min=1), torch.nan)
 
     def _answer_entropy(self, x: Tensor) -> Tensor:
-        logits = check_logits(self.model(x.to(device_of(self.model))), len(x)).double().cpu()
-        chances = torch.softmax(logits, dim=1)
-        entropy: Tensor = torch.special.entr(chances).sum(dim=1) / torch.log(torch.tensor(float(logits.shape[1])))
+        chances = self._answers(x)
+        entropy: Tensor = torch.special.entr(chances).sum(dim=1) / torch.log(torch.tensor(float(chances.shape[1])))
         return entropy
+
+    def _answers(self, x: Tensor) -> Tensor:
+        """(n, K) float64 chances of the classes."""
+        logits = check_logits(self.model(x.to(device_of(self.model))), len(x)).double().cpu()
+        return torch.softmax(logits, dim=1)
 
     def _chosen(self) -> tuple[list[str], Tensor]:
         """One overlay more than are used, class by class in turn, so that a row can be left out for itself."""

@@ -59,6 +59,8 @@ EVERY = {  # those that read more than features as well; their own files test th
     "influence-of-a-row-on-itself": Influence,
     "training-dynamics": TrainingDynamics,
     "trigger-consistency": lambda: TriggerConsistency(answers, overlays=5),
+    "trigger-consistency-by-blending": lambda: TriggerConsistency(answers, overlays=5, response="blended"),
+    "trigger-consistency-by-scaling": lambda: TriggerConsistency(answers, overlays=5, response="scaled"),
 }
 OF_GROUPS = [name for name in SANITIZERS if not name.startswith(("beatrix", "near", "outliers", "source"))]
 OF_ONE_KIND_OF_ROW = ("near-duplicates", "near-duplicates-by-faiss", "source-evidence")  # these judge rows of any class

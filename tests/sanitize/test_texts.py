@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from aidefend import ConfigurationError
-from aidefend.sanitize import Samples, ScreenReport, screen, screen_batch
+from aidefend.sanitize import Samples, ScreenReport, screen, screen_batch, screen_stream
 from aidefend.sanitize.material import read_material
 from aidefend.sanitize.texts import TextRows, read_texts, text_rows
 
@@ -172,6 +172,13 @@ def test_texts_that_cannot_be_judged_are_refused():
             read_material(data)
     with pytest.raises(ConfigurationError, match="texts that were judged"):
         text_rows(iter(pairs()))
+
+
+@pytest.mark.parametrize("form", ["lists", "dict", "list of pairs", "dict that is named", "pandas that is named"])
+def test_a_stream_that_takes_numbers_only_says_what_to_do_with_texts(form, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"inputs of numbers.*TextEncoder\(\)\(texts\)"):
+        screen_stream(FORMS[form](), torch.nn.Linear(2, 2), tmp_path / "store", rows_per_class=24)
+    assert not (tmp_path / "store").exists()
 
 
 def test_batches_are_looked_up_under_the_names_of_the_screen(tmp_path):

@@ -65,6 +65,44 @@ def test_the_score_is_the_mean_entropy_over_overlays_without_the_row_itself():
         assert float(detector.score(block)[row]) == pytest.approx(float(naive), abs=1e-9)
 
 
+@pytest.mark.parametrize("response", ["added", "blended", "scaled"])
+def test_every_response_ranks_triggered_rows_on_top(response):
+    block, truth = world()
+    x = block["x"].clone()
+    x[~truth, 8] = 0.0  # made brighter, an ordinary row shall not turn into a triggered one
+    x[:, 8] = torch.where(truth, 9.0, x[:, 8])
+    block = {**block, "x": x}
+    scores = TriggerConsistency(Backdoored(), response=response).partial_fit(block).score(block)
+    assert roc_auc_score(truth, scores) > 0.99 and bool(((scores >= 0) & (scores <= 1)).all())
+
+
+def test_scaling_and_blending_are_what_they_say():
+    block, _ = world(n=24, planted=2)
+    model = Backdoored().eval()
+    low, high = float(block["x"].min()), float(block["x"].max())
+    scaled = TriggerConsistency(model, response="scaled").partial_fit(block).score(block)
+    own = model(block["x"]).argmax(dim=1)
+    chances = [
+        torch.softmax(model((block["x"] * factor).clamp(low, high)), dim=1)[torch.arange(24), own]
+        for factor in (3, 5, 7, 9, 11)
+    ]
+    torch.testing.assert_close(scaled, torch.stack(chances).mean(dim=0).detach().double(), rtol=1e-5, atol=1e-6)
+    detector = TriggerConsistency(model, overlays=5, response="blended").partial_fit(block)
+    names, bank = detector._chosen()
+    others = [over for name, over in zip(names, bank, strict=True) if name != block["ids"][3]][:5]
+    laid = torch.softmax(model(torch.stack([(block["x"][3] + over) / 2 for over in others])).detach().double(), dim=1)
+    entropy = torch.special.entr(laid).sum(dim=1).mean() / torch.log(torch.tensor(4.0))
+    assert float(detector.score(block)[3]) == pytest.approx(1 - float(entropy), abs=1e-6)
+    whole = {**block, "x": (block["x"] * 50).to(torch.uint8)}
+    for response in ("blended", "scaled"):
+        found = TriggerConsistency(lambda x: x[:, :4].float(), response=response).partial_fit(whole)
+        assert bool(found.score(whole).isfinite().all())
+    with pytest.raises(AidefendError, match="response"):
+        TriggerConsistency(model, response="darkened")
+    with pytest.raises(AidefendError, match="Merge detectors of one kind"):
+        found.merge(TriggerConsistency(found.model))
+
+
 def test_any_sharding_and_order_gives_the_same_scores():
     block, _ = world()
     model = Backdoored()
