@@ -30,7 +30,6 @@ BATCH, STEPS, DELTA = 200, 300, 1e-5
 ATTACKS: dict[str, Any] = {
     "clean": None,
     "patch 5 %": poisoning.Patch(TARGET, 0.05),
-    "patch 1 %": poisoning.Patch(TARGET, 0.01),
     "blend 5 %": poisoning.Blend(TARGET, 0.05),
     "flipped labels 20 %": poisoning.LabelFlip(0.2),
 }
@@ -50,7 +49,7 @@ ARMS = {
     "plain, 60 steps": Arm(None, 0.0, 0.5, 60),
     "clip, slow": Arm(0.1, 0.0, 5.0),
     "clip, fast": Arm(0.1, 0.0, 20.0),
-    "noise 0.5, fast": Arm(0.1, 0.5, 20.0),
+    "noise 0.5, slow": Arm(0.1, 0.5, 5.0),
     "noise 1, slow": Arm(0.1, 1.0, 5.0),
     "noise 1, fast": Arm(0.1, 1.0, 20.0),
     "noise 2, slow": Arm(0.1, 2.0, 5.0),
