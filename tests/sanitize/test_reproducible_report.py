@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -110,6 +111,15 @@ def test_changed_texts_and_labels_in_words_are_noticed():
     assert report.changed((texts, [*labels[:50], "sport", *labels[51:]])).tolist() == [50]
     with pytest.raises(AidefendError, match="classes"):  # the numbers of the other classes would move
         report.changed((texts, [*labels[:50], "art", *labels[51:]]))
+
+
+def test_a_changed_cell_of_a_table_with_categories_is_noticed_and_a_new_category_moves_no_other_row(planted):
+    words = ["u" if value > 0 else "v" for value in planted.x[:, 1].tolist()]
+    table = {"a": planted.x[:, 0].tolist(), "b": words, "label": planted.y.tolist()}
+    report = screen(pandas.DataFrame(table), seed=0)
+    assert not len(report.changed(pandas.DataFrame(table)))
+    words[5] = "a word that sorts before all others"
+    assert report.changed(pandas.DataFrame(table)).tolist() == [5]
 
 
 def test_a_flipped_bit_anywhere_in_the_file_is_refused(tmp_path):
