@@ -11,6 +11,7 @@ from torch import Tensor
 from aidefend._core.random import derive_seed, make_generator
 from aidefend._core.stats import wilson
 from aidefend.sanitize.group_evidence import (
+    EMPTY,
     MANY_TURNED,
     MOSTLY_FOREIGN,
     TRANSPLANTS,
@@ -167,12 +168,16 @@ def _carriers(world: World, verdicts: Sequence[Verdict], sample: Mapping[int, Te
 
 
 def _marks(world: World, marked: Sequence[Group], alpha: float, proposed: int) -> tuple[Verdict, ...]:
-    """The groups with a mark that stand, strongest first; those that share rows with a stronger one are left out."""
+    """The groups with a mark that stand, strongest first; those that share rows with a stronger one are left out.
+
+    Their gap must be empty: one half of a class of many shapes leaves a gap with rows in it, and what it has beyond the
+    other half turns more than a fifth of rows of a class that is hard to tell from it (shirts from coats).
+    """
     level = _FOR_MARKS * alpha / max(_ASKED * proposed, 1)
     standing = []
     for group in marked:
         for evidence in (examine_mark(world, group, level), examine_spot(world, group, level)):
-            if evidence is not None and evidence.p_value <= level:
+            if evidence is not None and evidence.valley <= EMPTY and evidence.p_value <= level:
                 p_value = min(1.0, evidence.p_value * alpha / level)
                 standing.append(Verdict(group, evidence, p_value, poison=True))
     found: list[Verdict] = []
@@ -273,7 +278,8 @@ def _effect(verdict: Verdict) -> float:
 def _joined(verdicts: Sequence[Verdict]) -> Verdict:
     """The strongest group, and every other of about its strength that stands and whose further rows are mostly foreign.
 
-    Poison from several classes forms several clusters; a group that merely grew into the clean part adds honest rows.
+    Poison from several classes forms several clusters; a group that merely grew into the clean part adds honest rows,
+    which the pattern taken off makes foreign: it shows by the rows in its gap, so it must leave one about as empty.
     """
     strongest = verdicts[0]
     whole = strongest.group
@@ -281,7 +287,8 @@ def _joined(verdicts: Sequence[Verdict]) -> Verdict:
         group = verdict.group
         further = group.inside & ~whole.inside
         foreign = more_than(MOSTLY_FOREIGN, int(group.foreign[further].sum()), int(further.sum())) <= _FURTHER
-        if verdict.poison and foreign and _effect(verdict) >= _AS_STRONG * _effect(strongest):
+        empty = verdict.evidence.valley <= strongest.evidence.valley + EMPTY
+        if verdict.poison and foreign and empty and _effect(verdict) >= _AS_STRONG * _effect(strongest):
             whole = dataclasses.replace(
                 whole,
                 inside=whole.inside | group.inside,

@@ -189,13 +189,27 @@ def _bend(world: World, group: Group) -> Bend | None:
 
 
 def _company(world: World, group: Group, bend: Bend | None) -> tuple[float, float]:
-    content = group.content
+    """The company of a group in the one of two comparisons where it mixes better (Bonferroni).
+
+    What it has in common is taken off its rows, or, as a stamp hides what was under it and to take it off does not
+    bring that back, written on the others.
+    """
+    conformity, mine, likeness = world.conformity, group.rows[group.inside], group.looks_like[group.inside]
     if bend is not None:
-        content = world.view.coordinates(bend.taken_off(world.x[group.rows[group.inside]]))
-    return own_company(world.conformity, group.label, content, group.looks_like[group.inside])
+        straight = world.view.coordinates(bend.taken_off(world.x[mine]))
+        return own_company(conformity, group.label, straight, likeness)
+    marked = world.view.coordinates(group.trigger.written(world.x[conformity.beside(group.label)]))
+    found = [
+        own_company(conformity, group.label, group.content, likeness),
+        own_company(conformity, group.label, conformity.coordinates[mine], likeness, marked),
+    ]
+    company, p_value = min(found, key=lambda one: one[1])
+    return company, min(1.0, 2 * p_value)
 
 
-def own_company(conformity: Conformity, label: int, content: Tensor, likeness: Tensor) -> tuple[float, float]:
+def own_company(
+    conformity: Conformity, label: int, content: Tensor, likeness: Tensor, others: Tensor | None = None
+) -> tuple[float, float]:
     """How much more than by chance a group's rows neighbour each other, and the p-value of H: a quarter or more.
 
     Args:
@@ -203,12 +217,13 @@ def own_company(conformity: Conformity, label: int, content: Tensor, likeness: T
         label: The group's class.
         content: (m, v) its rows in the view, with what they have in common taken off.
         likeness: (m,) the class that each looks like, -1 for none.
+        others: (b, v) the rows of `conformity.beside(label)`, changed; None: as they are.
     Source: after the nearest-neighbour two-sample test of Schilling 1986; the mean over rows is taken as normal.
     """
     n = len(content)
-    others = torch.cat([rows for other, rows in conformity.banks.items() if other != label])
+    beside = conformity.coordinates[conformity.beside(label)] if others is None else others
     among = torch.cdist(content, content).fill_diagonal_(torch.inf)
-    gaps = torch.cat([among, torch.cdist(content, conformity.coordinates[others])], dim=1)
+    gaps = torch.cat([among, torch.cdist(content, beside)], dim=1)
     k = min(conformity.k, n - 1)
     observed = (gaps.topk(k, dim=1, largest=False).indices < n).double().mean(dim=1)
     ours = torch.tensor([float((likeness == like).sum()) for like in likeness.tolist()])

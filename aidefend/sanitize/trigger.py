@@ -57,8 +57,19 @@ class Trigger:
         return _like(torch.where(self.spot, self.values, x.float()), x)
 
     def likeness(self, other: "Trigger") -> float:
-        """Cosine between two patterns, 0 where one of them is empty."""
-        return float(torch.nn.functional.cosine_similarity(self.pattern.flatten(), other.pattern.flatten(), dim=0))
+        """In [-1, 1]: cosine between two patterns, or if that is more, how far they write the same cells alike.
+
+        A pattern is what was written less what was there before, which differs from class to class under one stamp.
+        """
+        cosine = float(torch.nn.functional.cosine_similarity(self.pattern.flatten(), other.pattern.flatten(), dim=0))
+        return max(cosine, self._written_alike(other))
+
+    def _written_alike(self, other: "Trigger") -> float:
+        """Share of the smaller spot, of four cells or more, that the other holds alike, to a twentieth of the range."""
+        scale = max(float(one.values.max() - one.values.min()) for one in (self, other))
+        alike = self.spot & other.spot & ((self.values - other.values).abs() <= 0.05 * scale)
+        smaller = min(int(self.spot.sum()), int(other.spot.sum()))
+        return int(alike.sum()) / smaller if smaller >= _FEW else 0.0
 
     def hit(self, x: Tensor) -> Tensor:
         """(n,) float64, how exactly rows hold the written values, on a log scale, in standard deviations."""

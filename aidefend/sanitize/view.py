@@ -146,6 +146,10 @@ class Conformity:
         beyond = self.away(rows, label).clamp(min=1e-12)
         return standardised((within.clamp(min=1e-12) / beyond).double().log())
 
+    def beside(self, label: int) -> Tensor:
+        """Row numbers of the banks of all other classes."""
+        return torch.cat([bank for other, bank in self.banks.items() if other != label])
+
     def away(self, rows: Tensor, label: int) -> Tensor:
         """`distance_elsewhere` (n,) of rows of the data. Of each class the last answer is kept: groups ask again."""
         known = self._away.get(label)
@@ -173,7 +177,7 @@ class Conformity:
 
     def matched(self, points: Tensor, label: int, count: int = 5) -> Tensor:
         """Row numbers (n, count) of the nearest bank rows that have other labels."""
-        rows = torch.cat([bank for other, bank in self.banks.items() if other != label])
+        rows = self.beside(label)
         found = torch.cdist(points, self.coordinates[rows]).topk(min(count, len(rows)), dim=1, largest=False).indices
         return rows[found]
 

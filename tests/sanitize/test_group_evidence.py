@@ -93,6 +93,16 @@ def test_planted_poison_falls_in_all_five_and_the_strongest_null_decides():
     assert all(not math.isnan(value) for value in found)
 
 
+class FarFromAll:
+    """A view in which no row with the trigger lies near the group."""
+
+    def __init__(self, view):
+        self.view = view
+
+    def coordinates(self, x):
+        return self.view.coordinates(x) + 50
+
+
 HARMLESS = ["not foreign", "half foreign", "no gap", "no transfer", "not nearer", "a style of its own"]
 
 
@@ -111,6 +121,7 @@ def test_each_hypothesis_alone_saves_a_group(harmless):
         here = dataclasses.replace(here, predict=lambda x: torch.full((len(x),), 3))
     elif harmless == "a style of its own":
         group = dataclasses.replace(group, content=group.content * 0.01 + 9)
+        here = dataclasses.replace(here, view=FarFromAll(here.view))
     else:  # the clean part of the class in the place of the poison: the public mistake of condemning one cluster of two
         strangers = (planted.y != 0).nonzero().flatten()[: int((~group.inside).sum())]
         group = dataclasses.replace(group, inside=~group.inside, log_odds=-group.log_odds, foreign=~group.foreign)
@@ -150,6 +161,22 @@ def test_company_is_near_zero_for_a_random_part_of_a_class_and_high_for_a_cluste
     apart = own_company(here.conformity, 0, drawn * 0.01 + 9, group.looks_like[group.inside])
     assert abs(near[0]) < 0.15 and near[1] < 1e-4
     assert apart[0] > 0.5 and apart[1] > 0.99
+
+
+def test_a_stamp_that_hides_what_varies_most_keeps_no_company_of_its_own():
+    """With the stamp taken off, its rows lack what all others vary in; with it written on the others, these do, too."""
+    planted = poisoned_clusters()
+    x = planted.x.clone()
+    x[:, 8:] = 0.0
+    x[:, :4] = torch.randn(len(x), 4, generator=torch.Generator().manual_seed(0))
+    x[planted.is_poison, :4] = 4.0
+    hidden = dataclasses.replace(planted, x=x)
+    here, group = world(hidden), group_of(hidden, hidden.is_poison)
+    likeness = group.looks_like[group.inside]
+    assert own_company(here.conformity, 0, group.content, likeness)[1] > 0.5
+    assert examine(here, group, threshold=1.0).p_company < 1e-4
+    elsewhere = dataclasses.replace(here, view=FarFromAll(here.view))
+    assert examine(elsewhere, group, threshold=1.0).p_company > 0.5
 
 
 def test_transplants_go_to_the_classes_that_the_group_looks_like_and_to_no_row_that_shaped_it():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
-from aidefend.sanitize.decide import verdicts_on
+from aidefend.sanitize.decide import Verdict, _joined, verdicts_on
 from aidefend.sanitize.group_evidence import GroupEvidence
 from aidefend.sanitize.groups import Group
 from aidefend.sanitize.levels import Levels, in_turn
@@ -108,3 +108,14 @@ def test_of_kin_transfer_and_nearness_are_not_asked():
     assert stands([group(0)], [carrier], levels, kin=True) == [True]
     assert stands([group(0)], [carrier], levels) == [False]
     assert stands([group(0)], [carrier._replace(p_company=1.1 * levels.gate)], levels, kin=True) == [False]
+
+
+def joined(valley):
+    """Rows 0 to 19 are proven; a group that holds rows 20 to 39, too, as foreign, leaves this gap."""
+    strongest = Verdict(group(0, 20), POISON, 0.0, poison=True)
+    grown = Verdict(group(0, 40), POISON._replace(foreign=0.97, valley=valley), 0.0, poison=True)
+    return int(_joined([strongest, grown]).group.inside.sum())
+
+
+def test_a_group_that_grew_into_rows_of_its_gap_is_not_joined():
+    assert joined(0.05) == 40 and joined(0.14) == 20

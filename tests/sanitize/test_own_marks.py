@@ -8,7 +8,7 @@ import torch
 from aidefend.sanitize.decide import decide
 from aidefend.sanitize.findings import RowVerdicts, facts_of
 from aidefend.sanitize.groups import Group
-from aidefend.sanitize.own_marks import examine_mark, marked_groups, unlike_marked
+from aidefend.sanitize.own_marks import MarkEvidence, examine_mark, marked_groups, unlike_marked
 from aidefend.sanitize.trigger import Trigger
 from tests.sanitize.mark_worlds import (
     A_CLASS,
@@ -145,3 +145,12 @@ def test_in_a_table_a_shared_value_is_an_ordinary_thing():
     found = search(here, contrast(x))
     found.world = dataclasses.replace(here, x=x.flatten(1))
     assert marked_groups(found) == []
+
+
+@pytest.mark.parametrize(("valley", "found"), [(0.03, True), (0.26, False)])
+def test_a_gap_that_rows_lie_in_saves_a_mark_however_small_the_p_values(monkeypatch, valley, found):
+    x, labels, _ = pictures()
+    certain = MarkEvidence(valley, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    monkeypatch.setattr("aidefend.sanitize.decide.examine_mark", lambda *_: certain)
+    monkeypatch.setattr("aidefend.sanitize.decide.examine_spot", lambda *_: None)
+    assert bool(decide(world(x, labels, believes_mark), [contrast(x).double()], alpha=0.01).poison) == found

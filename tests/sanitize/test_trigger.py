@@ -49,6 +49,25 @@ def test_no_difference_is_no_trigger():
     assert trigger.hit(x).tolist() == [0.0, 0.0, 0.0]
 
 
+def stamped(under, value=1.0, corner=20):
+    """A patch of 4 x 4 cells over pictures that are `under` there, and a class of its own elsewhere."""
+    x = 0.1 * torch.rand(400, 1, 28, 28, generator=torch.Generator().manual_seed(round(100 * under)))
+    x[..., 14:, 14:] += under
+    alike, marked = x.mean(dim=0), x.clone()
+    marked[..., corner : corner + 4, corner : corner + 4] = value
+    return Trigger.between(marked, alike, exact=True)
+
+
+def test_one_stamp_over_two_backgrounds_is_one_trigger_and_others_are_not():
+    light, dark = stamped(0.0), stamped(0.75)
+    faint = stamped(0.75, value=0.4)
+    cosine = torch.nn.functional.cosine_similarity(light.pattern.flatten(), faint.pattern.flatten(), dim=0)
+    assert light.likeness(dark) > 0.9 and dark.likeness(light) > 0.9
+    assert cosine < 0 < 0.9 < stamped(0.0, value=0.4).likeness(faint)  # what it wrote over was brighter than the stamp
+    assert light.likeness(faint) < 0.3  # other values in the same cells
+    assert light.likeness(stamped(0.0, corner=3)) < 0.3  # the same values in other cells
+
+
 def test_likeness_is_the_cosine_of_the_patterns_and_zero_for_an_empty_one():
     here = Trigger.between(torch.tensor([[3.0, 4.0]] * 2), torch.zeros(2))
     there = Trigger.between(torch.tensor([[4.0, 3.0]] * 2), torch.zeros(2))
