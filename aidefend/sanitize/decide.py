@@ -17,7 +17,6 @@ from aidefend.sanitize.group_evidence import (
     TRANSPLANTS,
     GroupEvidence,
     examine,
-    more_than,
     with_company,
 )
 from aidefend.sanitize.groups import CARRIER_GROUPS, ClassSearch, Group, extended
@@ -33,7 +32,6 @@ POWER = 0.8
 _FOUND_SHARE = 0.95
 _SEARCH_ROWS = 3000
 _FURTHER = 0.01
-_AS_STRONG = 0.8
 _KIN = 0.7  # half of the energy in common
 _TRIGGERS = 2
 _FOR_MARKS = 0.2  # of alpha
@@ -143,7 +141,7 @@ def decide(world: World, scores: Sequence[Tensor], alpha: float) -> Decision:
     verdicts = _with_kin(world, verdicts, _carriers(world, verdicts, sample), levels)
     by_class = [mine for label in searched if (mine := _strongest_first(verdicts, label))]
     marks = _marks(world, marked, alpha, proposed)
-    wrong = [_whole(world, _joined(mine)) for mine in by_class if mine[0].poison]
+    wrong = [_whole(world, _joined(world, mine, levels.gate)) for mine in by_class if mine[0].poison]
     poison = (*wrong, *(mark for mark in marks if all(_shared(mark, one) < _MOSTLY for one in wrong)))
     convicted = {verdict.group.label for verdict in poison}
     harmless = tuple(mine[0] for mine in by_class if mine[0].group.label not in convicted)
@@ -275,20 +273,18 @@ def _effect(verdict: Verdict) -> float:
     return evidence.foreign * max(0.0, 1 - evidence.valley) * (evidence.transfer if verdict.poison else 1.0)
 
 
-def _joined(verdicts: Sequence[Verdict]) -> Verdict:
-    """The strongest group, and every other of about its strength that stands and whose further rows are mostly foreign.
+def _joined(world: World, verdicts: Sequence[Verdict], gate: float) -> Verdict:
+    """The strongest group, and what others that stand have beyond it, where that is poison by itself.
 
     Poison from several classes forms several clusters; a group that merely grew into the clean part adds honest rows,
-    which the pattern taken off makes foreign: it shows by the rows in its gap, so it must leave one about as empty.
+    which the pattern taken off makes foreign.
     """
     strongest = verdicts[0]
     whole = strongest.group
     for verdict in verdicts[1:]:
         group = verdict.group
         further = group.inside & ~whole.inside
-        foreign = more_than(MOSTLY_FOREIGN, int(group.foreign[further].sum()), int(further.sum())) <= _FURTHER
-        empty = verdict.evidence.valley <= strongest.evidence.valley + EMPTY
-        if verdict.poison and foreign and empty and _effect(verdict) >= _AS_STRONG * _effect(strongest):
+        if verdict.poison and _poison_alone(world, whole, further, gate):
             whole = dataclasses.replace(
                 whole,
                 inside=whole.inside | group.inside,
@@ -297,6 +293,17 @@ def _joined(verdicts: Sequence[Verdict]) -> Verdict:
                 looks_like=torch.where(further, group.looks_like, whole.looks_like),
             )
     return dataclasses.replace(strongest, group=whole)
+
+
+def _poison_alone(world: World, whole: Group, further: Tensor, gate: float) -> bool:
+    """Whether further rows of the class, judged without what is proven, fall in all tests but that of the gap."""
+    left = ~whole.inside
+    search = ClassSearch(world, whole.label, whole.rows[left])
+    if not search.large_enough(further[left]):
+        return False
+    evidence = examine(world, search.described(further[left]), gate)
+    turns = max(evidence.p_transfer, evidence.p_nearer, evidence.p_company) <= gate
+    return turns and evidence.p_foreign <= _FURTHER
 
 
 def _whole(world: World, verdict: Verdict) -> Verdict:

@@ -173,7 +173,7 @@ class ClassSearch:
 
         Twice: a sharper group tells its pattern better, and the pattern the group's edge.
         """
-        group = self._described(side)
+        group = self.described(side)
         found = [group]
         amounts = amounts_of(self.world, self.label, self.rows, group.trigger)
         for start in (cut(amounts[:, 0]), cut(amounts[:, 1]), side):
@@ -188,12 +188,13 @@ class ClassSearch:
         """The side settled in the features and the amounts of a trigger, if it survives."""
         points = torch.cat([self.points, amounts], dim=1)
         settled = settle(points, side, inverse_covariance(points))
-        return [self._described(settled, bend)] if settled is not None and self.large_enough(settled) else []
+        return [self.described(settled, bend)] if settled is not None and self.large_enough(settled) else []
 
     def _bend(self, group: Group) -> Bend | None:
         return bend_of(self.world, self.label, self.rows[group.inside], group.looks_like[group.inside])
 
-    def _described(self, inside: Tensor, bend: Bend | None = None) -> Group:
+    def described(self, inside: Tensor, bend: Bend | None = None) -> Group:
+        """The group of these rows (n,) of the class; `bend` counts in its log-odds."""
         trigger, offset, matched = self._common(inside)
         points = torch.cat([self.points, amounts_of(self.world, self.label, self.rows, trigger, bend)], dim=1)
         fits, which = self.elsewhere.clone(), self.nearest.clone()

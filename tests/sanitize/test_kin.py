@@ -68,7 +68,7 @@ def test_carriers_of_a_trigger_are_found_whole_where_the_model_turns_nothing_wit
 def verdict(world, label, inside, evidence, poison):
     """A verdict on some rows of a class, with the trigger as it was planted."""
     rows = (world.labels == label).nonzero().flatten()
-    group = ClassSearch(world, label, rows)._described(inside[rows])
+    group = ClassSearch(world, label, rows).described(inside[rows])
     planted = Trigger.between(4.0 * (torch.arange(20) < 3).float().expand(2, 20), torch.zeros(20))
     return Verdict(dataclasses.replace(group, trigger=planted), evidence, 0.5, poison)
 
@@ -108,5 +108,5 @@ def test_carriers_spend_no_further_chance_of_their_own(monkeypatch):
     here, rows = searched(planted), (planted.y == 1).nonzero().flatten()
     certain = GroupEvidence(1.0, 0, 1, 0, 0, 0, 0.5, 0.0, 0, 0)
     monkeypatch.setattr("aidefend.sanitize.decide.examine", lambda world, group, threshold: certain)
-    group = ClassSearch(here, 1, rows)._described(planted.is_poison[rows])
+    group = ClassSearch(here, 1, rows).described(planted.is_poison[rows])
     assert [one.poison for one in _with_kin(here, [], [group], LEVELS)] == [False]

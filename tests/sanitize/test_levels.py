@@ -6,9 +6,11 @@ from scipy import stats
 
 from aidefend.sanitize.decide import Verdict, _joined, verdicts_on
 from aidefend.sanitize.group_evidence import GroupEvidence
-from aidefend.sanitize.groups import Group
+from aidefend.sanitize.groups import ClassSearch, Group
 from aidefend.sanitize.levels import Levels, in_turn
 from aidefend.sanitize.trigger import Trigger
+from tests.sanitize.test_group_evidence import world
+from tests.worlds import poisoned_clusters
 
 NOTHING = torch.zeros(0, dtype=torch.int64)
 TRIGGER = Trigger.between(torch.zeros(2, 1), torch.zeros(1))
@@ -110,12 +112,20 @@ def test_of_kin_transfer_and_nearness_are_not_asked():
     assert stands([group(0)], [carrier._replace(p_company=1.1 * levels.gate)], levels, kin=True) == [False]
 
 
-def joined(valley):
-    """Rows 0 to 19 are proven; a group that holds rows 20 to 39, too, as foreign, leaves this gap."""
-    strongest = Verdict(group(0, 20), POISON, 0.0, poison=True)
-    grown = Verdict(group(0, 40), POISON._replace(foreign=0.97, valley=valley), 0.0, poison=True)
-    return int(_joined([strongest, grown]).group.inside.sum())
+def clusters_with(further):
+    """Poisoned clusters, of which the first half of the poison is proven, and a verdict that takes `further`, too."""
+    planted = poisoned_clusters(poison=80)
+    here, rows = world(planted), (planted.y == 0).nonzero().flatten()
+    bad = planted.is_poison[rows]
+    first = bad & (bad.cumsum(dim=0) <= 40)
+    more = bad & ~first if further == "poison" else ~bad & ((~bad).cumsum(dim=0) <= 40)
+    found = [ClassSearch(here, 0, rows).described(side) for side in (first, first | more)]
+    verdicts = [Verdict(found[0], POISON, 0.0, poison=True), Verdict(found[1], POISON, 0.0, poison=True)]
+    return here, verdicts, first, more
 
 
-def test_a_group_that_grew_into_rows_of_its_gap_is_not_joined():
-    assert joined(0.05) == 40 and joined(0.14) == 20
+@pytest.mark.parametrize("further", ["poison", "honest"])
+def test_what_another_verdict_takes_beyond_the_strongest_is_joined_where_it_is_poison_by_itself(further):
+    here, verdicts, first, more = clusters_with(further)
+    whole = _joined(here, verdicts, 1e-6).group.inside
+    assert torch.equal(whole, first | more if further == "poison" else first)
