@@ -274,7 +274,7 @@ def _effect(verdict: Verdict) -> float:
 
 
 def _joined(world: World, verdicts: Sequence[Verdict], gate: float) -> Verdict:
-    """The strongest group, and what others that stand have beyond it, where that is poison by itself.
+    """The strongest group, and what others that stand have beyond it, where that is foreign and works by itself.
 
     Poison from several classes forms several clusters; a group that merely grew into the clean part adds honest rows,
     which the pattern taken off makes foreign.
@@ -284,7 +284,7 @@ def _joined(world: World, verdicts: Sequence[Verdict], gate: float) -> Verdict:
     for verdict in verdicts[1:]:
         group = verdict.group
         further = group.inside & ~whole.inside
-        if verdict.poison and _poison_alone(world, whole, further, gate):
+        if verdict.poison and _works_alone(world, whole, further, gate):
             whole = dataclasses.replace(
                 whole,
                 inside=whole.inside | group.inside,
@@ -295,15 +295,17 @@ def _joined(world: World, verdicts: Sequence[Verdict], gate: float) -> Verdict:
     return dataclasses.replace(strongest, group=whole)
 
 
-def _poison_alone(world: World, whole: Group, further: Tensor, gate: float) -> bool:
-    """Whether further rows of the class, judged without what is proven, fall in all tests but that of the gap."""
+def _works_alone(world: World, whole: Group, further: Tensor, gate: float) -> bool:
+    """Whether further rows of the class, judged without what is proven, are foreign and have a trigger in common.
+
+    Which part is the stranger is known by then, and the rest may hold more poison that is much like them.
+    """
     left = ~whole.inside
     search = ClassSearch(world, whole.label, whole.rows[left])
     if not search.large_enough(further[left]):
         return False
-    evidence = examine(world, search.described(further[left]), gate)
-    turns = max(evidence.p_transfer, evidence.p_nearer, evidence.p_company) <= gate
-    return turns and evidence.p_foreign <= _FURTHER
+    evidence = examine(world, search.described(further[left]), 1.0)
+    return evidence.p_transfer <= gate and evidence.p_foreign <= _FURTHER
 
 
 def _whole(world: World, verdict: Verdict) -> Verdict:

@@ -125,7 +125,7 @@ def clusters_with(further):
 
 
 @pytest.mark.parametrize("further", ["poison", "honest"])
-def test_what_another_verdict_takes_beyond_the_strongest_is_joined_where_it_is_poison_by_itself(further):
+def test_what_another_verdict_takes_beyond_the_strongest_is_joined_where_it_works_by_itself(further):
     here, verdicts, first, more = clusters_with(further)
     whole = _joined(here, verdicts, 1e-6).group.inside
     assert torch.equal(whole, first | more if further == "poison" else first)
