@@ -1,6 +1,7 @@
 """evaluate_robustness where the true worst case is known, on any order and batch size, without a trace."""
 
 import pickle
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -65,20 +66,20 @@ def test_stages_add_up(world):
 
 
 def test_same_result_for_any_order_batch_size_and_container(world):
+    """In float64: in float32 the machine's arithmetic for passes of other sizes moves the points by 2e-5 on some."""
+    model, x = deepcopy(world.model).double(), world.x.double()
     threat = Threat("l2", middle_eps(world, "l2"), FREE)
-    whole = evaluate_robustness(world.model, (world.x, world.y), threat, "quick", seed=3)
+    whole = evaluate_robustness(model, (x, world.y), threat, "quick", seed=3)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
-    loader = DataLoader(TensorDataset(world.x[order], world.y[order]), batch_size=9)
-    other = evaluate_robustness(world.model, loader, threat, "quick", seed=3, batch_size=7)
+    loader = DataLoader(TensorDataset(x[order], world.y[order]), batch_size=9)
+    other = evaluate_robustness(model, loader, threat, "quick", seed=3, batch_size=7)
     assert other.ids == tuple(whole.ids[i] for i in order)
     torch.testing.assert_close(other.x_adv, whole.x_adv[order], atol=1e-5, rtol=0)
     assert torch.equal(other.robust, whole.robust[order])
     assert other.to_evidence().digest == whole.to_evidence().digest
-    again = evaluate_robustness(world.model, (world.x, world.y), threat, "quick", seed=3)
+    again = evaluate_robustness(model, (x, world.y), threat, "quick", seed=3)
     assert torch.equal(again.x_adv, whole.x_adv)
-    assert not torch.equal(
-        evaluate_robustness(world.model, (world.x, world.y), threat, "quick", seed=4).x_adv, whole.x_adv
-    )
+    assert not torch.equal(evaluate_robustness(model, (x, world.y), threat, "quick", seed=4).x_adv, whole.x_adv)
 
 
 def test_radius_by_sample(world):
