@@ -232,15 +232,7 @@ def verdicts(means: list[dict[str, Any]]) -> list[dict[str, Any]]:
             best = at["aware", arm]
             target = f"attack reaches x{BROKEN:g} behind: {arm}"
             found.append(_target(data, target, best, best >= BROKEN))
-        for arm in (
-            "trimmed loss 5 %",
-            "trimmed loss 10 %",
-            "vote",
-            "trimmed, then vote",
-            "screen",
-            "screen, weights",
-            "clipped gradients",
-        ):
+        for arm in LIMITING:
             worst = max(at[attack, arm] for attack in ATTACKS)
             target = f"error stays below x{LIMITED:g} with: {arm}"
             found.append(_target(data, target, worst, worst <= LIMITED))

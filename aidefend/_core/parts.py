@@ -32,7 +32,7 @@ def raw_parts(data: Any, names: Samples, batch_size: int, *, mark: bool) -> Iter
     elif isinstance(data, list | tuple):
         yield from _elements(data, names, batch_size, mark=mark)
     elif is_map_style(data):
-        read = (_read(data, row) for row in range(len(data))) if mark else (data[row] for row in range(len(data)))
+        read = (read_row(data, row) for row in range(len(data))) if mark else (data[row] for row in range(len(data)))
         yield from ((part, False) for part in _chunks(read, batch_size))
     elif isinstance(data, IterableDataset) or is_hugging_face(data):
         yield from ((part, False) for part in _chunks(going_on(data, mark=mark), batch_size))
@@ -96,7 +96,8 @@ def _is_batch(first: Any, names: Samples, *, sized: bool) -> bool:
     return not keyed and (isinstance(first, Mapping) or not sized)
 
 
-def _read(data: Any, row: int) -> Any:
+def read_row(data: Any, row: int) -> Any:
+    """Sample `row` of a data set, or what it raised as `Failed`."""
     try:
         return data[row]
     except MemoryError:

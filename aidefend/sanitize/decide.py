@@ -17,9 +17,11 @@ from aidefend.sanitize.group_evidence import (
     TRANSPLANTS,
     GroupEvidence,
     examine,
+    foreign_share,
+    transfer_share,
     with_company,
 )
-from aidefend.sanitize.groups import CARRIER_GROUPS, ClassSearch, Group, extended
+from aidefend.sanitize.groups import CARRIER_GROUPS, ClassSearch, Group, bend_of, extended
 from aidefend.sanitize.levels import FIRST, Levels, in_turn
 from aidefend.sanitize.own_marks import MarkEvidence, examine_mark, marked_groups
 from aidefend.sanitize.own_spots import SpotEvidence, examine_spot
@@ -304,8 +306,9 @@ def _works_alone(world: World, whole: Group, further: Tensor, gate: float) -> bo
     search = ClassSearch(world, whole.label, whole.rows[left])
     if not search.large_enough(further[left]):
         return False
-    evidence = examine(world, search.described(further[left]), 1.0)
-    return evidence.p_transfer <= gate and evidence.p_foreign <= _FURTHER
+    group = search.described(further[left])
+    _, p_foreign = foreign_share(group.foreign, group.inside)
+    return p_foreign <= _FURTHER and transfer_share(world, group, bend_of(world, group))[1] <= gate
 
 
 def _whole(world: World, verdict: Verdict) -> Verdict:

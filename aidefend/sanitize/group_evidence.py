@@ -82,7 +82,7 @@ def examine(world: World, group: Group, threshold: float) -> GroupEvidence:
     apart, p_nearer = nearness(world, group)
     dear = (math.nan, 1.0, math.nan, 1.0)
     if p_nearer <= threshold:
-        bend = _bend(world, group)
+        bend = bend_of(world, group)
         dear = (*transfer_share(world, group, bend), *_company(world, group, bend))
     transfer, p_transfer, company, p_company = dear
     return GroupEvidence(
@@ -94,7 +94,7 @@ def with_company(world: World, group: Group, evidence: GroupEvidence) -> GroupEv
     """The evidence with the test of company, where nearness had made it needless."""
     if not math.isnan(evidence.company):
         return evidence
-    company, p_company = _company(world, group, _bend(world, group))
+    company, p_company = _company(world, group, bend_of(world, group))
     return evidence._replace(company=company, p_company=p_company)
 
 
@@ -182,10 +182,6 @@ def _within(conformity: Conformity, group: Group, points: Tensor) -> Tensor:
 def _ranked_lower(values: Tensor, inside: Tensor) -> float:
     """p-value of H: the values inside are no lower than the others."""
     return float(stats.mannwhitneyu(values[inside].numpy(), values[~inside].numpy(), alternative="less").pvalue)
-
-
-def _bend(world: World, group: Group) -> Bend | None:
-    return bend_of(world, group.label, group.rows[group.inside], group.looks_like[group.inside])
 
 
 def _company(world: World, group: Group, bend: Bend | None) -> tuple[float, float]:

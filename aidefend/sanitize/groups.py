@@ -179,7 +179,7 @@ class ClassSearch:
         for start in (cut(amounts[:, 0]), cut(amounts[:, 1]), side):
             found += self._settled_with(start, amounts)
         for _ in range(_SHARPENED):
-            group, bend = found[-1], self._bend(found[-1])
+            group, bend = found[-1], bend_of(self.world, found[-1])
             amounts = amounts_of(self.world, self.label, self.rows, group.trigger, bend)
             found += self._settled_with(group.inside, amounts, bend)
         return found
@@ -189,9 +189,6 @@ class ClassSearch:
         points = torch.cat([self.points, amounts], dim=1)
         settled = settle(points, side, inverse_covariance(points))
         return [self.described(settled, bend)] if settled is not None and self.large_enough(settled) else []
-
-    def _bend(self, group: Group) -> Bend | None:
-        return bend_of(self.world, self.label, self.rows[group.inside], group.looks_like[group.inside])
 
     def described(self, inside: Tensor, bend: Bend | None = None) -> Group:
         """The group of these rows (n,) of the class; `bend` counts in its log-odds."""
@@ -240,17 +237,18 @@ def amounts_of(world: World, label: int, rows: Tensor, trigger: Trigger, bend: B
     return torch.stack(columns, dim=1)
 
 
-def bend_of(world: World, label: int, rows: Tensor, looks_like: Tensor) -> Bend | None:
+def bend_of(world: World, group: Group) -> Bend | None:
     """The displacement that explains a group of rows better than an added pattern does; None where none does.
 
     Each class that the group looks like gives a pair of means: of its own rows, and of the group's rows like it.
     """
     if not Bend.possible(world.x):
         return None
-    x, sources, aims, weights = world.x[rows].float(), [], [], []
+    x, looks_like = world.x[group.rows[group.inside]].float(), group.looks_like[group.inside]
+    sources, aims, weights = [], [], []
     for other, bank in world.conformity.banks.items():
         like = looks_like == other
-        if bool(like.any()) and other != label:
+        if bool(like.any()) and other != group.label:
             sources.append(world.x[bank[:SHAPING]].float().mean(dim=0))
             aims.append(x[like].mean(dim=0))
             weights.append(float(like.sum()))

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 
 from aidefend._core.batches import content_ids
 from aidefend._core.checks import check_items, check_same_rows, refuse
-from aidefend._core.collate import Failed, why
+from aidefend._core.collate import Failed
 from aidefend._core.frames import is_frame, is_hugging_face, is_stored, raw_column
 from aidefend._core.naming import paired
-from aidefend._core.parts import going_on, is_map_style
+from aidefend._core.parts import going_on, is_map_style, read_row
 from aidefend._core.samples import LABEL_KEYS, Samples
 from aidefend.sanitize.mixed_table import class_of
 from aidefend.sanitize.raw_table import listed, missing, raw_table
@@ -90,9 +90,9 @@ def read_texts(dataset: Any) -> tuple[TextRows | None, Any]:
     if isinstance(data, np.ndarray | Tensor | str | bytes):
         return None, dataset
     if is_map_style(data):
-        looked_at = (_read(data, row) for row in range(min(len(data), _LOOK_AT)))
+        looked_at = (read_row(data, row) for row in range(min(len(data), _LOOK_AT)))
         first = next((sample for sample in looked_at if not isinstance(sample, Failed)), None)
-        whole = (_read(data, row) for row in range(len(data)))
+        whole = (read_row(data, row) for row in range(len(data)))
         return _of_samples(whole, names) if _holds_text(first, names) else None, dataset
     return _of_stream(data, names, dataset) if isinstance(data, Iterable) else (None, dataset)
 
@@ -276,12 +276,3 @@ def _are_texts(values: Any) -> bool:
     entries = listed(raw_column(values))
     nested = any(np.ndim(one) > 0 or isinstance(one, bytes | Mapping) for one in entries[:3])
     return not nested and isinstance(next((one for one in entries if not missing(one)), None), str)
-
-
-def _read(data: Any, row: int) -> Any:
-    try:
-        return data[row]
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged sample is a fact about the data, whatever it raises
-        return why(error)
