@@ -57,23 +57,23 @@ def screen(
     """Judge every row of a training set: quarantine structured poison, remark what else looks wrong, remove nothing.
 
     Detectors propose parts of each class; a part is quarantined as a whole if five hypotheses under which it would be
-    harmless all fall: at most half of it fits another class and not its own (in a view of the inputs that does
-    not use the model); it does not stand apart in the model's features; what it has in common turns at most a third of
-    ordinary rows of other classes into its label, be it added, added twice, written into its spot, or, for pictures, a
-    smooth displacement; it lies no nearer to other classes than the rest of its class, and with what either has in
-    common taken off not by a fifth; and, with its pattern taken off, it keeps to itself where wrongly labelled rows
-    would mix with those that they look like. Where a trigger was proven in one class, it is looked for in the others,
-    and a group that carries it need not show the third and the fourth again (all-to-all poison;
+    harmless all fall: at most half of it fits another class and not its own (in a view of the inputs that does not use
+    the model); it does not stand apart in the model's features; what it has in common turns at most a third of ordinary
+    rows of other classes into its label, be it added, added twice, written into its spot, or, for pictures, a smooth
+    displacement; it lies no nearer to other classes than the rest of its class, and with what either has in common
+    taken off not by a fifth; and, with its pattern taken off or written on the others, it keeps to itself where wrongly
+    labelled rows would mix with those that they look like. Where a trigger was proven in one class, it is looked for in
+    the others, and a group that carries it need not show the third and the fourth again (all-to-all poison;
     `proven_in_another_class` in the report).
     Honest styles and rare groups have right labels and pass the first.
     Of pictures a group with right labels is quarantined, too (`right_labels` in the report), if four hypotheses fall:
-    it does not stand apart in the features; what it has beyond its own class turns at most a fifth of rows of other
-    classes into its label; the same with its cells in another order turns as many; and with that mark on, the rest of
-    the class still differs from the group, as it does from a style. Rows that were made hard to learn differ by more
-    than the mark. So the cells that the group holds constant, and the rest of its class does not, are judged alone,
-    too, where they are at most a fifth of the picture: there the second hypothesis is that they turn at most a
-    twentieth, and the fourth that a twentieth of other classes holds the same (`elsewhere` in the report;
-    `right_labels` is None, as their labels are not asked for).
+    it does not stand apart in the features, with next to nothing in between; what it has beyond its own class turns at
+    most a fifth of rows of other classes into its label; the same with its cells in another order turns as many; and
+    with that mark on, the rest of the class still differs from the group, as it does from a style. Rows that were made
+    hard to learn differ by more than the mark. So the cells that the group holds constant, and the rest of its class
+    does not, are judged alone, too, where they are at most a fifth of the picture: there the second hypothesis is that
+    they turn at most a twentieth, and the fourth that a twentieth of other classes holds the same (`elsewhere` in the
+    report; `right_labels` is None, as their labels are not asked for).
     In tables (N, d) and texts patterns are sought as such, too: values, ranges, words or letters that rows of one class
     hold in common and that, taken off, leave rows of another class (`WrittenSearch`). Tables may have columns of text,
     bool or category, and gaps.
