@@ -21,7 +21,7 @@ def warp(x: Tensor, angle: Tensor, shift: Tensor, zoom: Tensor) -> Tensor:
 
 
 def benign(x: Tensor, y: Tensor, kind: str, stream: torch.Generator) -> Tensor:
-    """The queries of one principal in a day: 20 to 300 plain ones, or bursts among them."""
+    """The queries of one principal in a day: 20 to 300 plain ones, or bursts among them, for half of these at first."""
     count = int(math.exp(3 + 2.7 * float(torch.rand((), generator=stream))))
     if kind == "skewed":
         classes = torch.randperm(10, generator=stream)[: int(torch.randint(1, 4, (), generator=stream))]
@@ -32,12 +32,11 @@ def benign(x: Tensor, y: Tensor, kind: str, stream: torch.Generator) -> Tensor:
     if kind in ("plain", "skewed"):
         return chosen
     make = {"video": video, "still camera": still, "retries": retries, "augmented": augmented}[kind]
-    bursts = max(1, count // 40)
+    bursts, at_first = max(1, count // 40), bool(torch.rand((), generator=stream) < 0.5)
     parts = []
-    for number, part in enumerate(chosen.tensor_split(bursts)):
-        parts += [part, make(x[pool[int(torch.randint(len(pool), (), generator=stream))]], stream)] if len(part) else []
-        if number >= 4:
-            break
+    for part in chosen.tensor_split(bursts)[:5]:
+        burst = make(x[pool[int(torch.randint(len(pool), (), generator=stream))]], stream)
+        parts += [burst, part] if at_first else [part, burst]
     return torch.cat(parts)
 
 

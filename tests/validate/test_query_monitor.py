@@ -319,7 +319,7 @@ def test_another_key_sees_other_fingerprints_and_the_same_attack(saved):
     "damage",
     [
         lambda text: text[:-20],
-        lambda text: text.replace("aidefend.queries/2", "aidefend.queries/1"),
+        lambda text: text.replace("aidefend.queries/3", "aidefend.queries/2"),
         lambda text: text.replace('"ring":64', '"ring":"64"'),
         lambda text: text.replace('"unit"', '"unite"'),
         lambda text: text.replace('"alpha":0.05', '"alpha":5'),

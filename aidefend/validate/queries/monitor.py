@@ -33,7 +33,7 @@ from aidefend.validate.queries.sqlite_store import SQLiteStore
 from aidefend.validate.queries.store import QueryStore, StoreHealth
 from aidefend.validate.queries.trail import Trail
 
-_SCHEMA = "aidefend.queries/2"
+_SCHEMA = "aidefend.queries/3"
 _ACTIONS = ("suspend", "alert")
 _PROMISES = ("marginal", "calibration-conditional")
 _NO_NAME = 256
