@@ -11,6 +11,8 @@ from aidefend.sanitize.block import check_kin, read_block
 from aidefend.sanitize.moments import ClassMoments, merged, moments_of, top_directions
 from aidefend.sanitize.sample import ClassSample
 
+_ROUNDING = 1e-9  # of the size of the numbers
+
 
 class ClusterEvidence(NamedTuple):
     """Two clusters of one class: the smaller one's share, mean silhouette, distance in within-cluster spreads."""
@@ -103,7 +105,7 @@ class ActivationClustering:
         directions = top_directions(moments.covariance(), self.dimensions)[1]
         points = (self.sample.of(label)[1] - moments.mean) @ directions
         side = two_means(points)
-        small = side if int(side.sum()) * 2 <= len(side) else ~side
+        small = _smaller(side)
         at_small, at_large = _centre(points[small]), _centre(points[~small])
         return _Clusters(moments.mean, directions, at_small, at_large, _evidence(points, small))
 
@@ -112,17 +114,27 @@ class ActivationClustering:
 
 
 def two_means(points: Tensor, steps: int = 50) -> Tensor:
-    """(n,) bool: one of two k-means clusters of points (n, r), started from the sign of the first coordinate."""
-    side = points[:, 0] > points[:, 0].mean()
+    """(n,) bool: one of two k-means clusters of points (n, r), started from the sign of the first coordinate.
+
+    A point that lies in the middle but for rounding is in the other one.
+    """
+    rounding = _ROUNDING * float(points.abs().amax()) if len(points) else 0.0
+    side = points[:, 0] > points[:, 0].mean() + rounding
     for _ in range(steps):
         if bool(side.all()) or not bool(side.any()):
             return side
         gaps = [(points - points[part].mean(dim=0)).square().sum(dim=1) for part in (side, ~side)]
-        new = gaps[0] < gaps[1]
+        new = gaps[0] < gaps[1] - _ROUNDING * (gaps[0] + gaps[1])
         if torch.equal(new, side):
             break
         side = new
     return side
+
+
+def _smaller(side: Tensor) -> Tensor:
+    """(n,) bool: the smaller one of two clusters; of equal ones, that without the first row."""
+    count = 2 * int(side.sum())
+    return side if count < len(side) or (count == len(side) and not bool(side[0])) else ~side
 
 
 def _centre(points: Tensor) -> Tensor:
@@ -142,7 +154,7 @@ def _nearness(features: Tensor, clusters: _Clusters) -> Tensor:
 def _evidence(points: Tensor, small: Tensor) -> ClusterEvidence:
     if not bool(small.any()):
         return ClusterEvidence(0.0, 0.0, 0.0)
-    distance = torch.cdist(points, points)
+    distance = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")  # 0 between equal rows
     to_small, to_large = distance[:, small].sum(dim=1), distance[:, ~small].sum(dim=1)
     n_small, n_large = int(small.sum()), int((~small).sum())
     own = torch.where(small, to_small / max(n_small - 1, 1), to_large / max(n_large - 1, 1))

@@ -17,6 +17,8 @@ from aidefend.sanitize.sketches import BandIndex, BitIndex, min_hashes, perceptu
 By = Literal["auto", "content", "image", "text", "features"]
 _APPROXIMATE_FROM = 5000
 _MOST_ALIKE = 16
+_ROUNDING = 1e-5  # of a product in float32; pairs that near are looked at in float64
+_PAIRS = 65_536  # of rows that are looked at together
 _PERMUTATIONS = 128
 _BAND = 8
 _USUAL = {"content": 1.0, "image": 0.95, "text": 0.8, "features": 0.999}
@@ -207,12 +209,27 @@ class _Known:
             yield ours.numpy(), rows[alike].numpy(), (1 - distances[alike]).clamp(max=1).float().numpy()
 
     def _by_cosine(self, queries: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        bank, asked = (_unit(torch.from_numpy(rows - self.centre)) for rows in (self.prints, queries))
+        bank, asked = (self._unit(rows) for rows in (self.prints, queries))
         for start in range(0, len(asked), 1024):
             for offset in range(0, len(bank), 8192):
-                cosine = asked[start : start + 1024].nan_to_num() @ bank[offset : offset + 8192].T
-                ours, theirs = (cosine >= self.threshold).nonzero(as_tuple=True)
-                yield (ours + start).numpy(), (theirs + offset).numpy(), cosine[ours, theirs].clamp(max=1).numpy()
+                cosine = asked[start : start + 1024].float().nan_to_num() @ bank[offset : offset + 8192].float().T
+                near = (cosine >= self.threshold - _ROUNDING).nonzero() + torch.tensor([start, offset])
+                for ours, theirs in (part.T for part in near.split(_PAIRS)):
+                    exact = self._cosine(queries, ours, theirs)
+                    fits = exact >= self.threshold
+                    yield ours[fits].numpy(), theirs[fits].numpy(), exact[fits].numpy()
+
+    def _cosine(self, queries: np.ndarray, ours: Tensor, theirs: Tensor) -> Tensor:
+        """(p,) float64 of pairs of rows."""
+        left, right = self._unit(queries[ours.numpy()]), self._unit(self.prints[theirs.numpy()])
+        return (left * right).sum(dim=1).clamp(max=1)
+
+    def _unit(self, rows: np.ndarray) -> Tensor:
+        """(n, d + 1) float64 of length one; rows in the centre, which have no direction, point along the last axis."""
+        gap = torch.from_numpy(rows - self.centre).double()
+        length = gap.norm(dim=1, keepdim=True)
+        central = length <= 1e-12 * float(np.abs(self.centre).max(initial=0.0))
+        return torch.cat([torch.where(central, 0.0, gap / length.clamp(min=1e-300)), central.double()], dim=1)
 
 
 def _kind_of(block: Mapping[str, Any]) -> str:
@@ -235,9 +252,3 @@ def _digests(x: Tensor) -> np.ndarray:
 def _single(features: Tensor, given: torch.dtype) -> np.ndarray:
     found: np.ndarray = (features if given == torch.float64 else features.float()).numpy()
     return found
-
-
-def _unit(rows: Tensor) -> Tensor:
-    rows = rows.double()
-    length: Tensor = rows.norm(dim=1, keepdim=True)
-    return (rows / length.clamp(min=1e-300)).float()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from aidefend._core.approximate import ApproximateIndex
 from aidefend._core.checks import check_choice, check_int
+from aidefend._core.neighbours import k_nearest
 from aidefend._core.stats import Interval
 from aidefend.sanitize.block import check_kin, read_block
 from aidefend.sanitize.sample import ClassSample
@@ -96,19 +97,22 @@ class NeighbourDisagreement:
 
     def _ratio(self, label: int, queries: Tensor, place: list[int], bank: Tensor) -> Tensor:
         """Log of the distance to the k-th row of one class, relative to the class's own median."""
+        own = torch.tensor(place, dtype=torch.int64)
         if self.index == "faiss" and len(bank) >= _APPROXIMATE_FROM:
             index, usual = self._indexed(label, bank)
-            distance = _kth_found(index, queries.nan_to_num(), torch.tensor(place, dtype=torch.int64), self.k)
+            distance = _kth_found(index.nearest(queries.nan_to_num(), self.k + 1), own, self.k)
             return (distance / usual).clamp(min=1e-12).log()
-        usual = kth_distance(bank, bank, self.k, torch.arange(len(bank))).median().clamp(min=1e-12)
-        distance = kth_distance(queries, bank, self.k, torch.tensor(place, dtype=torch.int64))
+        k = min(self.k, len(bank) - 1)
+        usual = _kth_found(k_nearest(bank, bank, k + 1), torch.arange(len(bank)), k).median().clamp(min=1e-12)
+        distance = _kth_found(k_nearest(queries.nan_to_num(0.0, 0.0, 0.0), bank, k + 1), own, k)
         return (distance / usual).clamp(min=1e-12).log()
 
     def _indexed(self, label: int, bank: Tensor) -> tuple[ApproximateIndex, Tensor]:
         """The index of a class and its own median distance, made once after the last row came in."""
         if label not in self._indices:
             index = ApproximateIndex(bank, self.k, seed=self.seed)
-            usual = _kth_found(index, bank, torch.arange(len(bank)), self.k).median().clamp(min=1e-12)
+            found = index.nearest(bank, self.k + 1)
+            usual = _kth_found(found, torch.arange(len(bank)), self.k).median().clamp(min=1e-12)
             self._indices[label] = index, usual
         return self._indices[label]
 
@@ -117,9 +121,9 @@ class NeighbourDisagreement:
         return self.sample.of(classes[0])[1].shape[1] if classes else None
 
 
-def _kth_found(index: ApproximateIndex, queries: Tensor, place: Tensor, k: int) -> Tensor:
-    """As `kth_distance`, by an index: the k-th of what was found besides the row itself."""
-    distances, rows = index.nearest(queries, k + 1)
+def _kth_found(nearest: tuple[Tensor, Tensor], place: Tensor, k: int) -> Tensor:
+    """(N,) distance to the k-th of k + 1 rows (distances, row numbers), without the query's own row at `place`."""
+    distances, rows = nearest
     distances = torch.where(rows == place.unsqueeze(1), torch.inf, distances).sort(dim=1).values[:, :k]
     found = distances.isfinite().sum(dim=1).clamp(min=1)  # fewer than k where the cells that were searched hold no more
     return distances.gather(1, found.unsqueeze(1) - 1)[:, 0]

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from aidefend.sanitize.block import check_kin, read_block
-from aidefend.sanitize.moments import ClassMoments, merged, moments_of, top_directions
+from aidefend.sanitize.moments import ClassMoments, merged, moments_of, spread_along_top
 
 
 class SpectralSignature:
     """Distance of a row from its class mean along the class's top singular direction, in standard deviations.
+
+    Where several directions vary equally much, as the categories of a table can, the distance in their span counts.
 
     Guarantee: none under adaptive attack. The score ranks poison first where poison and clean rows of a class differ by
         more than the class's own variation (Source, Lemma 3.1: squared shift >= 6 sigma^2 / rate). A broad clean class
@@ -53,9 +55,10 @@ class SpectralSignature:
         for label, moments in self.moments.items():
             mine = (rows.labels == label) & rows.usable
             if bool(mine.any()):
-                values, directions = top_directions(moments.covariance(), 1)
-                along = ((rows.features[mine] - moments.mean) @ directions[:, 0]).abs()
-                scores[mine] = along / values[0].sqrt() if values[0] > 0 else torch.zeros_like(along)
+                variance, directions = spread_along_top(moments)
+                along = ((rows.features[mine] - moments.mean) @ directions).norm(dim=1)
+                unit = (variance * directions.shape[1]) ** 0.5
+                scores[mine] = along / unit if unit > 0 else torch.zeros_like(along)
         return scores
 
     def _dimensions(self) -> int | None:

@@ -232,6 +232,32 @@ def test_merge_is_new_and_leaves_both_parts_as_they_were(name):
     assert torch.equal(a.score(whole), before[0]) and torch.equal(b.score(whole), before[1])
 
 
+def categories(n=150):
+    """A table of categories: equal variances in many directions, and rows with many equals."""
+    labels = torch.arange(n) % 3
+    return block_of(torch.nn.functional.one_hot((7 * torch.arange(n)) % 5, 5).float(), labels)
+
+
+def few_different_rows(n=150):
+    """Two different rows and their copies, which are nearer to each other than rounding is to 0."""
+    two = torch.rand(2, 5, generator=torch.Generator().manual_seed(4))
+    return block_of(two[(torch.arange(n) > n // 2).long()], torch.arange(n) % 3)
+
+
+@every_detector
+@pytest.mark.parametrize("data", [categories, few_different_rows])
+@pytest.mark.parametrize("seed", range(3))
+def test_where_directions_and_distances_are_equal_neither_shards_nor_blocks_decide(name, data, seed):
+    block = with_all(data())
+    detector = fitted(name, block)
+    whole, n = detector.score(block), len(block["labels"])
+    shards = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tensor_split(5)
+    merged = functools.reduce(lambda a, b: b.merge(a), [fitted(name, cut(block, rows)) for rows in shards])
+    torch.testing.assert_close(merged.score(block), whole, rtol=1e-9, atol=1e-9, equal_nan=True)
+    parts = [detector.score(cut(block, range(a, min(a + 7, n)))) for a in range(0, n, 7)]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
 @every_sanitizer
 def test_a_class_in_two_shards_counts_as_one(name):
     block = world()

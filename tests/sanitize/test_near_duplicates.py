@@ -159,3 +159,15 @@ def test_many_equal_rows_do_not_meet_in_pairs():
 def test_what_cannot_be_is_refused(act, message):
     with pytest.raises(AidefendError, match=message):
         act()
+
+
+@pytest.mark.parametrize("data", ["copies of one row", "copies beside others", "far from the origin"])
+def test_equal_features_are_duplicates_at_the_strictest_threshold(data):
+    """In float32 the cosine of a row with itself may be .99999994; and the mean of equal rows has no direction."""
+    rows = torch.rand(40, 7, generator=torch.Generator().manual_seed(3))
+    rows = torch.full((40, 7), 0.1) if data == "copies of one row" else rows[torch.arange(40) % 20]
+    rows = rows.double() + 1e5 if data == "far from the origin" else rows
+    block = {"ids": tuple(map(str, range(40))), "features": rows, "labels": torch.zeros(40, dtype=torch.int64)}
+    found = NearDuplicates("features", threshold=1.0).partial_fit(block)
+    assert found.score(block).tolist() == pytest.approx([1.0] * 40, abs=1e-9)
+    assert sum(len(group) for group in found.groups()) == 40
