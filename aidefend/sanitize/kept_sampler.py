@@ -1,5 +1,6 @@
 """A sampler over the rows that were kept: the same on every rank, and resumable in the middle of an epoch."""
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ class KeptSampler(Sampler[int]):
     Guarantee: no row outside `kept` is ever drawn, on any rank. Over all ranks an epoch draws every kept row once;
         where they cannot be shared out evenly, the last ranks draw one of the epoch's first rows again, so that all
         ranks take the same number of steps. A run that resumes from `state_dict` draws what the interrupted one would
-        have drawn.
+        have drawn. An epoch that was left half-way goes on at the next `iter`; `set_epoch` begins one anew.
     Args:
         kept: Row numbers (K,) int64.
         shuffle: A new order each epoch, from seed and epoch; else ascending.
@@ -52,22 +53,33 @@ class KeptSampler(Sampler[int]):
         """Begin an epoch anew, as torch's DistributedSampler has it; not needed where epochs follow one another."""
         self.epoch, self.drawn = check_int(epoch, "epoch", 0), 0
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the sampler stands: plain numbers.
+    def state_dict(self) -> dict[str, Any]:
+        """Where the sampler stands, the same on every rank at the same step: JSON types.
 
         A DataLoader draws ahead: with workers, save the number of batches that the loop has used and pass it on as
         `{"epoch": epoch, "drawn": batches * batch_size, ...}`.
         """
-        return {"epoch": self.epoch, "drawn": self.drawn, "seed": self.seed, "kept": len(self.kept)}
+        return {"epoch": self.epoch, "drawn": self.drawn, **self._setting()}
 
     def load_state_dict(self, state: Any) -> None:
-        """Go on from `state_dict()`. Raises: ConfigurationError: it is of another seed or of other rows."""
+        """Go on from `state_dict()`, of this rank or another one.
+
+        Raises: ConfigurationError: it is of another seed, of other rows, of another number of ranks (a step is another
+            share of the epoch there: begin an epoch anew), or shuffled where this one is not.
+        """
         check_kind(state, dict, "state", "Pass what state_dict() returned")
-        if state.get("seed") != self.seed or state.get("kept") != len(self.kept):
-            rule = f"the state of a sampler of {len(self.kept)} rows with seed {self.seed}"
-            raise refuse(rule, "state", state, "Build the sampler from the same report and seed")
+        setting = self._setting()
+        if {name: state.get(name) for name in setting} != setting:
+            cure = "Build the sampler from the same report and seed, for as many ranks"
+            raise refuse(f"the state of a sampler with {setting}", "state", state, cure)
         self.epoch = check_int(state.get("epoch"), "epoch", 0)
         self.drawn = check_int(state.get("drawn"), "drawn", 0, len(self))
+
+    def _setting(self) -> dict[str, Any]:
+        """What two samplers that draw the same rows on the same steps have in common."""
+        rows = hashlib.sha256(self.kept.long().numpy().tobytes()).hexdigest()
+        setting = {"seed": self.seed, "shuffle": self.shuffle, "world_size": self.world_size}
+        return {**setting, "kept": len(self.kept), "rows": rows}
 
     def _order(self) -> list[int]:
         rows = self.kept

@@ -22,6 +22,7 @@ from aidefend.sanitize.raw_table import named_rows
 from aidefend.sanitize.texts import text_rows
 
 _BEGIN = "aidefend.releases"
+_RELEASED = "released by "
 
 
 class ScreenReport(Report):
@@ -33,6 +34,7 @@ class ScreenReport(Report):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_chain(self.releases)
+        _check_released(self.ids, self.reasons, self.releases)
 
     @property
     def releases(self) -> tuple[dict[str, Any], ...]:
@@ -142,8 +144,8 @@ class ScreenReport(Report):
     ) -> "ScreenReport":
         """A new report in which these rows are kept, with the decision written down; this one stays as it was.
 
-        Guarantee: releases form a chain of digests: one that is changed, dropped or moved later is refused when the
-            report is made or loaded. The chain has no key, so whoever can write the whole file can forge it: pass the
+        Guarantee: releases form a chain of digests: one that is changed, dropped (the last one, too, as long as the row
+            says that it was released) or moved later is refused when the report is made or loaded. The chain has no key, so whoever can write the whole file can forge it: pass the
             append method of an `AuditLog` as `log`.
         Args:
             ids: Ids of quarantined rows.
@@ -169,12 +171,17 @@ class ScreenReport(Report):
         keep, reasons = self.keep.clone(), [*self.reasons]
         columns = {name: values.clone() for name, values in self.columns.items()}
         for row in (place[row_id] for row_id in names):
-            keep[row], reasons[row] = True, (*self.reasons[row], f"released by {by}: {why}")
+            keep[row], reasons[row] = True, (*self.reasons[row], _words_of(entry))
             for name, value in ((WEIGHT, 1.0), (PROPOSED, -1)):
                 if name in columns:
                     columns[name][row] = value
         parameters = {**self.parameters, "releases": [*self.releases, entry]}
         return dataclasses.replace(self, keep=keep, reasons=tuple(reasons), parameters=parameters, columns=columns)
+
+
+def _words_of(entry: Mapping[str, Any]) -> str:
+    """What a released row says of its release."""
+    return f"{_RELEASED}{entry['by']}: {entry['why']}"
 
 
 def _content(row_id: str) -> str:
@@ -197,3 +204,14 @@ def _check_chain(releases: Sequence[Mapping[str, Any]]) -> None:
         if known.get("previous") != _last(releases[:place]) or known.get("digest") != _digest(known):
             cure = "Restore the report: somebody changed what was released"
             raise refuse("an unbroken chain of releases", "releases", f"entry {place} does not fit", cure)
+
+
+def _check_released(
+    ids: Sequence[str], reasons: Sequence[Sequence[str]], releases: Sequence[Mapping[str, Any]]
+) -> None:
+    """Every row that says it was released has its entry: a chain without its end is unbroken, too."""
+    known = {(row_id, _words_of(entry)) for entry in releases for row_id in entry["ids"]}
+    for row_id, said in zip(ids, reasons, strict=True):
+        if any(words.startswith(_RELEASED) and (row_id, words) not in known for words in said):
+            cure = "Restore the report: somebody took an entry out"
+            raise refuse("an unbroken chain of releases", "releases", f"none of row {row_id[:16]}", cure)

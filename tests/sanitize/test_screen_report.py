@@ -76,6 +76,13 @@ def test_a_state_of_other_rows_is_refused():
     for other in (KeptSampler(torch.arange(6)), KeptSampler(torch.arange(5), seed=1)):
         with pytest.raises(AidefendError, match="same report and seed"):
             other.load_state_dict(state)
+    for other in (
+        KeptSampler(torch.arange(5) + 1),
+        KeptSampler(torch.arange(5), shuffle=False),
+        KeptSampler(torch.arange(5), rank=1, world_size=2),
+    ):
+        with pytest.raises(AidefendError, match="same report and seed"):
+            other.load_state_dict(state)
     with pytest.raises(AidefendError, match="drawn"):
         KeptSampler(torch.arange(5)).load_state_dict({**state, "drawn": 9})
     with pytest.raises(AidefendError, match="rank"):
@@ -144,7 +151,7 @@ def test_a_log_that_fails_releases_nothing(report):
         report.release([report.ids[int(report.quarantine_indices[0])]], "me", "x", log=full)
 
 
-@pytest.mark.parametrize("tamper", ["change", "drop", "swap", "forge"])
+@pytest.mark.parametrize("tamper", ["change", "drop", "drop the last", "drop all", "swap", "forge"])
 def test_a_changed_chain_of_releases_is_refused(report, tmp_path, tamper):
     released = report
     for row in report.quarantine_indices[:3].tolist():
@@ -154,6 +161,10 @@ def test_a_changed_chain_of_releases_is_refused(report, tmp_path, tamper):
         chain[1]["by"] = "somebody else"
     elif tamper == "drop":
         del chain[0]
+    elif tamper == "drop the last":
+        del chain[-1]
+    elif tamper == "drop all":
+        chain = []
     elif tamper == "swap":
         chain[0], chain[1] = chain[1], chain[0]
     else:
