@@ -108,7 +108,7 @@ class RowVerdicts:
         group = verdict.group
         rows = self._places[group.rows]
         chance = torch.sigmoid(group.log_odds)
-        said = torch.where(group.inside, chance.clamp(min=0.5 + 1e-9), chance.clamp(max=0.5))
+        said = torch.where(group.inside, chance.clamp(min=0.5 + 1e-5), chance.clamp(max=0.5))
         self.scores[rows] = torch.maximum(self.scores[rows], said)
         members = rows[group.inside]
         self.p_values[members] = self.p_values[members].clamp(max=max(verdict.p_value, 1e-300))

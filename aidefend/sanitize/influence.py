@@ -11,11 +11,11 @@ from aidefend.sanitize.block import check_kin, read_block
 
 
 class Influence:
-    """How much a step on the row would raise the loss of trusted rows, through the last layer, summed over checkpoints.
+    """How much a step on the row would raise the loss of trusted rows, through the last layer, at one checkpoint.
 
     The gradient of the cross-entropy in the last layer is (p - y) h: no backward pass is needed, only "logits" (N, K)
-    and "features" (N, d), the input of the layer. For each checkpoint of the training make one object, or pass the
-    trusted rows' blocks of all checkpoints in turn to `checkpoint`.
+    and "features" (N, d), the input of the layer. For several checkpoints of a training make one object for each, with
+    the trusted rows' block of that checkpoint, and add the scores.
 
     Guarantee: none. The gradient in the last layer sees nothing of what lower layers learn; poison with gradients along
         those of trusted rows (gradient matching) is what this score is blind to.
@@ -44,7 +44,7 @@ class Influence:
             if not bool(usable.any()):
                 raise refuse("trusted rows with finite features", "trusted", "none", "Pass some trusted rows")
             classes = labels[usable].unique().tolist()
-            self.gradients = torch.stack([_mean_gradient(features, residuals, labels == c) for c in classes])
+            self.gradients = torch.stack([_mean_gradient(features, residuals, usable & (labels == c)) for c in classes])
         self.length, self.count, self.classes = 0.0, 0, frozenset[int]()
 
     def partial_fit(self, block: Mapping[str, Any]) -> "Influence":
@@ -110,5 +110,5 @@ def _parts(block: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _mean_gradient(features: Tensor, residuals: Tensor, rows: Tensor) -> Tensor:
-    gradient: Tensor = residuals[rows].T @ features[rows] / max(1, int(rows.sum()))
+    gradient: Tensor = residuals[rows].T @ features[rows] / int(rows.sum())
     return gradient

@@ -24,6 +24,7 @@ from aidefend.sanitize.material import Encoder, read_material
 from aidefend.sanitize.out_of_fold import out_of_fold_logits
 from aidefend.sanitize.provenance import read_names, read_trusted, removals
 from aidefend.sanitize.remarks import Remarks, remarks_of
+from aidefend.sanitize.rounding import rounded, rounded_facts
 from aidefend.sanitize.screen_report import ScreenReport
 from aidefend.sanitize.suspect import train_suspect
 from aidefend.sanitize.view import IndependentView
@@ -105,7 +106,8 @@ def screen(
             to `parameters["sources"]`, and each source is scored as a whole.
         groups: One name a row (whom it concerns): the same in `parameters["groups"]`, where a group that loses more
             than twice the share of the rest is marked. Neither changes a verdict.
-        seed: Everything that is drawn. Equal input and seed give an equal report.
+        seed: Everything that is drawn. Equal input and seed give an equal report: its numbers have six digits, which
+            the number of threads does not change.
         encoder: From a list of texts to (N, d). None: `TextEncoder`, hashed words and letters.
         max_removed: Largest share of a class that structured poison takes out, in (0, 1], or a share for each class
             number (other classes have no cap); the least suspicious rows beyond it are kept, with a reason, and listed
@@ -157,7 +159,9 @@ def screen(
     rows = RowVerdicts(found, decision, good, remarks, quarantine=chosen.named, caps=caps, seen=seen)
     skipped = unsearched(found, decision)
     told = material.told(dataset)
-    others, known = {**scores, VIEW_SCORE: readings.disagreement}, (found.labels, found.usable, good)
+    said = {SCORE: rows.scores, **scores, VIEW_SCORE: readings.disagreement}
+    said, known = {name: rounded(values) for name, values in said.items()}, (found.labels, found.usable, good)
+    p_values = {name: calibrated(values, *known) for name, values in said.items() if name != SCORE}
     facts = facts_of(decision, int(rows.removed.sum()), len(rows.removed)) | {
         "alpha": ALPHA,
         "seed": seed,
@@ -185,11 +189,11 @@ def screen(
     return ScreenReport(
         found.ids,
         rows.keep,
-        {SCORE: rows.scores, **others},
-        {SCORE: rows.p_values, **{name: calibrated(values, *known) for name, values in others.items()}},
+        said,
+        {SCORE: rounded(rows.p_values), **p_values},
         rows.reasons,
         "screen",
-        facts,
+        rounded_facts(facts),
         THREAT,
         limits_of(facts, skipped),
         columns=rows.columns,

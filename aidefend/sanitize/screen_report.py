@@ -145,8 +145,8 @@ class ScreenReport(Report):
         """A new report in which these rows are kept, with the decision written down; this one stays as it was.
 
         Guarantee: releases form a chain of digests: one that is changed, dropped (the last one, too, as long as the row
-            says that it was released) or moved later is refused when the report is made or loaded. The chain has no key, so whoever can write the whole file can forge it: pass the
-            append method of an `AuditLog` as `log`.
+            says that it was released) or moved later is refused when the report is made or loaded. The chain has no
+            key, so whoever can write the whole file can forge it: pass the append method of an `AuditLog` as `log`.
         Args:
             ids: Ids of quarantined rows.
             by: Who decides.

@@ -45,6 +45,16 @@ def test_the_score_is_the_inner_product_of_gradients(world):
     torch.testing.assert_close(scores, naive.double(), rtol=1e-6, atol=1e-8)
 
 
+def test_trusted_rows_that_hold_nan_count_for_nothing(world):
+    """One of ten of a class: its gradient was divided by ten and not by nine, so that other classes weighed more."""
+    _, block = world
+    broken = part(block, range(30))
+    broken["features"] = broken["features"].clone()
+    broken["features"][0, 2] = torch.nan
+    expected = Influence(part(block, range(1, 30))).partial_fit(block).score(block)
+    assert torch.equal(Influence(broken).partial_fit(block).score(block), expected)
+
+
 def test_without_trusted_rows_it_is_the_length_of_the_own_gradient(world):
     layer, block = world
     scores = Influence().partial_fit(block).score(block)
