@@ -1,16 +1,25 @@
-"""How wrong labels came about: from predictions for rows that the model never saw, and the labels they were given."""
+"""How wrong labels came about: from predictions for rows that the model never saw, and the labels they were given.
 
-from collections.abc import Mapping
-from typing import NamedTuple
+In numpy: the arrays are small and many, and threads cost more there than they save.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Floats = npt.NDArray[np.floating[Any]]  # float64 all of them
+Places = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
 _SHRINKAGE = 1.0  # of each counted confusion towards the mean of all: cells of a few rows say little
 _LARGEST = 0.9  # of a confusion, over the share of right labels of its class
 _FLOOR = 1e-3  # least chance of a class, where the inverse of the confusion gives less
-_EXPONENTS = tuple(2 ** (step / 4) for step in range(-4, 18))  # among which the likeliest is looked for
+_DOUBLES = 4  # so many steps to an exponent twice as large, whose powers are squares
+_EXPONENTS = tuple(2 ** (step / _DOUBLES) for step in range(-4, 18))  # among which the likeliest is looked for
 _AGREEING = 2048  # rows, over all classes, whose label is what was predicted: they are many and much alike
 _COLUMNS = 32  # up to so many, the largest of a row is found faster column by column
 _PART = 4096  # rows at a time: what a step makes is then still in the cache for the next one
@@ -32,49 +41,63 @@ class LabelNoise(NamedTuple):
         threshold: The score above which a label is called wrong, where it is not the prediction itself.
     """
 
-    inverse: Tensor
-    usual: Tensor
+    inverse: Floats
+    usual: Floats
     exponent: float
-    confusion: Tensor
+    confusion: Floats
     error_share: float = 0.0
     threshold: float = 1.0
 
     def scores(self, logits: Tensor, labels: Tensor) -> Tensor:
         """(N,) probability that a label is wrong; logits (N, K), labels (N,) of classes that were seen."""
-        parts = zip(logits.split(_PART), labels.split(_PART), strict=True)
-        return torch.cat([self._wrong(part, given) for part, given in parts])
+        found = np.empty(len(labels))
+        for part, given, place in _parts(logits, labels):
+            weights = self._weights(part, given)
+            found[place] = 1 - _own(weights, given) / weights.sum(axis=0)
+        return torch.from_numpy(found)
 
     def likely(self, logits: Tensor, labels: Tensor) -> Tensor:
         """(N,) int64: the most likely true class."""
-        parts = zip(logits.split(_PART), labels.split(_PART), strict=True)
-        return torch.cat([self._weights(part, given).max(dim=0).indices for part, given in parts])
+        found = np.empty(len(labels), dtype=np.int64)
+        for part, given, place in _parts(logits, labels):
+            found[place] = self._weights(part, given).argmax(axis=0)
+        return torch.from_numpy(found)
 
-    def _wrong(self, logits: Tensor, labels: Tensor) -> Tensor:
-        weights = self._weights(logits, labels)
-        return 1 - _own(weights, labels) / weights.sum(dim=0)
-
-    def _weights(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _weights(self, logits: Floats, labels: Places) -> Floats:
         """(K, N), in proportion to the probability of each true class, given the prediction and the label."""
-        chances = _softmax(logits.T.clone(memory_format=torch.contiguous_format))
+        chances = _softmax(logits.T.copy())
         true = _sharpened(_relative(_unmixed(chances, self.inverse), self.usual), self.exponent)
-        return true.mul_(self.confusion.index_select(1, labels))
+        true *= _given(self.confusion, labels)
+        return true
 
 
 def contests(logits: Tensor, labels: Tensor) -> Tensor:
     """(N,) bool: another label than the given one is predicted; logits (N, K) float64, labels (N,)."""
-    return logits.gather(1, labels[:, None])[:, 0] < _highest(logits)
+    return torch.from_numpy(_contests(logits.numpy(), labels.numpy()))
 
 
-def _highest(logits: Tensor) -> Tensor:
+def _contests(logits: Floats, labels: Places) -> Flags:
+    own: Floats = logits[np.arange(len(labels)), labels]
+    return own < _highest(logits)
+
+
+def _highest(logits: Floats) -> Floats:
     if logits.shape[1] > _COLUMNS:
-        return logits.amax(dim=1)
+        return np.asarray(logits.max(axis=1))
     highest = np.empty(len(logits))
     for start in range(0, len(logits), _PART):
-        part, largest = logits[start : start + _PART].numpy(), highest[start : start + _PART]
+        part, largest = logits[start : start + _PART], highest[start : start + _PART]
         largest[:] = part[:, 0]
         for column in range(1, part.shape[1]):
             np.maximum(largest, part[:, column], out=largest)
-    return torch.from_numpy(highest)
+    return highest
+
+
+def _parts(logits: Tensor, labels: Tensor) -> Iterator[tuple[Floats, Places, slice]]:
+    """Some rows at a time, with their place."""
+    for start in range(0, len(labels), _PART):
+        place = slice(start, start + _PART)
+        yield logits[place].numpy(), labels[place].numpy(), place
 
 
 class _Sample(NamedTuple):
@@ -83,11 +106,11 @@ class _Sample(NamedTuple):
     `rows` (K,): how many rows all those of a label stand for.
     """
 
-    columns: Tensor
-    labels: Tensor
-    standing: Tensor
-    contested: Tensor
-    rows: Tensor
+    columns: Floats
+    labels: Places
+    standing: Floats
+    contested: Flags
+    rows: Floats
 
 
 class _Fit(NamedTuple):
@@ -113,112 +136,134 @@ def estimate(logits: Mapping[int, Tensor], counts: Mapping[int, float]) -> Label
     """
     sample = _sampled(logits, counts)
     counted = _counted(sample)
-    plain = _sharper(_based(sample, torch.eye(len(counted), dtype=torch.float64), counted, 1.0), (4, 2, 1))
-    unmixed = _sharper(_based(sample, torch.linalg.pinv(counted), counted, 1.0), (4, 2, 1))
+    plain = _sharper(_based(sample, np.eye(len(counted)), counted, 1.0), (4, 2, 1))
+    unmixed = _sharper(_based(sample, np.linalg.pinv(counted), counted, 1.0), (4, 2, 1))
     better = max(plain, unmixed, key=lambda fit: fit.likelihood)
     confusion = _expected(better.relative, better.noise)
-    inverse = better.noise.inverse if better is plain else torch.linalg.pinv(confusion)
+    inverse = better.noise.inverse if better is plain else np.linalg.pinv(confusion)
     return _decided(_sharper(_based(sample, inverse, confusion, better.noise.exponent), (1,)))
 
 
 def _sampled(logits: Mapping[int, Tensor], counts: Mapping[int, float]) -> _Sample:
-    rows, sizes = torch.cat(list(logits.values())), torch.tensor([len(part) for part in logits.values()])
-    places = torch.arange(len(sizes)).repeat_interleave(sizes)
-    labels = torch.tensor(list(logits))[places]
-    contested = contests(rows, labels)
-    agreeing = torch.bincount(places, ~contested, minlength=len(sizes)).long()
-    numbers = (~contested).cumsum(dim=0) - (agreeing.cumsum(dim=0) - agreeing)[places]  # from 1, in each label
+    rows, sizes = np.concatenate([part.numpy() for part in logits.values()]), np.array([*map(len, logits.values())])
+    places = np.repeat(np.arange(len(sizes)), sizes)
+    labels = np.array(list(logits))[places]
+    contested = _contests(rows, labels)
+    agreeing = np.bincount(places[~contested], minlength=len(sizes))
+    numbers = np.cumsum(~contested) - (np.cumsum(agreeing) - agreeing)[places]  # from 1, in each label
     most = max(1, _AGREEING // len(sizes))
-    kept = (contested | (numbers <= most)).nonzero()[:, 0]
-    places, contested = places[kept], contested[kept]
-    standing = torch.tensor([counts[label] for label in logits], dtype=torch.float64) / sizes
-    standing = torch.where(contested, standing[places], (standing * (agreeing / most).clamp(min=1))[places])
-    columns, labels = rows.index_select(0, kept).T.clone(memory_format=torch.contiguous_format), labels[kept]
-    return _Sample(_softmax(columns), labels, standing, contested, torch.bincount(labels, standing, len(columns)))
+    kept = np.flatnonzero(contested | (numbers <= most))
+    places, labels, contested = places[kept], labels[kept], contested[kept]
+    each = np.array([counts[label] for label in logits]) / sizes
+    standing = np.where(contested, each[places], (each * (agreeing / most).clip(min=1))[places])
+    columns = rows[kept].T.copy()
+    masses = np.bincount(labels, standing, len(columns)).astype(np.float64)
+    return _Sample(_softmax(columns), labels, standing, contested, masses)
 
 
-def _based(sample: _Sample, inverse: Tensor, confusion: Tensor, exponent: float) -> _Fit:
+def _based(sample: _Sample, inverse: Floats, confusion: Floats, exponent: float) -> _Fit:
     true = _unmixed(sample.columns, inverse)
-    usual = _usual(sample, true).log_()
+    usual = np.log(_usual(sample, true))
     return _Fit(LabelNoise(inverse, usual, exponent, confusion), sample._replace(columns=_relative(true, usual)))
 
 
-def _usual(sample: _Sample, columns: Tensor) -> Tensor:
+def _usual(sample: _Sample, columns: Floats) -> Floats:
     """(K,) mean of each class's column over the rows with its label; infinite where there are none."""
-    sums = torch.bincount(sample.labels, _own(columns, sample.labels) * sample.standing, len(columns))
-    return torch.where(sample.rows > 0, sums / sample.rows, torch.inf)
+    sums = np.bincount(sample.labels, _own(columns, sample.labels) * sample.standing, len(columns))
+    return np.where(sample.rows > 0, sums / np.maximum(sample.rows, 1e-300), np.inf)
 
 
-def _own(columns: Tensor, labels: Tensor) -> Tensor:
+def _own(columns: Floats, labels: Places) -> Floats:
     """(n,) of the columns (K, n), the entry of each row's label."""
-    return columns.gather(0, labels[None])[0]
+    found: Floats = columns[labels, np.arange(len(labels))]
+    return found
 
 
-def _softmax(columns: Tensor) -> Tensor:
+def _given(confusion: Floats, labels: Places) -> Floats:
+    """(K, n) of the confusion, the column of each row's label."""
+    return confusion.take(labels, axis=1)
+
+
+def _softmax(columns: Floats) -> Floats:
     """(K, n), written into `columns`."""
-    chances = columns.sub_(columns.amax(dim=0)).exp_()
-    return chances.div_(chances.sum(dim=0))
+    columns -= columns.max(axis=0)
+    np.exp(columns, out=columns)
+    columns /= columns.sum(axis=0)
+    return columns
 
 
-def _unmixed(chances: Tensor, inverse: Tensor) -> Tensor:
-    return (inverse.T @ chances).clamp_(min=_FLOOR)
+def _unmixed(chances: Floats, inverse: Floats) -> Floats:
+    true: Floats = (inverse.T @ chances).clip(min=_FLOOR)
+    return true
 
 
-def _relative(true: Tensor, usual: Tensor) -> Tensor:
+def _relative(true: Floats, usual: Floats) -> Floats:
     """(K, n) logarithms, less the usual ones and so that the largest of each row is 0; written into `true`."""
-    true.log_().sub_(usual[:, None])
-    return true.sub_(true.amax(dim=0))
+    np.log(true, out=true)
+    true -= usual[:, None]
+    true -= true.max(axis=0)
+    return true
 
 
-def _sharpened(relative: Tensor, exponent: float) -> Tensor:
-    return (relative * exponent).exp_()
+def _sharpened(relative: Floats, exponent: float) -> Floats:
+    true = relative * exponent
+    np.exp(true, out=true)
+    return true
 
 
-def _counted(sample: _Sample) -> Tensor:
+def _counted(sample: _Sample) -> Floats:
     """P(given | true) among confident rows, as many for each given label as there are rows with it."""
     size = len(sample.columns)
     usual = _usual(sample, sample.columns)
-    highest, guesses = torch.where(sample.columns >= usual[:, None], sample.columns, -1.0).max(dim=0)
-    joint = torch.bincount(sample.labels * size + guesses, sample.standing * (highest >= 0), minlength=size * size)
+    sure = np.where(sample.columns >= usual[:, None], sample.columns, -1.0)
+    guesses, highest = sure.argmax(axis=0), sure.max(axis=0)
+    joint = np.bincount(sample.labels * size + guesses, sample.standing * (highest >= 0), minlength=size * size)
     joint = joint.reshape(size, size)  # (given, true)
-    joint.diagonal().add_((sample.rows > 0) & (joint.sum(dim=1) == 0))
-    joint *= (sample.rows / joint.sum(dim=1).clamp(min=1e-300))[:, None]
+    joint[np.diag_indices(size)] += (sample.rows > 0) & (joint.sum(axis=1) == 0)
+    joint *= (sample.rows / joint.sum(axis=1).clip(min=1e-300))[:, None]
     return _confusion(joint / joint.sum(), sample.rows > 0)
 
 
-def _confusion(joint: Tensor, seen: Tensor) -> Tensor:
+def _confusion(joint: Floats, seen: Flags) -> Floats:
     """P(given | true) from the joint of (given, true), between classes that were seen, (K,) bool."""
-    inside = (seen[:, None] & seen).fill_diagonal_(False)
-    wrong = torch.where(inside, joint, 0.0)
+    inside = _pairs(seen) & ~np.eye(len(seen), dtype=bool)
+    wrong = np.where(inside, joint, 0.0)
     mean = wrong.sum() / max(1, int(inside.sum()))
-    wrong = torch.where(inside, (wrong + _SHRINKAGE * mean) / (1 + _SHRINKAGE), 0.0)
-    return _mostly_right((wrong + torch.diag(joint.diagonal())).T)
+    wrong = np.where(inside, (wrong + _SHRINKAGE * mean) / (1 + _SHRINKAGE), 0.0)
+    return _mostly_right((wrong + np.diag(joint.diagonal())).T)
 
 
-def _mostly_right(masses: Tensor) -> Tensor:
+def _pairs(seen: Flags) -> Flags:
+    return seen[:, None] & seen
+
+
+def _mostly_right(masses: Floats) -> Floats:
     """Masses (true, given) as shares of each true class, the errors at most `_LARGEST` of the right labels.
 
     With scale t and errors e: t max(e) <= _LARGEST (1 - t sum(e)). A confusion beyond that is singular near by, and its
     inverse would call the right labels wrong. A class without any mass has no errors.
     """
-    whole = masses.sum(dim=1, keepdim=True)
-    wrong = torch.where(whole > 0, masses / whole.clamp(min=1e-300), 0.0).fill_diagonal_(0.0)
-    scale = (_LARGEST / (wrong.amax(dim=1) + _LARGEST * wrong.sum(dim=1)).clamp(min=1e-12)).clamp(max=1)
+    wrong: Floats = masses / masses.sum(axis=1, keepdims=True).clip(min=1e-300)
+    np.fill_diagonal(wrong, 0.0)
+    scale = (_LARGEST / (wrong.max(axis=1) + _LARGEST * wrong.sum(axis=1)).clip(min=1e-12)).clip(max=1)
     wrong *= scale[:, None]
-    return wrong + torch.diag(1 - wrong.sum(dim=1))
+    wrong += np.diag(1 - wrong.sum(axis=1))
+    return wrong
 
 
 def _sharper(fit: _Fit, steps: tuple[int, ...]) -> _Fit:
     """With the exponent of the highest likelihood, from the present one by steps up or down."""
     columns, standing = fit.relative.columns, fit.relative.standing
-    given = fit.noise.confusion.index_select(1, fit.relative.labels)
+    given = _given(fit.noise.confusion, fit.relative.labels)
     known: dict[int, float] = {}
+    last, true = -1, columns
 
     def likelihood(place: int) -> float:
+        nonlocal last, true
         if place not in known:
-            true = _sharpened(columns, _EXPONENTS[place])
-            whole = true.sum(dim=0)
-            known[place] = float(true.mul_(given).sum(dim=0).div_(whole).log_() @ standing)
+            true = np.square(true) if last == place - _DOUBLES else _sharpened(columns, _EXPONENTS[place])
+            shares = np.einsum("kn,kn->n", true, given) / true.sum(axis=0)
+            known[place], last = float(np.log(shares) @ standing), place
         return known[place]
 
     best = _EXPONENTS.index(fit.noise.exponent)
@@ -230,17 +275,21 @@ def _sharper(fit: _Fit, steps: tuple[int, ...]) -> _Fit:
     return _Fit(fit.noise._replace(exponent=_EXPONENTS[best]), fit.relative, known[best])
 
 
-def _posterior(sample: _Sample, noise: LabelNoise) -> Tensor:
+def _posterior(sample: _Sample, noise: LabelNoise) -> Floats:
     """(K, n) probability of each true class."""
-    weights = _sharpened(sample.columns, noise.exponent).mul_(noise.confusion.index_select(1, sample.labels))
-    return weights.div_(weights.sum(dim=0))
+    weights = _sharpened(sample.columns, noise.exponent)
+    weights *= _given(noise.confusion, sample.labels)
+    weights /= weights.sum(axis=0)
+    return weights
 
 
-def _expected(sample: _Sample, noise: LabelNoise) -> Tensor:
+def _expected(sample: _Sample, noise: LabelNoise) -> Floats:
     """The confusion that is expected under the present one; one row more for each true class, of all labels alike."""
-    masses = torch.zeros_like(noise.confusion).index_add_(1, sample.labels, _posterior(sample, noise) * sample.standing)
+    weights = _posterior(sample, noise) * sample.standing
+    size = len(weights)
+    masses = np.stack([np.bincount(sample.labels, row, size) for row in weights])
     seen = sample.rows > 0
-    return _mostly_right(masses + (seen[:, None] & seen) / seen.sum())
+    return _mostly_right(masses + _pairs(seen) / seen.sum())
 
 
 def _decided(fit: _Fit) -> LabelNoise:
@@ -252,15 +301,15 @@ def _decided(fit: _Fit) -> LabelNoise:
     return fit.noise._replace(error_share=errors / float(sample.standing.sum()), threshold=threshold)
 
 
-def _threshold(scores: Tensor, standing: Tensor, errors: float) -> float:
+def _threshold(scores: Floats, standing: Floats, errors: float) -> float:
     """Halfway between the last score that is in and the first that is not, of the choice with the highest expected F1.
 
     F1 = 2 right / (chosen + errors); a row with score s adds `standing` to chosen and s times that to right.
     """
     if not len(scores):
         return 1.0
-    ordered, places = scores.sort(descending=True)
-    chosen = standing[places].cumsum(dim=0)
-    right = (ordered * standing[places]).cumsum(dim=0)
+    places = np.argsort(-scores, kind="stable")
+    ordered, chosen = scores[places], standing[places].cumsum()
+    right = (ordered * standing[places]).cumsum()
     last = int((right / (chosen + errors)).argmax())
     return float((ordered[last] + ordered[last + 1]) / 2) if last + 1 < len(ordered) else -1.0
