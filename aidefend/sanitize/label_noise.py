@@ -49,11 +49,12 @@ class LabelNoise(NamedTuple):
     threshold: float = 1.0
 
     def scores(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """(N,) probability that a label is wrong; logits (N, K), labels (N,) of classes that were seen."""
+        """(N,) probability that a label is wrong, NaN for a label that was never given; logits (N, K), labels (N,)."""
         found = np.empty(len(labels))
         for part, given, place in _parts(logits, labels):
             weights = self._weights(part, given)
-            found[place] = 1 - _own(weights, given) / weights.sum(axis=0)
+            with np.errstate(invalid="ignore"):  # a label that was never given: 0 / 0
+                found[place] = 1 - _own(weights, given) / weights.sum(axis=0)
         return torch.from_numpy(found)
 
     def likely(self, logits: Tensor, labels: Tensor) -> Tensor:
