@@ -30,6 +30,7 @@ from aidefend.sanitize.feature_shards import (
     widths,
 )
 from aidefend.sanitize.features import Features, Layer, check_still, extract_features
+from aidefend.sanitize.mixed_table import LARGEST_CLASS
 from aidefend.sanitize.texts import refuse_texts
 
 
@@ -83,7 +84,8 @@ class FeatureStore:
         """Read the data once, and keep what the model makes of them.
 
         Run again after a crash it reads the data again, but the model sees only rows of shards that are not there yet.
-        A sample that cannot be read gets a row that is not usable; see `extract_features` for the rest.
+        A sample that cannot be read, or whose label is above 32,767, gets a row that is not usable; see
+        `extract_features` for the rest.
 
         Args:
             data: Anything that `Samples` takes; of a DataLoader its data set, in its own order.
@@ -111,6 +113,7 @@ class FeatureStore:
         for batch in _pieces(iterate(data, batch_size, bad="mark"), shard_rows):
             if batch.y is None:
                 raise refuse("data of (x, y) samples", "data", "inputs without labels", "Give every sample a label")
+            batch = _without_keys(batch)
             stored = writer.stored(batch.ids)
             found = stored if stored is not None else extract_features(batch, model, layer, batch_size)
             if stored is None:
@@ -259,6 +262,17 @@ def _pieces(batches: Iterator[Batch], shard_rows: int) -> Iterator[Batch]:
             yield Batch(batch.ids[start:stop], batch.x[start:stop], y, broken)
             room = shard_rows if stop - start == room else room - (stop - start)
             start = stop
+
+
+def _without_keys(batch: Batch) -> Batch:
+    """Rows with labels that are keys and no class numbers as rows that cannot be read."""
+    if batch.y is None or not len(batch.y) or int(batch.y.max()) <= LARGEST_CLASS:
+        return batch
+    labels, broken = batch.y.clone(), dict(batch.broken)
+    for row in (labels > LARGEST_CLASS).nonzero().flatten().tolist():
+        broken.setdefault(row, f"the label {int(labels[row])} is above {LARGEST_CLASS}: number the classes from 0 on")
+    labels[labels > LARGEST_CLASS] = 0
+    return batch._replace(y=labels, broken=tuple(sorted(broken.items())))
 
 
 def _name_of(layer: Any) -> str:

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aidefend._core.batches import Batch
+from aidefend._core.batches import Batch, content_ids
 from aidefend._core.checks import check_callable, check_tensor, refuse
 from aidefend._core.modules import Model
 from aidefend._core.naming import columns_of, paired
 from aidefend._core.samples import LABEL_KEYS
 from aidefend.sanitize.features import Features, Layer, extract_features, predictor, read_samples
 from aidefend.sanitize.items import Items
-from aidefend.sanitize.mixed_table import MixedTable, encoded, numbers_of, row_text
+from aidefend.sanitize.mixed_table import LARGEST_CLASS, MixedTable, encoded, numbers_of, row_text
 from aidefend.sanitize.raw_table import RawTable, class_numbers, listed, raw_table, rows_of
 from aidefend.sanitize.table_items import Column, TableItems, plain_columns
 from aidefend.sanitize.text_encoder import TextEncoder
@@ -37,7 +37,8 @@ class Material:
         given: Whether the user gave the encoder: then models read its numbers, and not texts.
         names: Names of the columns of a table.
         table: The table with categories or gaps, or None.
-        classes: Names of the classes in order, where labels were words and the data do not say their order.
+        classes: Names of the classes in order, where labels were words, or numbers above LARGEST_CLASS, and the data do
+            not say their order.
         columns: Of texts: the names of their columns, where somebody said them.
     """
 
@@ -65,9 +66,10 @@ class Material:
             return self.table.told()
         if self.columns is not None:
             return self.columns if any(self.columns.values()) else None
+        told = columns_of(dataset)
         if self.classes is not None:
-            return {"inputs": None, "label": None, "classes": list(self.classes)}
-        return columns_of(dataset)
+            return {"inputs": None, "label": None, **(told or {}), "classes": list(self.classes)}
+        return told
 
     def asked(self, model: Model | None, layer: Layer | None) -> tuple[Model | None, Layer | None]:
         """A user's model of a table with categories behind its numbers, and its layer by the name that it then has."""
@@ -151,7 +153,24 @@ def read_material(dataset: Any, encoder: Encoder | None = None) -> Material:
     told = (columns_of(dataset) or {}).get("inputs")
     names = tuple(told) if isinstance(told, list | tuple) else _names_of(dataset)
     rows, classes = with_class_numbers(dataset)
-    return Material(read_samples(rows), names=names, classes=classes)
+    samples = read_samples(rows)
+    if classes is None:
+        samples, classes = _renumbered(samples)
+    return Material(samples, names=names, classes=classes)
+
+
+def _renumbered(samples: Batch) -> tuple[Batch, tuple[str, ...] | None]:
+    """Labels above LARGEST_CLASS, such as keys of a database, as class numbers in their order, and their names."""
+    labels = samples.y
+    if labels is None or int(labels.max()) <= LARGEST_CLASS:
+        return samples, None
+    names, numbers = labels.unique(return_inverse=True)
+    broken = {row for row, _ in samples.broken}
+    good = [row for row in range(len(labels)) if row not in broken]
+    ids = list(samples.ids)
+    for row, row_id in zip(good, content_ids(samples.x[good], numbers[good]), strict=True):
+        ids[row] = row_id
+    return samples._replace(ids=tuple(ids), y=numbers), tuple(map(str, names.tolist()))
 
 
 def _of_texts(written: TextRows, encoder: Encoder | None) -> Material:

@@ -5,7 +5,7 @@ import datetime
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from aidefend.sanitize.table_items import FEWEST, Column
 
 MISSING = "(missing)"
 _MOST = 512  # values of a column with a cell of their own
+LARGEST_CLASS = 32_767  # a class for each number up to the largest label has its place in memory
 _RARE = 8  # cells that all rarer values share
 
 
@@ -151,7 +152,7 @@ def _labels(raw: RawTable) -> tuple[Tensor, tuple[str, ...] | None, tuple[tuple[
     if not there:
         raise refuse("at least one row with a label", raw.label, "none", "Pass labelled rows")
     numbers = raw.classes is None and all(class_of(value) is not None for value in there)
-    names = tuple(map(str, raw.classes)) if raw.classes is not None else tuple(sorted({str(v) for v in there}))
+    names = tuple(map(str, raw.classes)) if raw.classes is not None else class_names(there)
     place = {name: number for number, name in enumerate(names)}
     found = [None if missing(v) else class_of(v) if numbers else place.get(str(v)) for v in given]
     known = [label for label in found if label is not None]
@@ -163,11 +164,21 @@ def _labels(raw: RawTable) -> tuple[Tensor, tuple[str, ...] | None, tuple[tuple[
 
 
 def class_of(value: Any) -> int | None:
-    """The class number that a label is: a whole number >= 0, or a bool."""
+    """The class number that a label is: a whole number from 0 to LARGEST_CLASS, or a bool."""
     if isinstance(value, bool | np.bool_):
         return int(value)
-    whole = isinstance(value, int | float | np.number) and math.isfinite(value) and int(value) == value
-    return int(value) if whole and value >= 0 else None
+    return int(value) if _is_whole(value) and 0 <= value <= LARGEST_CLASS else None
+
+
+def class_names(labels: Iterable[Any]) -> tuple[str, ...]:
+    """Each different label once, as text: numbers in their order, all else in that of the alphabet."""
+    values = {str(label): label for label in labels}
+    whole = all(_is_whole(label) for label in values.values())
+    return tuple(sorted(values, key=(lambda name: int(values[name])) if whole else None))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and math.isfinite(value) and int(value) == value
 
 
 def row_text(names: Sequence[str], values: Sequence[Any]) -> str:

@@ -20,6 +20,7 @@ from aidefend._core.random import derive_seed
 from aidefend.sanitize.base_models import Bases, MakeModel, NetworkBases, RidgeBases
 from aidefend.sanitize.election import Certificate, Method, majority, run_off, spread_majority
 from aidefend.sanitize.features import finite_rows, read_samples
+from aidefend.sanitize.mixed_table import LARGEST_CLASS
 
 
 class PartitionEnsemble:
@@ -106,6 +107,9 @@ class PartitionEnsemble:
         samples = read_samples(dataset)
         usable = finite_rows(samples.x)
         x, y = samples.x[usable], check_labels(samples.y, len(usable), name="labels")[usable]
+        if self.classes is None and len(y) and int(y.max()) > LARGEST_CLASS:
+            cure = "Number the classes from 0 on, or pass classes="
+            raise refuse(f"labels up to {LARGEST_CLASS}", "dataset", f"label {int(y.max())}", cure)
         classes = self.classes or max(2, int(y.max()) + 1 if len(y) else 2)
         if len(y) and int(y.max()) >= classes:
             raise refuse(f"labels below {classes}", "dataset", f"label {int(y.max())}", "Raise classes=")

@@ -43,10 +43,10 @@ def _by_label(labels: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     if not len(labels):
         return
     narrow = labels.astype(np.uint16) if labels.max() < 2**16 else labels  # sorted digit by digit, in one pass
-    order, counts = np.argsort(narrow, kind="stable"), np.bincount(labels)
-    ends = np.cumsum(counts)
-    for label in np.flatnonzero(counts).tolist():
-        yield label, order[ends[label] - counts[label] : ends[label]]
+    order = np.argsort(narrow, kind="stable")
+    ordered = labels[order]
+    starts = np.flatnonzero(np.diff(ordered, prepend=ordered[0] - 1))
+    yield from zip(ordered[starts].tolist(), np.split(order, starts[1:]), strict=True)
 
 
 def _smallest(keys: np.ndarray, ids: Sequence[str], places: np.ndarray, limit: int) -> np.ndarray:

@@ -89,8 +89,9 @@ def screen(
     Args:
         dataset: Data set of (x, y) samples, tensors (x, y), (DataFrame, Series), a table, a Parquet file, or any other
             form that `Samples` takes; of a DataLoader its data set is judged, in its own order. Inputs of any shape;
-            integer labels >= 0. Row i of the report is sample i: one that cannot be read (it raises, has another shape,
-            no usable label) gets keep = False and the reason.
+            integer labels >= 0 (where one is above 32,767 they are names: `parameters["classes"]` lists them in their
+            order). Row i of the report is sample i: one that cannot be read (it raises, has another shape, no usable
+            label) gets keep = False and the reason.
         model: Module or callable that was trained on this data, from x to logits. None: a small network is trained
             here, on the data as it is, so that a shortcut shows (of pictures (N, C, H, W) a convolutional one).
             Of texts it is asked with a list of str, or where `encoder` is given with what that makes of them; of a

@@ -17,7 +17,7 @@ from aidefend._core.frames import is_frame, is_hugging_face, is_stored, raw_colu
 from aidefend._core.naming import paired
 from aidefend._core.parts import going_on, is_map_style, read_row
 from aidefend._core.samples import LABEL_KEYS, Samples
-from aidefend.sanitize.mixed_table import class_of
+from aidefend.sanitize.mixed_table import LARGEST_CLASS, class_names, class_of
 from aidefend.sanitize.raw_table import listed, missing, raw_table
 
 TEXT_KEYS = ("text", "texts", "sentence", "document")
@@ -61,11 +61,13 @@ class TextRows:
         return texts, torch.tensor(labels, dtype=torch.int64), names, broken
 
     def _names(self) -> tuple[str, ...] | None:
-        """Names of the classes in order: as they were given, or sorted where all labels are words."""
+        """Names of the classes in order: as they were given, or sorted where labels are words or too large numbers."""
         if self.classes is not None:
             return tuple(map(str, self.classes))
         there = [y for y in self.labels if not missing(y) and not isinstance(y, Failed)]
-        return tuple(sorted(set(there))) if there and all(isinstance(y, str) for y in there) else None
+        numbers = [y for y in there if isinstance(y, int | np.integer) and y > LARGEST_CLASS]
+        words = bool(there) and all(isinstance(y, str) for y in there)
+        return class_names(there) if words or numbers else None
 
 
 def read_texts(dataset: Any) -> tuple[TextRows | None, Any]:

@@ -150,6 +150,7 @@ def test_bad_rows_are_left_out_one_by_one():
         (lambda x, y: PartitionEnsemble(partitions=0), "partitions"),
         (lambda x, y: PartitionEnsemble(method="vote"), "method"),
         (lambda x, y: PartitionEnsemble(classes=2).fit((x, y)), "labels below 2"),
+        (lambda x, y: PartitionEnsemble().fit((x, y * 10**9)), "labels up to 32767"),
         (lambda x, y: PartitionEnsemble(lambda: 7).fit((x, y)), "make_model"),
         (lambda x, y: PartitionEnsemble(network, classes=7, steps=1).fit((x, y)).certify(x), "7 outputs"),
         (lambda x, y: PartitionEnsemble(features=lambda rows: rows[:1]).fit((x, y)), "features"),
