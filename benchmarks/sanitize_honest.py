@@ -32,7 +32,7 @@ RATIO = 50
 STYLE = 0.02
 STYLED_CLASS = 3
 RAREST = 3
-Keep = Callable[[World, nn.Module, int], Tensor]
+Judge = Callable[[World, nn.Module, int], tuple[Tensor, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def accuracies(model: nn.Module, h: Honest) -> tuple[float, float]:
     return worst, float(right[h.test_minority].double().mean())
 
 
-def rows_of(data: dict[str, Any], setting: str, arms: dict[str, Keep], rows: int, seed: int) -> Iterator[dict]:
+def rows_of(data: dict[str, Any], setting: str, arms: dict[str, Judge], rows: int, seed: int) -> Iterator[dict]:
     """One row for each arm."""
     h = honest(data, setting, rows, seed)
     model = trained(h.w.x, h.w.y, seed)
@@ -89,7 +89,7 @@ def rows_of(data: dict[str, Any], setting: str, arms: dict[str, Keep], rows: int
     removed_by_us = 0
     for arm, judge in arms.items():
         with contextlib.redirect_stdout(io.StringIO()):
-            keep = judge(h.w, model, seed)
+            keep, _ = judge(h.w, model, seed)
         if arm == "ours":
             removed_by_us = int((~keep).sum())
         yield {"setting": setting, "arm": arm, "seed": seed} | _cost(h, keep, before, model, seed)
@@ -137,7 +137,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with np.load(arguments.data) as arrays:
         data = {name: arrays[name] for name in arrays.files}
-    arms: dict[str, Keep] = {"ours": ours}
+    arms: dict[str, Judge] = {"ours": ours}
     if arguments.arms == "all":
         arms |= {"ART activations": art_filter("activations", False), "ART spectral": art_filter("spectral", False)}
     seeds, table = range(FIRST_SEED, FIRST_SEED + arguments.seeds), []

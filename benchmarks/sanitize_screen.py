@@ -5,7 +5,8 @@ python -m benchmarks.sanitize_screen --data mnist.npz [--seeds 5] [--first 200] 
 A small CNN is trained on poisoned images, every arm judges the same rows (ours without any hint, ART's with its default
 rate and with the true one), the same CNN is trained again on what the arm keeps. Per attack and arm: attack success on
 test images of other classes, accuracy, true- and false-positive rate, the share of the gap between no defense and the
-perfect filter that was closed, and seconds. Needs adversarial-robustness-toolbox and cleanlab unless --arms ours.
+perfect filter that was closed, and seconds; of ours also the classes it names, and the poisoned share with its
+interval. Needs adversarial-robustness-toolbox and cleanlab unless --arms ours.
 Writes benchmarks/results/sanitize_screen_NAME.json after each row; rows that are there are not made again, unless they
 are ours and the code that decides has changed since.
 """
@@ -41,6 +42,7 @@ PARTS += ("separation", "spot", "suspect", "trigger", "view", "world")
 PACKAGES = ("adversarial-robustness-toolbox", "cleanlab", "scikit-learn")
 Rows = tuple[Tensor, Tensor]
 Change = Callable[[Tensor], Tensor]
+Said = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,20 +194,26 @@ def judged(model: nn.Module, w: World) -> tuple[float, float]:
     return accuracy, float(np.mean(hits))
 
 
-def ours(w: World, model: nn.Module, seed: int) -> Tensor:
-    """Rows that `screen` keeps, with the user's model and without any hint."""
-    return screen((w.x, w.y), model=model, seed=seed).keep
+def ours(w: World, model: nn.Module, seed: int) -> tuple[Tensor, Said]:
+    """What `screen` keeps and says, with the user's model and without any hint."""
+    return _told_by(screen((w.x, w.y), model=model, seed=seed))
 
 
-def ours_alone(w: World, model: nn.Module, seed: int) -> Tensor:
+def ours_alone(w: World, model: nn.Module, seed: int) -> tuple[Tensor, Said]:
     """The same without a model."""
-    return screen((w.x, w.y), seed=seed).keep
+    return _told_by(screen((w.x, w.y), seed=seed))
 
 
-def art_filter(kind: str, oracle: bool) -> Callable[[World, nn.Module, int], Tensor]:
+def _told_by(report: sanitize.ScreenReport) -> tuple[Tensor, Said]:
+    share = report.parameters["poisoned_share"]
+    found = {"target_classes": report.parameters["target_classes"], "share": share["value"]}
+    return report.keep, found | {"share_low": share["low"], "share_high": share["high"]}
+
+
+def art_filter(kind: str, oracle: bool) -> Callable[[World, nn.Module, int], tuple[Tensor, Said]]:
     """Activation clustering or spectral signatures of ART; `oracle`: with the true rate."""
 
-    def keep(w: World, model: nn.Module, seed: int) -> Tensor:
+    def judge(w: World, model: nn.Module, seed: int) -> tuple[Tensor, Said]:
         from art.defences.detector.poison import ActivationDefence, SpectralSignatureDefense
         from art.estimators.classification import PyTorchClassifier
 
@@ -219,12 +227,12 @@ def art_filter(kind: str, oracle: bool) -> Callable[[World, nn.Module, int], Ten
             shares = {"expected_pp_poison": rate} if oracle else {}
             defence = SpectralSignatureDefense(classifier, images, labels, **shares)
             _, good = defence.detect_poison()
-        return torch.tensor(good, dtype=torch.bool)
+        return torch.tensor(good, dtype=torch.bool), {}
 
-    return keep
+    return judge
 
 
-def cleanlab_filter(w: World, model: nn.Module, seed: int) -> Tensor:
+def cleanlab_filter(w: World, model: nn.Module, seed: int) -> tuple[Tensor, Said]:
     """Cleanlab's label issues on cross-validated predictions of a linear head on raw pixels."""
     from cleanlab.filter import find_label_issues
     from sklearn.linear_model import LogisticRegression
@@ -232,10 +240,10 @@ def cleanlab_filter(w: World, model: nn.Module, seed: int) -> Tensor:
 
     classifier = LogisticRegression(max_iter=60, C=0.05)
     chances = cross_val_predict(classifier, w.x.flatten(1).numpy(), w.y.numpy(), cv=5, method="predict_proba")
-    return torch.from_numpy(~find_label_issues(w.y.numpy(), chances))
+    return torch.from_numpy(~find_label_issues(w.y.numpy(), chances)), {}
 
 
-def arms(which: str) -> dict[str, Callable[[World, nn.Module, int], Tensor]]:
+def arms(which: str) -> dict[str, Callable[[World, nn.Module, int], tuple[Tensor, Said]]]:
     """The arms that judge; the random and the perfect filter follow from them."""
     found = {"ours": ours, "ours, no model": ours_alone}
     if which == "all":
@@ -266,9 +274,9 @@ def rows_of(
     for arm, judge in judges.items():
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
-            keep = judge(w, model, seed)
+            keep, said = judge(w, model, seed)
         seconds = time.perf_counter() - start
-        yield _row(name, arm, w, keep, seed, undefended, floor[1]) | {"seconds": seconds}
+        yield _row(name, arm, w, keep, seed, undefended, floor[1]) | {"seconds": seconds} | said
         if arm == "ours":
             stream = torch.Generator().manual_seed(seed)
             drawn = torch.ones(rows, dtype=torch.bool)
@@ -320,7 +328,7 @@ def still_good(rows: list[dict[str, Any]], code: str) -> list[dict[str, Any]]:
 
 def told(row: dict[str, Any]) -> str:
     """One line."""
-    return " ".join(f"{v:.4f}" if isinstance(v, float) else f"{v:24}" for v in row.values())
+    return " ".join(f"{v:.4f}" if isinstance(v, float) else f"{v!s:24}" for v in row.values())
 
 
 def main() -> None:

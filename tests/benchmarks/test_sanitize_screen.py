@@ -44,7 +44,7 @@ def test_rows_that_are_there_are_not_made_again_and_the_random_filter_follows_ou
 
     def judge(w, model, seed):
         called.append(seed)
-        return torch.arange(len(w.y)) >= 20
+        return torch.arange(len(w.y)) >= 20, {"target_classes": [0]}
 
     monkeypatch.setattr(bench, "arms", lambda which: {"ours": judge, "ours, no model": judge})
     attack = bench.attacks()["patch 10 %"]
@@ -53,6 +53,14 @@ def test_rows_that_are_there_are_not_made_again_and_the_random_filter_follows_ou
     assert list(bench.rows_of(data, "patch", attack, "ours", 100, 1, whole)) == [] and len(called) == 2
     again = [row["arm"] for row in bench.rows_of(data, "patch", attack, "ours", 100, 1, set(whole) - {"random"})]
     assert "random" in again and "ours, no model" not in again
+
+
+def test_the_rows_of_ours_say_which_class_and_which_share_were_found(data):
+    w = bench.world(data, bench.attacks()["patch 10 %"], 100, 1)
+    keep, said = bench.ours_alone(w, None, 1)
+    gone = int((~keep).sum())
+    assert said["share"] == pytest.approx(gone / 100) and said["share_low"] <= gone / 100 <= said["share_high"]
+    assert set(said["target_classes"]) <= set(range(10)) and bool(said["target_classes"]) == bool(gone)
 
 
 def test_rows_that_other_code_decided_are_not_taken_over():
