@@ -63,7 +63,7 @@ class ScreenReport(Report):
         if len(now) != len(self):
             cure = "Pass the same data set"
             raise refuse(f"the {len(self)} samples that were judged", "dataset", f"{len(now)} samples", cure)
-        differ = [_content(mine) != _content(other) for mine, other in zip(self.ids, now, strict=True)]
+        differ = [content_of(mine) != content_of(other) for mine, other in zip(self.ids, now, strict=True)]
         return torch.tensor(differ, dtype=torch.bool).nonzero().flatten()
 
     def _subset(self, dataset: Any, indices: Tensor) -> Subset[Any]:
@@ -184,7 +184,7 @@ def _words_of(entry: Mapping[str, Any]) -> str:
     return f"{_RELEASED}{entry['by']}: {entry['why']}"
 
 
-def _content(row_id: str) -> str:
+def content_of(row_id: str) -> str:
     """The id without the ordinal of equal rows."""
     return row_id.partition("#")[0]
 

@@ -1,6 +1,7 @@
 """Screening data that do not fit into memory: features on disk, a bounded sample judged, the verdict carried to all."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -8,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from aidefend._core.batches import Batch
+from aidefend._core.batches import Batch, iterate
 from aidefend._core.checks import check_int, refuse
 from aidefend._core.modules import Model
 from aidefend._core.naming import columns_of
@@ -23,7 +24,7 @@ from aidefend.sanitize.findings import SCORE, THREAT
 from aidefend.sanitize.provenance import read_names, removals
 from aidefend.sanitize.sample import ClassSample
 from aidefend.sanitize.screen import screen
-from aidefend.sanitize.screen_report import ScreenReport
+from aidefend.sanitize.screen_report import ScreenReport, content_of
 from aidefend.sanitize.separation import discriminant, held_out_log_odds, inverse_covariance, whitened, whitening
 from aidefend.sanitize.stream_remarks import StreamRemarks, stream_remarks
 
@@ -113,6 +114,27 @@ class StreamReport:
         columns = {WEIGHT: self.weights(), PROPOSED: torch.cat([block["proposed_labels"] for block in blocks])}
         facts = ("screen_stream", self.parameters, THREAT, self.limits)
         return ScreenReport(ids, self.keep, scores, {}, reasons, *facts, columns=columns)
+
+    def changed(self, data: Any, batch_size: int = 512) -> Tensor:
+        """Row numbers (K,) int64 of samples that are not what was judged: another input, another label, another place.
+
+        Args:
+            data: The stream as it is now, in the form and order in which it was judged.
+            batch_size: Rows in memory at once.
+        Raises: ConfigurationError: another number of samples.
+        Cost: The data are read once, and each row is hashed; the model is not asked.
+        """
+        check_int(batch_size, "batch_size")
+        judged = (row_id for block in self.store.blocks() for row_id in block["ids"])
+        found = (row_id for batch in iterate(data, batch_size, bad="mark") for row_id in batch.ids)
+        differ = []
+        for row, (mine, other) in enumerate(itertools.zip_longest(judged, found)):
+            if mine is None or other is None:
+                rule = f"the {len(self)} samples that were judged"
+                raise refuse(rule, "data", f"{row} samples" if other is None else "more", "Pass the same data")
+            if content_of(mine) != content_of(other):
+                differ.append(row)
+        return torch.tensor(differ, dtype=torch.int64)
 
     def weights(self) -> Tensor:
         """(N,) float32 weights for the loss of each row, by the rules of `Decisions`."""

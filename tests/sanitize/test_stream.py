@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from aidefend import ConfigurationError
 from aidefend.sanitize import FeatureStore, screen_batch, screen_stream
 from aidefend.sanitize.suspect import train_suspect
 from tests.worlds import poisoned_clusters
@@ -67,6 +68,20 @@ def test_the_size_of_batches_and_shards_changes_nothing(planted, model, found, t
     again = screen_stream((planted.x, planted.y), model, tmp_path, rows_per_class=200, batch_size=N, seed=0)
     assert torch.equal(again.keep, found.keep[:N])
     assert FeatureStore.open(tmp_path).digest == again.parameters["store"]
+
+
+def test_changed_rows_of_a_stream_are_named_and_another_number_of_rows_is_refused(planted, found):
+    good = list(zip(planted.x, planted.y.tolist(), strict=True))
+    samples = [*good, (torch.full((20,), torch.nan), 0), (torch.zeros(3), 1)]
+    assert found.changed(iter(samples), batch_size=77).tolist() == []
+    other = [(x.clone(), y) for x, y in samples]
+    other[17][0][3] = torch.nextafter(other[17][0][3], torch.tensor(torch.inf))
+    other[40] = (other[40][0], (other[40][1] + 1) % 4)
+    other[300], other[1400] = other[1400], other[300]
+    assert found.changed(iter(other)).tolist() == [17, 40, 300, 1400]
+    for wrong in (samples[:-1], [*samples, good[0]], []):
+        with pytest.raises(ConfigurationError, match="that were judged"):
+            found.changed(iter(wrong))
 
 
 def test_clean_data_lose_no_row(planted, model, tmp_path):
