@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from aidefend._core.checks import refuse
-from aidefend._core.errors import MissingExtra
+from aidefend._core.errors import AidefendError, MissingExtra
 from aidefend._core.samples import Columns, widths
 
 _ARROW_NUMBERS = ("int", "uint", "float", "double", "halffloat", "bool")
@@ -42,9 +42,10 @@ def is_stored(data: Any) -> bool:
 def column_batches(data: Any, rows: int) -> Iterator[Columns]:
     """Columns of a frame or of stored tables, at most `rows` rows at once; the whole is never in memory twice.
 
-    Raises: ConfigurationError: a column name stands twice, no such file. MissingExtra: pyarrow is not installed.
+    Raises: ConfigurationError: a column name stands twice, no such file, a damaged one. MissingExtra: pyarrow is not
+        installed.
     """
-    for part in _parts(data, rows):
+    for part in _read_parts(data, rows):
         if isinstance(part, Mapping):
             yield Columns(part)
             continue
@@ -57,6 +58,15 @@ def column_batches(data: Any, rows: int) -> Iterator[Columns]:
 def names_of(frame: Any) -> list[Any]:
     """Column names of a table in memory, as it spells them."""
     return list(frame.column_names if hasattr(frame, "column_names") else frame.columns)
+
+
+def _read_parts(data: Any, rows: int) -> Iterator[Any]:
+    try:
+        yield from _parts(data, rows)
+    except (AidefendError, MemoryError):
+        raise
+    except Exception as error:  # whatever the library raises on what it finds in the file
+        raise _unread(error) from error
 
 
 def _parts(data: Any, rows: int) -> Iterator[Any]:
@@ -93,7 +103,15 @@ def _opened(place: Path) -> Any:
     files = sorted(str(file) for ending in _ENDINGS for file in place.rglob(f"*{ending}")) if place.is_dir() else place
     if not files:
         raise refuse("a folder with Parquet files", "data", str(place), f"Name one with files {_ENDINGS}")
-    return dataset.dataset(files if isinstance(files, Path) else list(files), format="parquet")
+    try:
+        return dataset.dataset(files if isinstance(files, Path) else list(files), format="parquet")
+    except Exception as error:  # whatever arrow finds in the file
+        raise _unread(error) from error
+
+
+def _unread(error: Exception) -> AidefendError:
+    found = f"{type(error).__name__}: {error}"[:300]
+    return refuse("a table that can be read", "data", found, "Write the file again, or leave it out")
 
 
 def raw_column(values: Any) -> Any:

@@ -17,6 +17,7 @@ from aidefend.sanitize.choose import Chosen, Detector, chosen_for, named_detecto
 from aidefend.sanitize.confident_learning import ConfidentLearning
 from aidefend.sanitize.decide import Decision, decide, undecided
 from aidefend.sanitize.detectable import routes
+from aidefend.sanitize.distinct import Distinct
 from aidefend.sanitize.features import Features, Layer, predictor, readable_rows
 from aidefend.sanitize.findings import ALPHA, SCORE, THREAT, RowVerdicts, facts_of, limits_of, unsearched
 from aidefend.sanitize.items import Items
@@ -84,8 +85,9 @@ def screen(
         fixed order): where in every proposal one of the five and one of the four hypotheses hold, something is
         quarantined with probability at most .01 as far as the tests' binomial models hold and, of harmless groups, the
         gate tells nothing of the other two; each proposal was chosen on the same rows, so read it as calibrated by
-        measurement, not as a proof. Nothing is promised against an adversary who knows this screen; see
-        the report's `limits`.
+        measurement, not as a proof. Equal rows (input and label) count once. Rows that were varied and repeated
+        (augmented, jittered, interpolated) count each time and are no independent rows: screen first, multiply then.
+        Nothing is promised against an adversary who knows this screen; see the report's `limits`.
     Args:
         dataset: Data set of (x, y) samples, tensors (x, y), (DataFrame, Series), a table, a Parquet file, or any other
             form that `Samples` takes; of a DataLoader its data set is judged, in its own order. Inputs of any shape;
@@ -249,11 +251,14 @@ def _judged(
         control = {"quarantined": 0, "n": 0}
         alpha = ALPHA
     else:
-        world = world_of(found, view, predictor(suspect), seed)
-        proposing = [score[found.usable] for name, score in scores.items() if chosen.named or name not in ON_ROWS]
+        once = Distinct(found)
+        rows = once.features.usable
+        world = world_of(once.features, view, predictor(suspect), seed)
+        proposing = [score[rows] for name, score in scores.items() if chosen.named or name not in ON_ROWS]
         alpha = ALPHA if items is None else ALPHA / 2
         decision = decide(world, proposing, alpha)
         control = _control(world, proposing, decision, alpha)
+        decision = once.among_all(decision)
     if items is not None:
         decision = with_written(decision, items, labels, alpha, seed)
         control = control_of_written(control, decision, items, labels, alpha, seed)

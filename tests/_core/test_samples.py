@@ -160,6 +160,20 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path):
         gather("no-such.csv")
 
 
+@pytest.mark.parametrize("damage", ["no table", "a broken page"])
+def test_a_damaged_file_is_named_and_no_error_of_a_library_gets_out(damage, tmp_path):
+    place = tmp_path / "rows.parquet"
+    table = pytest.importorskip("pyarrow").table(
+        {"a": list(range(999)), "b": list(range(999)), "label": [0, 1, 2] * 333}
+    )
+    pytest.importorskip("pyarrow.parquet").write_table(table, place)
+    whole = place.read_bytes()
+    place.write_bytes(b"PAR1" + 40 * b"?" if damage == "no table" else whole[:8] + 200 * b"?" + whole[208:])
+    for read in (gather, screen, DatasetSchema.infer):
+        with pytest.raises(ConfigurationError, match=r"data|batches"):
+            read(place)
+
+
 class Damaged(Dataset):
     """Samples 0 (no form is known yet), 3, 4, 5, 6 and 9 are bad, each in another way."""
 

@@ -51,3 +51,15 @@ def test_a_row_is_not_its_own_neighbour_but_its_copy_is():
     bank = torch.tensor([[0.0], [0.0], [5.0], [9.0]])
     assert kth_distance(bank, bank, 1, torch.arange(4)).tolist() == [0.0, 0.0, 4.0, 4.0]
     assert kth_distance(bank[2:3], bank, 1, torch.tensor([-1])).tolist() == [0.0]
+
+
+def test_rows_that_lie_together_vouch_for_each_other_up_to_k():
+    """Feature collisions, twenty rows beside one of another class: the tenth neighbour is one of them, the 30th not."""
+    stream = torch.Generator().manual_seed(0)
+    labels = torch.arange(600) % 2
+    features = torch.randn(600, 6, generator=stream) + 8.0 * labels[:, None]
+    features[:40:2] = features[1] + 0.05 * torch.randn(20, 6, generator=stream)  # labelled 0, beside a row of class 1
+    block = {"ids": tuple(map(str, range(600))), "features": features, "labels": labels}
+    few, many = (NeighbourDisagreement(k=k).partial_fit(block).score(block) for k in (10, 30))
+    assert bool((few[:40:2] < 0).all()) and bool((many[:40:2] > 0).all())
+    assert float((many[40:] > 0).double().mean()) < 0.01
