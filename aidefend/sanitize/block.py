@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,8 @@ def read_block(block: Mapping[str, Any], dimensions: int | None = None, key: str
     """Check a block {"ids": (N,), "features": (N, d), "labels": (N,), ...}; rows with NaN or infinity are marked.
 
     Args:
-        block: The slice; other keys ("logits", "losses", "x", "view") are left to the detectors that use them.
+        block: The slice, ids being texts or whole numbers; other keys ("logits", "losses", "x", "view") are left to the
+            detectors that use them.
         dimensions: Number of features seen before; None: any.
         key: Where the features are; "features" is taken where the block has no such key.
     Raises: ConfigurationError: a key is missing, lengths differ, another number of features.
@@ -40,12 +42,20 @@ def read_block(block: Mapping[str, Any], dimensions: int | None = None, key: str
     source = key if key in block else "features"
     features = check_tensor(block[source], source, ndim=2, floating=True, finite=False).detach().cpu().double()
     labels = check_labels(block["labels"], len(features), name="labels").cpu()
-    ids = check_items(block["ids"], str, "ids", "Pass the content ids of the rows")
+    ids = _names(block["ids"])
     check_same_rows(("ids", "features"), len(ids), len(features))
     if dimensions is not None and features.shape[1] != dimensions:
         cure = "Pass blocks from one feature extractor"
         raise refuse(f"{dimensions} features, as in earlier blocks", source, features, cure)
     return Rows(ids, features, labels, _finite(features))
+
+
+def _names(given: Any) -> tuple[str, ...]:
+    """Ids as texts; whole numbers, such as those of rows, by their digits."""
+    listed = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
+    numbers = isinstance(listed, list | tuple) and len(listed) > 0 and not isinstance(listed[0], str)
+    cure = "Pass the content ids of the rows, or their numbers"
+    return tuple(map(str, check_items(listed, int, "ids", cure))) if numbers else check_items(listed, str, "ids", cure)
 
 
 def _finite(features: Tensor) -> Tensor:

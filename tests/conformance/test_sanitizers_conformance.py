@@ -321,6 +321,19 @@ def test_features_on_an_offset_score_the_same(name):
     torch.testing.assert_close(fitted(name, moved).score(moved), fitted(name, block).score(block), rtol=1e-4, atol=1e-4)
 
 
+@every_detector
+def test_ids_may_be_the_numbers_of_the_rows(name):
+    block = with_all(world())
+    numbered = {**block, "ids": tuple(str(i) for i in range(90))}
+    expected = fitted(name, numbered).score(numbered)
+    for ids in (torch.arange(90), torch.arange(90).numpy(), list(range(90)), numbered["ids"]):
+        given = {**block, "ids": ids}
+        assert torch.equal(fitted(name, given).score(given).nan_to_num(-1e9), expected.nan_to_num(-1e9))
+    for wrong in (torch.arange(90.0), torch.zeros(90, 2).long(), [None] * 90, ["a", 1] * 45):
+        with pytest.raises(AidefendError, match="Expected ids"):
+            EVERY[name]().partial_fit({**block, "ids": wrong})
+
+
 @every_sanitizer
 @pytest.mark.parametrize(
     "change",
