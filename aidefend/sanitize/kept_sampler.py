@@ -18,7 +18,8 @@ class KeptSampler(Sampler[int]):
     Guarantee: no row outside `kept` is ever drawn, on any rank. Over all ranks an epoch draws every kept row once;
         where they cannot be shared out evenly, the last ranks draw one of the epoch's first rows again, so that all
         ranks take the same number of steps. A run that resumes from `state_dict` draws what the interrupted one would
-        have drawn. An epoch that was left half-way goes on at the next `iter`; `set_epoch` begins one anew.
+        have drawn. An epoch that was left half-way is not taken up again: the next `iter` begins the next one,
+        whole, unless `load_state_dict` said where to go on.
     Args:
         kept: Row numbers (K,) int64.
         shuffle: A new order each epoch, from seed and epoch; else ascending.
@@ -38,11 +39,15 @@ class KeptSampler(Sampler[int]):
         self.world_size = check_int(world_size, "world_size")
         self.rank = check_int(rank, "rank", 0, self.world_size - 1)
         self.epoch, self.drawn = 0, 0
+        self._goes_on = False  # what was drawn of this epoch stays drawn
 
     def __len__(self) -> int:
         return -(-len(self.kept) // self.world_size)
 
     def __iter__(self) -> Iterator[int]:
+        if self.drawn and not self._goes_on:
+            self.epoch, self.drawn = self.epoch + 1, 0
+        self._goes_on = False
         order = self._order()
         while self.drawn < len(order):
             self.drawn += 1
@@ -52,6 +57,7 @@ class KeptSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch anew, as torch's DistributedSampler has it; not needed where epochs follow one another."""
         self.epoch, self.drawn = check_int(epoch, "epoch", 0), 0
+        self._goes_on = False
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sampler stands, the same on every rank at the same step: JSON types.
@@ -74,6 +80,7 @@ class KeptSampler(Sampler[int]):
             raise refuse(f"the state of a sampler with {setting}", "state", state, cure)
         self.epoch = check_int(state.get("epoch"), "epoch", 0)
         self.drawn = check_int(state.get("drawn"), "drawn", 0, len(self))
+        self._goes_on = True
 
     def _setting(self) -> dict[str, Any]:
         """What two samplers that draw the same rows on the same steps have in common."""

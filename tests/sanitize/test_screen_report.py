@@ -71,6 +71,20 @@ def test_an_interrupted_epoch_goes_on_where_it_stood(stop):
     assert drawn[: len(expected)] == expected
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_after_an_epoch_that_was_left_the_next_one_is_whole_and_in_another_order(workers):
+    """Workers draw ahead: the next loop saw what was left, and rows that were drawn and not used were lost."""
+    sampler = KeptSampler(torch.arange(20), seed=2)
+    data, stream = TensorDataset(torch.arange(20)), torch.Generator()
+    loader = DataLoader(data, 2, sampler=sampler, num_workers=workers, generator=stream)
+    first = next(iter(loader))[0].tolist()
+    whole = [row for (rows,) in loader for row in rows.tolist()]
+    assert sorted(whole) == list(range(20)) and whole[:2] != first
+    again = KeptSampler(torch.arange(20), seed=2)
+    again.set_epoch(1)
+    assert whole == list(again)
+
+
 def test_a_state_of_other_rows_is_refused():
     state = KeptSampler(torch.arange(5)).state_dict()
     for other in (KeptSampler(torch.arange(6)), KeptSampler(torch.arange(5), seed=1)):
