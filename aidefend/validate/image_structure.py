@@ -118,7 +118,9 @@ def _png(data: bytes) -> Structure:
             metadata += end - start
     if not count[b"IDAT"]:
         raise BadImage("damaged")
-    width, height = struct.unpack_from(">II", data, 16)
+    width, height, depth = struct.unpack_from(">IIB", data, 16)
+    if depth > 8:  # of three channels a decoder would silently drop the lower half of every number
+        raise BadImage("more than 8 bits a channel")
     return Structure("png", width, height, frames, end, metadata, b"".join(parts))
 
 

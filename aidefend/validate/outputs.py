@@ -81,7 +81,7 @@ class Rounded:
     def __call__(self, logits: Tensor) -> Tensor:
         """(N, K) logits to (N, K) probabilities."""
         exact = _probabilities(logits)
-        top = exact.argmax(dim=1, keepdim=True)
+        top = logits.argmax(dim=1, keepdim=True)  # logits that differ little have equal probabilities
         rounded = exact.round(decimals=self.digits)
         rest = rounded.scatter(1, top, -1.0).amax(dim=1, keepdim=True)
         own = rounded.gather(1, top)
@@ -113,7 +113,9 @@ class Tempered:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """(N, K) logits to (N, K) probabilities."""
-        return _probabilities(logits, self.temperature)
+        exact = _checked(logits)
+        # the largest becomes 0 first, so that no quotient overflows
+        return torch.softmax((exact - exact.amax(dim=1, keepdim=True)) / self.temperature, dim=1)
 
 
 def harden(output: Output, logits: Tensor, x: Tensor) -> Tensor:
@@ -131,6 +133,9 @@ def keep_top(shown: Tensor, top: Tensor) -> Tensor:
     return swapped.scatter(1, index, own)
 
 
-def _probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    check_tensor(logits, "logits", ndim=2, floating=True, finite=False)
-    return torch.softmax(wide(logits) / temperature, dim=1)
+def _probabilities(logits: Tensor) -> Tensor:
+    return torch.softmax(_checked(logits), dim=1)
+
+
+def _checked(logits: Tensor) -> Tensor:
+    return wide(check_tensor(logits, "logits", ndim=2, floating=True, finite=False))

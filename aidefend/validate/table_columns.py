@@ -19,7 +19,7 @@ _KINDS = ("number", "integer", "boolean", "category", "text")
 _PLAIN = (bool, int, float, str, type(None))
 _EXACT = 2**53  # floats count one by one up to here
 _MOST_INTEGER = 2**63 - 1
-_MOST_NUMBER = 2**1023
+_MOST_NUMBER = int(sys.float_info.max)
 _NAME = 40
 
 
@@ -162,7 +162,7 @@ def _number(value: Any, kind: str) -> tuple[Any, bool]:
     if type(value) is int and kind == "integer":
         return (value, True) if abs(value) <= _MOST_INTEGER else (0, False)
     if type(value) is int:
-        return (float(value), True) if abs(value) < _MOST_NUMBER else (0, False)
+        return (float(value), True) if abs(value) <= _MOST_NUMBER else (0, False)
     if type(value) is not float:
         return 0, False
     return (value, True) if kind == "number" else _whole(value)

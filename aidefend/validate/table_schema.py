@@ -6,7 +6,7 @@ from typing import Any
 from aidefend.validate.table_columns import Column
 
 _TYPES = {"number": "number", "integer": "integer", "boolean": "boolean", "text": "string"}
-_EXACT = 2**53
+_EXACT = 2**53  # as in a column that becomes float64
 _MOST = {"number": 1.7976931348623157e308, "integer": 2**63 - 1}
 
 
@@ -40,6 +40,8 @@ def _rule(column: Column) -> dict[str, Any]:
         rule["maxLength"] = column.max_length
     if column.kind in _MOST:
         clipped = column.out_of_range == "clip"
-        rule["minimum"] = -_MOST[column.kind] if column.low is None or clipped else column.low
-        rule["maximum"] = _MOST[column.kind] if column.high is None or clipped else column.high
+        exact = column.kind == "integer" and column.missing == "accept"  # becomes float64, which must hold it
+        most = _EXACT if exact else _MOST[column.kind]
+        rule["minimum"] = -most if column.low is None or clipped else max(column.low, -most)
+        rule["maximum"] = most if column.high is None or clipped else min(column.high, most)
     return rule

@@ -33,6 +33,21 @@ def test_the_predicted_class_is_kept_in_every_dtype(output):
         assert torch.equal(label, LOGITS.to(dtype).argmax(dim=1))
 
 
+@pytest.mark.parametrize("output", [LabelOnly(), Rounded(0), Rounded(6), ReverseSigmoid(), KeyedNoise(KEY, 1.0)], ids=repr)
+def test_the_predicted_class_is_that_of_logits_whose_probabilities_tie(output):
+    """Planted violation: the largest rounded probability was looked for among probabilities that rounding had tied."""
+    logits = 1e-9 * torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
+    shown = harden(output, logits, logits)
+    assert torch.equal(shown if shown.ndim == 1 else shown.argmax(dim=1), logits.argmax(dim=1))
+    if shown.ndim == 2:
+        torch.testing.assert_close(shown.sum(dim=1), torch.ones(200))
+
+
+def test_a_low_temperature_leaves_no_nan():
+    shown = Tempered(1e-3)(torch.tensor([[3e38, 0.0, -3e38], [1.0, 0.0, 0.0]]))
+    assert shown.tolist() == [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
+
+
 @pytest.mark.parametrize("output", ALL, ids=repr)
 def test_no_rows_pickling_and_frozenness(output):
     assert len(harden(output, torch.zeros(0, 3), torch.zeros(0, 2))) == 0

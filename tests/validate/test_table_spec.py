@@ -1,6 +1,7 @@
 """`TableSpec`: columns, kinds, ranges, categories, missing values; the same verdict in every form of a table."""
 
 import json
+import sys
 import math
 
 import jsonschema
@@ -251,6 +252,19 @@ def test_nothing_raises_and_the_json_schema_agrees(rows):
     except (TypeError, ValueError):  # what JSON cannot say
         return
     assert jsonschema.Draft202012Validator(SPEC.to_json_schema()).is_valid(json.loads(text)) == accepted
+
+
+@pytest.mark.parametrize("kind", ["integer", "number"])
+@pytest.mark.parametrize("missing", ["accept", "reject"])
+@pytest.mark.parametrize("policy", ["reject", "clip"])
+def test_the_json_schema_agrees_at_the_ends_of_the_numbers(kind, missing, policy):
+    largest = int(sys.float_info.max)
+    ends = [2**53, 2**53 + 1, 2**60, 2**63 - 1, 2**63, 2**1023, 10**308, largest, 10**309, 0, 7]
+    for limits in ({}, {"low": 0, "high": 5}, {"low": -1e300, "high": 1e300}):
+        spec = TableSpec({"a": Column(kind, missing=missing, out_of_range=policy, **limits)})
+        rules = jsonschema.Draft202012Validator(spec.to_json_schema())
+        for value in (sign * end for end in ends for sign in (1, -1)):
+            assert rules.is_valid([{"a": value}]) == bool(spec.check([{"a": value}]).accepted.all()), value
 
 
 @given(st.lists(VALUES, min_size=1, max_size=4), st.sampled_from(["number", "integer", "boolean", "text"]))
