@@ -49,8 +49,7 @@ class FakeRedis:
         self.versions[key] = self.versions.get(key, 0) + 1
 
     def pipeline(self, transaction: bool) -> "FakePipeline":
-        assert transaction
-        return FakePipeline(self)
+        return FakePipeline(self, transaction)
 
     def get(self, key: bytes) -> bytes | None:
         return self.values.get(key)
@@ -73,6 +72,12 @@ class FakeRedis:
     def zcard(self, key: bytes) -> int:
         return len(self.values.get(key, {}))
 
+    def zremrangebyscore(self, key: bytes, low: float | str, high: str) -> None:
+        assert high.startswith("(")  # the end itself stays
+        known = self.values.get(key, {})
+        for name in [name for name, score in known.items() if float(low) <= score < float(high[1:])]:
+            del known[name]
+
     def zpopmin(self, key: bytes, count: int) -> list[tuple[bytes, float]]:
         order = sorted(self.values[key].items(), key=lambda item: (item[1], item[0]))[:count]
         for name, _ in order:
@@ -93,8 +98,9 @@ class FakeRedis:
 class FakePipeline:
     """Reads at once until `multi`, queues afterwards, and fails where a watched key has changed."""
 
-    def __init__(self, server: FakeRedis) -> None:
-        self.server, self.watched, self.queued, self.queueing = server, {}, [], False
+    def __init__(self, server: FakeRedis, transaction: bool) -> None:
+        self.server, self.watched, self.queued, self.queueing = server, {}, [], not transaction
+        self.transaction = transaction
 
     def __enter__(self) -> "FakePipeline":
         return self
@@ -113,13 +119,12 @@ class FakePipeline:
     def multi(self) -> None:
         self.queueing = True
 
-    def execute(self) -> None:
-        if self.server.before_execute is not None:
+    def execute(self) -> list[object]:
+        if self.transaction and self.server.before_execute is not None:
             self.server.before_execute()
         if any(self.server.versions.get(key, 0) != version for key, version in self.watched.items()):
             raise WatchError
-        for name, arguments, options in self.queued:
-            getattr(self.server, name)(*arguments, **options)
+        return [getattr(self.server, name)(*arguments, **options) for name, arguments, options in self.queued]
 
     def __getattr__(self, name: str):
         def queue(*arguments: object, **options: object) -> None:

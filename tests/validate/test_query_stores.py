@@ -129,6 +129,18 @@ def test_what_is_older_than_its_life_is_no_loss(make):
     assert store.health().principals == 16 and store.health().evicted == store.health().evidence_lost == 0
 
 
+def test_evidence_that_has_ended_leaves_room_for_newcomers(make):
+    """Planted violation: in Redis its places in the order stayed for good, and every new account went at once."""
+    store = make()
+    for table in ("principals", "shared"):
+        for i in range(200):
+            put(store, b"old%d" % i, weight=1, table=table)
+        put(store, b"new", table=table, now=1000.0)
+        put(store, b"newer", table=table, now=1001.0)
+        assert get(store, b"new", table, now=1002.0) == get(store, b"newer", table, now=1002.0) == b"v"
+    assert (store.health().principals, store.health().shared) == (2, 2)
+
+
 def test_values_end_with_their_life_and_flags_do_not(make):
     """Planted violation: a suspended account that waited for a day came back with a clean record."""
     store = make()

@@ -114,8 +114,8 @@ class RedisStore:
         return True
 
     def _evict(self, since: float) -> None:
-        for table in TABLES:
-            over = int(self._client.zcard(self._order(table))) - self._capacity.of(table)
+        for table, held in zip(TABLES, self._held(since), strict=True):
+            over = held - self._capacity.of(table)
             if over <= 0:
                 continue
             gone = self._client.zpopmin(self._order(table), over)
@@ -125,6 +125,21 @@ class RedisStore:
             if early:
                 self._client.hincrby(self._prefix + b"counts", "evicted", len(early))
                 self._client.hincrby(self._prefix + b"counts", "lost", sum(level > 0 for level in early))
+
+    def _held(self, since: float) -> list[int]:
+        """How many values each table holds, once those that have ended are off its order.
+
+        The server drops a value by itself, but not its place: places of evidence that is long gone would leave none for
+        newcomers, who come before them.
+        """
+        with self._client.pipeline(transaction=False) as pipe:
+            for table in TABLES:
+                for level in range(FLAG):
+                    begin = level * _LATER if level else "-inf"
+                    pipe.zremrangebyscore(self._order(table), begin, f"({level * _LATER + since!r}")
+            for table in TABLES:
+                pipe.zcard(self._order(table))
+            return [int(count) for count in pipe.execute()[-len(TABLES) :]]
 
     def _key(self, table: str, name: bytes) -> bytes:
         return self._prefix + table.encode() + b":" + name
