@@ -1,6 +1,7 @@
 """What a guard takes from outside: policy, budget, monitors, audit log, metrics, and the order in which it asks."""
 
 import dataclasses
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -146,6 +147,8 @@ class Collaborators:
             if given is not None and not all(callable(getattr(given, method, None)) for method in methods):
                 rule = f"{name} with {', '.join(f'.{method}()' for method in methods)}"
                 raise refuse(rule, name, given, "Pass one of aidefend.monitor, or your own with these methods")
+            for method in methods if given is not None else ():
+                _check_runs_at_once(name, method, given)
 
     def present(self) -> tuple[str, ...]:
         """Names of those that are there."""
@@ -199,6 +202,14 @@ class Collaborators:
         """Commit or refund what was reserved."""
         if self.budget is not None and admission.reserved:
             (self.budget.commit if spent else self.budget.refund)(admission.reservation)
+
+
+def _check_runs_at_once(name: str, method: str, given: Any) -> None:
+    """Refuse a coroutine function: nobody would wait for it, so that a budget never counts and a log never writes."""
+    own = getattr(given, method)
+    if inspect.iscoroutinefunction(own) or inspect.iscoroutinefunction(getattr(own, "__call__", None)):  # noqa: B004
+        cure = "Wrap it in a function that returns the result, and call the guard in a thread"
+        raise refuse(f"{name}.{method}() that is no coroutine function", name, given, cure)
 
 
 def check_band(drift: Drift | None, n: int) -> None:

@@ -126,6 +126,13 @@ def refuse_whole(n: int, reason: str, blank: Tensor, names: Sequence[str]) -> Ve
     return Verdict(no, no, blank.expand(n, *blank.shape), Repeated((reason,), n), nothing, nothing)
 
 
+def barred(verdict: Verdict, reason: str) -> Verdict:
+    """The verdict with a reason against every row, and the answers as they were."""
+    return dataclasses.replace(
+        verdict, keep=torch.zeros_like(verdict.keep), reasons=tuple((reason, *own) for own in verdict.reasons)
+    )
+
+
 def decide(x: object, verdict: Verdict, mode: str, parameters: Mapping[str, Any], seconds: float) -> GuardDecision:
     """Freeze a verdict into the answer of a guard."""
     return GuardDecision(

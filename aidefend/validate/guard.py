@@ -33,7 +33,7 @@ from aidefend.validate.collaborators import (
     plain_principal,
 )
 from aidefend.validate.conformal_law import Mode as Promise
-from aidefend.validate.decision import GuardDecision, Verdict, all_answered, decide, refuse_whole
+from aidefend.validate.decision import GuardDecision, Verdict, all_answered, barred, decide, refuse_whole
 from aidefend.validate.detector import Detector, unique_names
 from aidefend.validate.exact_calibration import kept_dtypes
 from aidefend.validate.features import PassCapture
@@ -75,14 +75,17 @@ class Guard(nn.Module):
     | monitor | access, budget, specification, finite outputs; detectors and query monitor only remark | hardened |
     | shadow | access, budget, faults of the batch (shape, dtype, caps); all else only remarks | as the bare model's |
 
+    In every mode, what is not on record is not delivered: a log or metrics that fail refuse the call.
+
     Guarantee: (1) A clean row that is exchangeable with the calibration rows and satisfies the specification is
         refused by the detectors with probability at most alpha: on average, in each predicted class, or for this very
         calibration set, as `promise` says (see `Calibration`); drift voids it. (2) No input
         raises, whatever its type or content. Outside mode "shadow", a row that breaks a rule of the specification never
         reaches the model, so it cannot harm its batch mates. A row that makes the model itself raise refuses its whole
         batch. (3) It fails closed: an exception in policy, budget, monitors, log, metrics, model, detectors or
-        hardening refuses every row; the units are returned if the model had not run. (4) Nothing about adversarial
-        inputs: an attacker who knows the detectors can pass them. Measure how far with `attackable()`.
+        hardening refuses every row; the units are returned if the model had not run. In the modes "monitor" and
+        "shadow", one in monitors or detectors is a remark on every row, and changes no answer. (4) Nothing about
+        adversarial inputs: an attacker who knows the detectors can pass them. Measure how far with `attackable()`.
     Threads may call one guard at the same time. Verdicts, and the time they take, tell an attacker what passes: give
     clients `accepted` and `outputs` alone, and a budget.
     """
@@ -266,10 +269,13 @@ class Guard(nn.Module):
                 step, ran = "model", True
                 watch = functools.partial(collaborators.watch, asked.principal)
                 found = judge(asked.panel, checked, Tensor.detach(x) if shadow else checked.x, chosen, watch)
-                if collaborators.drift is None:
-                    return found, True
                 step = "drift"
-                return dataclasses.replace(found, drifted=collaborators.drifted(found.ranks)), True
+                try:
+                    return dataclasses.replace(found, drifted=collaborators.drifted(found.ranks)), True
+                except Exception as error:
+                    if self.mode == "enforce":
+                        raise
+                    return barred(found, failure(step, error)), True
         except Exception as error:
             return self._refuse(rows, failure(step, error)), ran
 

@@ -1,12 +1,14 @@
 """Policy, budget, log and metrics: their order, and that each failure refuses instead of letting through."""
 
+import functools
 import json
 import logging
+import types
 
 import pytest
 import torch
 
-from aidefend import ConfigurationError
+from aidefend import BudgetExceeded, ConfigurationError
 from aidefend.validate import Energy, Guard, NearestNeighbours
 from tests.validate.small_world import Recorder, model, rows, strange
 
@@ -164,6 +166,29 @@ def test_predict_hands_on_the_principal():
     guard, recorder, _ = counted()
     guard.predict(TEST, principal="team-a")
     assert recorder.request[0] == "team-a"
+
+
+METHODS = {
+    "policy": ("authorize",),
+    "budget": ("reserve", "commit", "refund"),
+    "log": ("append",),
+    "metrics": ("observe",),
+    "queries": ("watch",),
+    "drift": ("observe",),
+}
+
+
+@pytest.mark.parametrize(("name", "method"), [(name, method) for name, own in METHODS.items() for method in own])
+def test_a_collaborator_that_must_be_awaited_is_refused(name, method):
+    """Planted violation: nobody awaited it, so that no unit was ever counted and no event written, without an error."""
+
+    async def later(*_, **__):
+        raise BudgetExceeded("never raised")
+
+    for waits in (later, functools.partial(later), type("Later", (), {"__call__": staticmethod(later)})()):
+        methods = {other: (lambda *_, **__: None) for other in METHODS[name]} | {method: waits}
+        with pytest.raises(ConfigurationError, match=rf"{name}\.{method}\(\) that is no coroutine function"):
+            guard_of(**{name: types.SimpleNamespace(**methods)})
 
 
 @pytest.mark.parametrize("name", ["policy", "budget", "log", "metrics"])

@@ -271,6 +271,18 @@ def test_the_monitor_sees_scored_rows_alone_and_its_failure_refuses():
         guard.follow("a monitor")
 
 
+@pytest.mark.parametrize("mode", ["monitor", "shadow"])
+def test_a_drift_monitor_that_fails_changes_no_answer_where_nothing_is_enforced(mode):
+    """Planted violation: it refused every row in the mode that promises the answers of the bare model."""
+    watch = Watch()
+    guard = guard_of(drift=watch, mode=mode)
+    before = guard(TEST)
+    watch.fails = True
+    after = guard(TEST)
+    assert after.accepted.all() and torch.equal(before.outputs, after.outputs) and not after.report.keep.any()
+    assert {row[0] for row in after.reasons} == {"error: drift failed (RuntimeError)"}
+
+
 @pytest.mark.parametrize("n", [None, 10_000])
 def test_a_drift_monitor_whose_alarms_mean_nothing_is_refused(n, tmp_path):
     """Planted violation: without the band for so few rows, exchangeable rows raise the alarm sooner or later."""
