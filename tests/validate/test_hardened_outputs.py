@@ -33,7 +33,10 @@ def test_the_predicted_class_is_kept_in_every_dtype(output):
         assert torch.equal(label, LOGITS.to(dtype).argmax(dim=1))
 
 
-@pytest.mark.parametrize("output", [LabelOnly(), Rounded(0), Rounded(6), ReverseSigmoid(), KeyedNoise(KEY, 1.0)], ids=repr)
+KEEPING = [LabelOnly(), Rounded(0), Rounded(6), ReverseSigmoid(), KeyedNoise(KEY, 1.0)]
+
+
+@pytest.mark.parametrize("output", KEEPING, ids=repr)
 def test_the_predicted_class_is_that_of_logits_whose_probabilities_tie(output):
     """Planted violation: the largest rounded probability was looked for among probabilities that rounding had tied."""
     logits = 1e-9 * torch.randn(200, 5, generator=torch.Generator().manual_seed(0))

@@ -1,8 +1,8 @@
 """`TableSpec`: columns, kinds, ranges, categories, missing values; the same verdict in every form of a table."""
 
 import json
-import sys
 import math
+import sys
 
 import jsonschema
 import numpy as np
