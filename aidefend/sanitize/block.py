@@ -52,6 +52,8 @@ def read_block(block: Mapping[str, Any], dimensions: int | None = None, key: str
 
 def _names(given: Any) -> tuple[str, ...]:
     """Ids as texts; whole numbers, such as those of rows, by their digits."""
+    if isinstance(given, Tensor):
+        given = check_tensor(given, "ids", ndim=1, finite=False).detach().cpu()
     listed = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
     numbers = isinstance(listed, list | tuple) and len(listed) > 0 and not isinstance(listed[0], str)
     cure = "Pass the content ids of the rows, or their numbers"
