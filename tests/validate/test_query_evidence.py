@@ -10,7 +10,6 @@ from aidefend.validate.queries.norms import Answered, Norms
 from aidefend.validate.queries.sketch import MARKS, WIDTH, Sketcher
 from aidefend.validate.queries.trail import STATISTICS, Shared, Trail
 
-COUNTS = ("near", "burst", "crowd", "haze", "lateral", "flips", "lows", "shared", "shared flips")
 STREAM = np.random.Generator(np.random.Philox(key=1))
 
 
@@ -41,14 +40,7 @@ def walked(rows, contents=None, ring=64, radius=1.0):
     for i in range(len(rows.labels)):
         trail.fade(1.0, 1e9)
         distances.append(trail.add(rows, i, law, (1.0, 1.0), Shared(), ring))
-    return trail, counted(trail, law), distances
-
-
-def counted(trail, law):
-    """Statistics with the counts as they are, not held against the volume."""
-    found = dict(zip(STATISTICS, trail.statistics(law), strict=True))
-    pace = (1 + found["volume"] / 64) ** 0.5
-    return {name: round(value * pace, 9) if name in COUNTS else value for name, value in found.items()}
+    return trail, dict(zip(STATISTICS, trail.statistics(law), strict=True)), distances
 
 
 @pytest.mark.parametrize("features", [12, 784, 5000])
@@ -120,19 +112,6 @@ def test_changed_answers_and_new_lows_count_among_near_rows_alone():
         and walked(answered(far, margins=falling))[1]["lows"] == 0
     )
     assert walked(answered(near, margins=falling[::-1]))[1]["lows"] == 0
-
-
-def test_what_is_counted_is_held_against_the_root_of_the_volume_and_the_volume_is_not():
-    path, law = [[0.01 * i] for i in range(10)], norms()
-    quick, busy = walked(answered(path)), walked(answered([*path, *([50.0 * i] for i in range(1, 247))]))
-    found, late = (dict(zip(STATISTICS, trail.statistics(law), strict=True)) for trail in (quick[0], busy[0]))
-    assert quick[1]["near"] == busy[1]["near"] == 9 and quick[1]["haze"] == busy[1]["haze"] == 9
-    for name in ("near", "haze", "lateral"):
-        assert late[name] == pytest.approx(found[name] * ((1 + 10 / 64) / (1 + 256 / 64)) ** 0.5)
-    assert (found["volume"], late["volume"]) == (10, 256)
-    quick[0].peaks[3:] = busy[0].peaks[3:] = 6.0, 3.0  # as if others had asked near
-    assert tuple(quick[0].statistics(law)[-2:]) == pytest.approx(np.array([6, 3]) / (1 + 10 / 64) ** 0.5)
-    assert tuple(busy[0].statistics(law)[-2:]) == pytest.approx(np.array([6, 3]) / 5**0.5)
 
 
 def test_the_same_row_again_is_volume_alone():

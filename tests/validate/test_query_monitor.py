@@ -1,5 +1,6 @@
 """The query monitor: what it flags, whom it leaves alone, and that no answer tells which query it was."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,6 +11,8 @@ from scipy import stats
 from aidefend import AidefendError, ConfigurationError
 from aidefend.validate import Capacity, Energy, Guard, MemoryStore, QueryMonitor, RedisStore, SQLiteStore
 from aidefend.validate.queries.calibrating import check_streams, replay_scores
+from aidefend.validate.queries.rules import paced
+from aidefend.validate.queries.trail import STATISTICS
 from tests.validate.query_world import CLASSES, FakeRedis, day, days, model, probes
 from tests.validate.small_world import model as guarded_model
 from tests.validate.small_world import rows
@@ -391,6 +394,59 @@ def test_so_many_calibrated_accounts_lie_above_the_threshold_as_the_promise_allo
     assert monitor.level == pytest.approx(rank / (n + 1))
     kept = stats.beta(rank, n + 1 - rank).cdf(0.05)
     assert kept >= 0.95 if promise == "calibration-conditional" else kept < 0.95
+
+
+def busy_days(count):
+    """Benign accounts of 20 to 400 queries, three in five of which come close to those before."""
+    found = []
+    for seed in range(count):
+        stream = torch.Generator().manual_seed(500 + seed)
+        x = torch.randn(int(20 * 20 ** float(torch.rand((), generator=stream))), 12, generator=stream)
+        for start in range(0, len(x), 20):
+            burst = x[start : start + 12]
+            burst[:] = burst[0] + 0.05 * torch.randn(len(burst), 12, generator=stream)
+        found.append((x, model(x)))
+    return found
+
+
+def test_busy_accounts_do_not_keep_a_quick_attack_unseen_and_queries_before_it_do_not_help():
+    rules = QueryMonitor.calibrate(busy_days(80), MemoryStore(), alpha=0.05, key=KEY, ring=32)._rules
+    order = np.random.Generator(np.random.Philox(key=0)).permutation(80)
+    fresh = check_streams([busy_days(80)[i] for i in order[26:]])
+    plain = dataclasses.replace(rules, weight=1e-9)
+    plain = dataclasses.replace(plain, threshold=float(np.sort(replay_scores(plain, fresh))[-rules.rank]))
+
+    def flag_at(used, x):
+        monitor = QueryMonitor(used, MemoryStore(), clock=Clock())
+        standings = (monitor.watch("eve", x[i : i + 1], model(x[i : i + 1])) for i in range(len(x)))
+        return next(i for i, standing in enumerate(standings) if standing.remark)
+
+    before = torch.cat([x for x, _ in busy_days(6)])[:300]
+    for seed in range(3):
+        quick = probes(60, seed, size=0.15)
+        assert flag_at(rules, quick) < flag_at(plain, quick)
+        assert flag_at(rules, torch.cat([before, quick])) <= flag_at(plain, torch.cat([before, quick])) + 4
+
+
+def test_the_joint_score_is_the_larger_one_of_both_kinds_and_what_is_counted_is_held_against_the_volume(saved):
+    rules = monitor_of(saved)[0]._rules
+    statistics = np.arange(1.0, 15.0)
+    place = STATISTICS.index("volume")
+    statistics[place] = 192.0  # the root of 1 + 192 / 64 is 2
+    kept = [STATISTICS.index(name) for name in ("drift", "odd", "thin", "classes", "volume")]
+    halved = [i for i in range(14) if i not in kept]
+    assert np.allclose(paced(statistics)[kept], statistics[kept])
+    assert np.allclose(paced(statistics)[halved], statistics[halved] / 2)
+    units = [
+        np.maximum(values - usual[:, 0], 0.0) / usual[:, 1]
+        for values, usual in zip((statistics, paced(statistics)), rules.usual, strict=True)
+    ]
+    roots = [float(np.sqrt((unit**2).sum())) for unit in units]
+    for weight in (1e-3, 1e3):
+        found = float(dataclasses.replace(rules, weight=weight).scores(statistics))
+        assert found == pytest.approx(max(roots[0], weight * roots[1]))
+    both = rules.scores(np.stack([statistics, 2 * statistics]))
+    assert both.shape == (2,) and both[0] == pytest.approx(float(rules.scores(statistics)))
 
 
 def test_a_promise_for_this_very_calibration_needs_more_accounts():

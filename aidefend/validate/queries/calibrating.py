@@ -13,7 +13,7 @@ from aidefend._core.checks import check_tensor, refuse
 from aidefend.validate.conformal_law import Mode, least_calibration_rows, rank_of
 from aidefend.validate.queries.crowds import Session, join_crowd
 from aidefend.validate.queries.norms import Answered, Array, Norms
-from aidefend.validate.queries.rules import Rules, answer, join, read_rows
+from aidefend.validate.queries.rules import Rules, answer, join, paced, read_rows
 from aidefend.validate.queries.sketch import Floats, Sketcher
 from aidefend.validate.queries.store import Capacity, MemoryStore
 from aidefend.validate.queries.trail import STATISTICS, Shared, Trail
@@ -93,29 +93,32 @@ def calibrate_rules(
     reference, rest = ([streams[i] for i in part] for part in (order[:share], order[share:]))
     rank = rank_of(len(rest), *promise)
     rules = _learn(reference, promise.alpha, ttl, ring, key or secrets.token_bytes(32), (len(rest), rank))
-    peaks = replay(rules, reference)
-    usual = np.stack([np.median(peaks, axis=0), np.ones(len(STATISTICS))], axis=1)
-    beyond = np.maximum(peaks - usual[:, 0], 0.0).mean(axis=0)
-    usual[:, 1] = beyond + np.array([_UNITS[name] for name in STATISTICS])
-    rules = _with(rules, usual, 0.0)
+    every, bounds = _replay(rules, reference), _bounds(reference)
+    usual = np.stack([_usual(kind, bounds) for kind in (every, paced(every))])
+    rules = dataclasses.replace(rules, usual=usual)
+    highest = np.array([join(rules.units(every[i:j])).max(axis=1) for i, j in bounds])  # (n, 2)
+    plain, held = np.quantile(highest, 1 - promise.alpha, axis=0)
+    rules = dataclasses.replace(rules, weight=float(plain / held) if plain > 0 and held > 0 else 1.0)
     scores = np.sort(replay_scores(rules, rest))[::-1]
-    return _with(rules, usual, float(scores[rank - 1]))
+    return dataclasses.replace(rules, threshold=float(scores[rank - 1]))
+
+
+def _usual(statistics: Array, bounds: list[tuple[int, int]]) -> Array:
+    """(S, 2) median of the peaks of principals, and what counts as one unit beyond it."""
+    peaks = np.array([statistics[i:j].max(axis=0) for i, j in bounds])
+    median = np.median(peaks, axis=0)
+    beyond = np.maximum(peaks - median, 0.0).mean(axis=0)
+    return np.stack([median, beyond + np.array([_UNITS[name] for name in STATISTICS])], axis=1)
 
 
 def replay_scores(rules: Rules, streams: list[Stream]) -> Array:
     """The highest joint score that each principal reaches while all of them ask side by side: (n,)."""
-    units = np.maximum(_replay(rules, streams) - rules.usual[:, 0], 0.0) / rules.usual[:, 1]
-    return np.array([join(units[i:j]).max() for i, j in _bounds(streams)])
+    scores = rules.scores(_replay(rules, streams))
+    return np.array([scores[i:j].max() for i, j in _bounds(streams)])
 
 
-def replay(rules: Rules, streams: list[Stream]) -> Array:
-    """The highest value of each statistic that each principal reaches: (n, S)."""
-    every = _replay(rules, streams)
-    return np.array([every[i:j].max(axis=0) for i, j in _bounds(streams)])
-
-
-def _bounds(streams: list[Stream]) -> Iterable[tuple[int, int]]:
-    return itertools.pairwise(np.cumsum([0, *(len(stream.x) for stream in streams)]).tolist())
+def _bounds(streams: list[Stream]) -> list[tuple[int, int]]:
+    return list(itertools.pairwise(np.cumsum([0, *(len(stream.x) for stream in streams)]).tolist()))
 
 
 def _replay(rules: Rules, streams: list[Stream]) -> Array:
@@ -177,9 +180,9 @@ def _learn(streams: list[Stream], alpha: float, ttl: float, ring: int, key: byte
     norms = Norms.of(everything, unrelated, np.concatenate([_nearest(one.sketches, ring) for one in rows]), classes)
     step = 4.0 * float(norms.radii[0]) / np.sqrt(sketcher.sketch(flats[0][:1]).shape[1])
     sketcher = Sketcher(key, centre, scale, unit, step)
-    blank = np.ones((len(STATISTICS), 2))
+    blank = np.ones((2, len(STATISTICS), 2))
     shape = tuple(streams[0].x.shape[1:])
-    return Rules(sketcher, norms, blank, 0.0, alpha, *counts, shape, ttl, ring)
+    return Rules(sketcher, norms, blank, 1.0, 0.0, alpha, *counts, shape, ttl, ring)
 
 
 def _scales(flat: Floats, ndim: int) -> tuple[Floats, Floats]:
@@ -213,7 +216,3 @@ def _nearest(sketches: Floats, ring: int) -> Array:
         if distances.min() > 0:
             found.append(float(distances.min()))
     return np.array(found)
-
-
-def _with(rules: Rules, usual: Array, threshold: float) -> Rules:
-    return dataclasses.replace(rules, usual=usual, threshold=threshold)

@@ -157,7 +157,7 @@ class QueryMonitor:
             delta: See `promise`, in (0, 1).
             ttl: Life of the evidence in seconds, 1 or more: in this time it fades to 1 / e. Calibrate on accounts
                 observed for as long as the promise is to hold, about five `ttl` or more: one that asks steadily holds
-                in the end 1.6 times the evidence that its first `ttl` leaves.
+                in the end up to 1.6 times the evidence that its first `ttl` leaves.
             ring: Queries of an account that are kept, 8 to 4,096.
             seed: Splits the accounts: a third says what is usual, the others set the threshold.
             key: >= 16 secret bytes for the fingerprints; None takes 32 from the operating system.
@@ -197,7 +197,7 @@ class QueryMonitor:
             remark, score = "", 0.0
             for i in places:
                 statistics = take_note(self._rules, session, trail, marked, i, now, name)
-                score = self._rules.score(statistics)
+                score = float(self._rules.scores(statistics))
                 if np.isinf(trail.acts) and score > self._rules.threshold:
                     remark = self._flag(trail, statistics, now) or remark
             weight = 2 if np.isfinite(trail.acts) else int(trail.flagged > 0 or score > self._rules.threshold / 2)
@@ -216,7 +216,7 @@ class QueryMonitor:
         def work(session: Session) -> QueryStanding:
             trail = self._trail(session, name)
             trail.fade(now, self._rules.ttl)
-            return self._standing(trail, "", self._rules.score(trail.statistics(self._rules.norms)), now)
+            return self._standing(trail, "", float(self._rules.scores(trail.statistics(self._rules.norms))), now)
 
         return self._store.run(work, now, self._rules.ttl)
 
@@ -304,7 +304,7 @@ class QueryMonitor:
 
         An account that others alone got flagged is asked again at each query: nobody is safe for having been framed.
         """
-        framed = self._rules.score(statistics, own=True) <= self._rules.threshold and trail.peaks[1] < 2
+        framed = self._rules.scores(statistics, own=True) <= self._rules.threshold and trail.peaks[1] < 2
         if framed and trail.flagged:
             return ""
         trail.flagged = trail.flagged or now or 1e-9

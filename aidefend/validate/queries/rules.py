@@ -14,6 +14,10 @@ from aidefend.validate.queries.sketch import Floats, Sketcher
 from aidefend.validate.queries.trail import STATISTICS
 
 SHARED = np.array([name.startswith("shared") for name in STATISTICS])
+COUNTED = SHARED | np.isin(STATISTICS, ("near", "burst", "crowd", "haze", "lateral", "flips", "lows"))
+_VOLUME = STATISTICS.index("volume")
+_NUMBERS = ("weight", "threshold", "alpha", "principals", "rank", "ttl", "ring")
+_SOME = 64  # queries; fewer say too little of an account's habits to count on
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,8 +27,9 @@ class Rules:
     Args:
         sketcher: Holds the secret key.
         norms: Of benign queries.
-        usual: (S, 2) for each statistic the median of its peaks over benign principals, and what counts as one unit
-            beyond it.
+        usual: (2, S, 2) for each statistic, as it is and `paced`, the median of its peaks over benign principals, and
+            what counts as one unit beyond it.
+        weight: Of the score of paced statistics beside that of the others.
         threshold: Of the joint score.
         alpha: Share of benign principals that may be flagged.
         principals: How many of them the threshold was read off.
@@ -37,6 +42,7 @@ class Rules:
     sketcher: Sketcher
     norms: Norms
     usual: Array
+    weight: float
     threshold: float
     alpha: float
     principals: int
@@ -46,14 +52,15 @@ class Rules:
     ring: int
 
     def __post_init__(self) -> None:
+        check_number(self.weight, "weight", 0.0, open_low=True)
         check_number(self.threshold, "threshold")
         check_probability(self.alpha, "alpha")
         check_int(self.principals, "principals")
         check_int(self.rank, "rank", 1, self.principals)
         check_number(self.ttl, "ttl", 1.0, 1e9)
         check_int(self.ring, "ring", 8, 4096)
-        if self.usual.shape != (len(STATISTICS), 2) or not bool((self.usual[:, 1] > 0).all()):
-            raise refuse(f"usual of shape ({len(STATISTICS)}, 2)", "usual", self.usual.shape, "Calibrate again")
+        if self.usual.shape != (2, len(STATISTICS), 2) or not bool((self.usual[..., 1] > 0).all()):
+            raise refuse(f"usual of shape (2, {len(STATISTICS)}, 2)", "usual", self.usual.shape, "Calibrate again")
 
     def read(self, x: Tensor, outputs: Tensor) -> Answered:
         """Rows (n, ...) and their logits (n, K) as the monitor sees them."""
@@ -64,14 +71,29 @@ class Rules:
             raise refuse(f"outputs with {self.norms.num_classes} classes", "outputs", outputs, "Calibrate again")
         return answer(self.sketcher, flat, logits)
 
-    def score(self, statistics: Array, *, own: bool = False) -> float:
-        """The joint score: how many benign units the statistics together lie beyond the benign median."""
-        units = np.maximum(statistics - self.usual[:, 0], 0.0) / self.usual[:, 1]
-        return float(join(units[~SHARED] if own else units))
+    def units(self, statistics: Array) -> Array:
+        """(2, ..., S) from (..., S): how many benign units each lies beyond the benign median, as it is and `paced`."""
+        both = np.stack([statistics, paced(statistics)])
+        medians, sizes = (part.reshape(2, *[1] * (both.ndim - 2), -1) for part in np.moveaxis(self.usual, -1, 0))
+        found: Array = np.maximum(both - medians, 0.0) / sizes
+        return found
+
+    def scores(self, statistics: Array, *, own: bool = False) -> Array:
+        """The joint score (...) of statistics (..., S): the larger one of the roots of squares of both kinds of units.
+
+        What is paced is sooner sure of a quick attack, what is not does not mind queries in between.
+
+        Args:
+            statistics: By `STATISTICS`.
+            own: Without what others have asked.
+        """
+        plain, held = join(self.units(statistics)[..., ~SHARED if own else slice(None)])
+        found: Array = np.maximum(plain, self.weight * held)
+        return found
 
     def leading(self, statistics: Array) -> str:
         """The two statistics that say most, for the operator."""
-        units = np.maximum(statistics - self.usual[:, 0], 0.0) / self.usual[:, 1]
+        units = (self.units(statistics) * np.array([[1.0], [self.weight]])).max(axis=0)
         return ", ".join(STATISTICS[i] for i in np.argsort(-units)[:2] if units[i] > 0)
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,7 +108,7 @@ class Rules:
             "norms": self.norms.to_dict(),
             "usual": self.usual.tolist(),
             "statistics": list(STATISTICS),
-            **{name: getattr(self, name) for name in ("threshold", "alpha", "principals", "rank", "ttl", "ring")},
+            **{name: getattr(self, name) for name in _NUMBERS},
             "shape": list(self.shape),
         }
 
@@ -104,9 +126,20 @@ class Rules:
             raise ValueError("centre and scale do not fit the shape")
         key = base64.b64decode(data["key"], validate=True)
         sketcher = Sketcher(key, centre, scale, float(data["unit"]), float(data["step"]))
-        rest = {name: data[name] for name in ("threshold", "alpha", "principals", "rank", "ttl", "ring")}
+        rest = {name: data[name] for name in _NUMBERS}
         usual = np.array(data["usual"], dtype=np.float64)
         return cls(sketcher, Norms.from_dict(data["norms"]), usual, shape=shape, **rest)
+
+
+def paced(statistics: Array) -> Array:
+    """Statistics (..., S) of which what is counted near earlier queries is held against the root of the volume.
+
+    A benign account collects it as it asks on, so that otherwise the busy ones set a threshold that a quick attack does
+    not reach in time. The volume itself is not, or natural queries in between would hide an attack.
+    """
+    pace = np.sqrt(1 + statistics[..., _VOLUME, None] / _SOME)
+    found: Array = np.where(COUNTED, statistics / pace, statistics)
+    return found
 
 
 def join(units: Array) -> Array:

@@ -16,7 +16,6 @@ STATISTICS = (
 )
 _SUMS = ("near", "lateral", "flips", "lows", "volume", "odd", "thin", "fresh")
 _PEAKS = ("burst", "crowd", "haze", "shared", "shared flips")
-_SOME = 64  # queries; fewer say too little of an account's habits to count on
 _HEAD = struct.Struct("<4sHHddd")
 _MAGIC = b"aqt1"
 _ENTRY = np.dtype(
@@ -131,20 +130,15 @@ class Trail:
         return nearest
 
     def statistics(self, norms: Norms) -> Array:
-        """The evidence, by `STATISTICS`, each >= 0 and higher for an attack.
-
-        What is counted near earlier queries is held against the root of how many there are: a benign account collects
-        it as it asks on, so that otherwise the busy ones set a threshold that a quick attack does not reach in time.
-        The volume itself is not, or natural queries in between would hide an attack.
-        """
+        """The evidence, by `STATISTICS`, each >= 0 and higher for an attack."""
         near, lateral, flips, lows, volume, odd, thin, fresh = self.sums
-        root, pace = np.sqrt(fresh + 16), np.sqrt(1 + volume / _SOME)
+        root = np.sqrt(fresh + 16)
         drift = _divergence(self.bins, np.full(BINS, 1 / BINS)) / root
         classes = _divergence(self.classes, norms.shares) / root
         burst, crowd, haze, shared, shared_flips = self.peaks
-        own = np.array([near, burst, crowd, haze, lateral, flips, lows]) / pace
-        rest = (drift, (odd - fresh) / root, (thin - fresh) / root, classes, volume)
-        found: Array = np.maximum([*own, *rest, shared / pace, shared_flips / pace], 0.0)
+        own = (near, burst, crowd, haze, lateral, flips, lows)
+        rest = (drift, (odd - fresh) / root, (thin - fresh) / root, classes, volume, shared, shared_flips)
+        found: Array = np.maximum(np.array([*own, *rest]), 0.0)
         return found
 
     def _sum(self, name: str, value: float) -> None:
