@@ -1,7 +1,9 @@
 """From a model and clean data to everything that a guard needs."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+import statistics
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +35,7 @@ from aidefend.validate.spec import InputSpec
 from aidefend.validate.tasks import TASKS, Task, check_task
 
 _PURPOSES = ("fit", "reference", "calibration")
+_OFTEN = 10  # times the median number of copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,27 +231,47 @@ class _Order(NamedTuple):
 def _split(
     batches: list[Batch], fit: Any, order: _Order, train_ids: Collection[str] | None, batch_size: int
 ) -> dict[str, list[Batch]]:
-    """Rows by purpose. Equal inputs stay together; the split depends on content and seed, not on the order."""
-    names = {input_id(row_id) for batch in batches for row_id in batch.ids}
+    """Rows by purpose. Equal inputs stay together, but for frequent ones; the split depends on content and seed."""
+    counts = Counter(input_id(row_id) for batch in batches for row_id in batch.ids)
+    names = set(counts)
     check_not_empty(len(names), "calibration_loader")
     fit_batches = [] if fit is None else list(iterate(fit, batch_size))
     _check_apart(names, (row_id for batch in fit_batches for row_id in batch.ids), "fit")
     _check_apart(names, train_ids or (), "train_ids")
-    shares = share_rows(len(names), *order[:-1])
-    ranked = sorted(names, key=lambda name: derive_seed(order.seed, "calibration", name))
+    share_rows(len(names), *order[:-1])  # enough different rows
+    frequent = _frequent(counts)
+    units = {_unit(row_id, frequent) for batch in batches for row_id in batch.ids}
+    shares = share_rows(len(units), *order[:-1])
+    ranked = sorted(units, key=lambda name: derive_seed(order.seed, "calibration", name))
     purpose = dict.fromkeys(ranked[: shares.fit], "fit")
     purpose |= dict.fromkeys(ranked[shares.fit : shares.fit + shares.reference], "reference")
-    parts = {name: _of_purpose(batches, purpose, name) for name in _PURPOSES}
+    parts = {name: _of_purpose(batches, purpose, frequent, name) for name in _PURPOSES}
     if fit is not None:
         check_not_empty(sum(len(batch.ids) for batch in fit_batches), "fit")
         parts["fit"] = fit_batches
     return parts
 
 
-def _of_purpose(batches: list[Batch], purpose: dict[str, str], name: str) -> list[Batch]:
+def _frequent(counts: Mapping[str, int]) -> set[str]:
+    """Inputs that traffic brings again and again, such as an empty form: not data that was copied as a whole.
+
+    In service they come as often as in the calibration data. Kept together in one part, an input that is a fifth of the
+    traffic would be missing in the calibration rows, and refused if it is unlike the others.
+    """
+    least = _OFTEN * max(1.0, statistics.median(counts.values()))
+    return {name for name, count in counts.items() if count > least}
+
+
+def _unit(row_id: str, frequent: Collection[str]) -> str:
+    """What the split moves as one: an input with all its copies, or one copy of a frequent input."""
+    name = input_id(row_id)
+    return row_id if name in frequent else name
+
+
+def _of_purpose(batches: list[Batch], purpose: Mapping[str, str], frequent: Collection[str], name: str) -> list[Batch]:
     found = []
     for batch in batches:
-        index = [i for i, row in enumerate(batch.ids) if purpose.get(input_id(row), "calibration") == name]
+        index = [i for i, row in enumerate(batch.ids) if purpose.get(_unit(row, frequent), "calibration") == name]
         if index:
             labels = None if batch.y is None else batch.y[index]
             found.append(Batch(tuple(batch.ids[i] for i in index), batch.x[index], labels))

@@ -15,14 +15,17 @@ from aidefend.validate.few_rows import Lookup
 from aidefend.validate.tail_surprise import Tails
 
 COMBINED = "combined"
+_ROUNDING = 1e-5  # of a score: what batch size, thread count and the way of summing change in float32, with room
+_LEAST_ROUNDING = 1e-6  # of scores that are differences of numbers around 1, such as a cosine distance
+_MOST_ROUNDING = 1e-3  # of the spread of the scores: so little moves the rate by a share of about as much
 
 
 class Judged(NamedTuple):
     """What a calibration says about N rows.
 
     Args:
-        numbers: 2 D + 2 of (N,): scores of each detector and the joint statistic, then p-values: of each detector among
-            all calibration rows, and last of the decision, by its mode.
+        numbers: 2 D + 2 of (N,): scores of each detector and the joint statistic (of scores less `slack`), then
+            p-values: of each detector among all calibration rows, and last of the decision, by its mode.
         ranks: (N,) p-value of the joint statistic among all calibration rows: what watches for drift.
         refused: (N,) bool.
         some: Whether any is refused.
@@ -41,6 +44,9 @@ class JointCalibration(nn.Module):
     an exponential tail; the surprises are joined by log-sum-exp (the harmonic mean of the tail probabilities). This
     function is fixed before the calibration rows are looked at, so the joint statistic is as exchangeable as the rows:
     its conformal threshold is exact, whatever the dependence between the detectors.
+    Inputs that come again and again, such as an empty form, tie with their copies among the calibration rows but for
+    rounding, which the size of a batch changes. So new scores are compared less `slack`, a bound on this rounding: what
+    ties is not refused, in a batch or alone, and the rate of rows that do not tie falls by less than a share of 1 %.
     Guarantee: that of `Calibration` in the same mode, for the joint statistic: `law` is that calibration.
     Args:
         names: Names of the D detectors.
@@ -63,6 +69,7 @@ class JointCalibration(nn.Module):
     classes: Tensor
     joined: Tensor
     threshold: Tensor
+    slack: Tensor
     ordered: Tensor
     table: Tensor
     by_place: Tensor
@@ -90,7 +97,7 @@ class JointCalibration(nn.Module):
         self.register_buffer("classes", whole if mode != "class-conditional" or classes is None else classes.long())
         for name in ("joined", "threshold"):
             self.register_buffer(name, None)
-        for name in ("ordered", "table", "by_place"):
+        for name in ("slack", "ordered", "table", "by_place"):
             self.register_buffer(name, None, persistent=False)
         self._derive()
         self.register_load_state_dict_post_hook(_derive_again)  # type: ignore[no-untyped-call]
@@ -146,18 +153,19 @@ class JointCalibration(nn.Module):
         return tails.surprises(scores).logsumexp(dim=1)
 
     def margin(self, scores: Tensor, classes: Tensor | None = None) -> Tensor:
-        """Joint statistic minus threshold: > 0 exactly for refused rows; NaN scores count as strangest.
+        """Joint statistic (of scores less `slack`) minus threshold: > 0 exactly for refused rows; NaN is strangest.
 
         Args:
             scores: (N, D).
             classes: (N,) predicted classes, which the mode "class-conditional" needs.
         """
-        return self.join(scores).nan_to_num(nan=math.inf) - self._limit(classes)
+        return self.join(self._lowered(scores)).nan_to_num(nan=math.inf) - self._limit(classes)
 
     def judge(self, scores: Tensor, classes: Tensor | None = None) -> Judged:
         """Decision and p-values for scores (N, D); see `margin`."""
-        joined = self.join(scores)
-        columns = torch.cat([scores.to(self.ordered).T, joined[None]])
+        lowered = self._lowered(scores)
+        joined = self.join(lowered)
+        columns = torch.cat([lowered.T, joined[None]])
         place = torch.searchsorted(self.ordered, columns, side="left")  # NaN comes last, as the strangest
         p_values = self.by_place[place]
         refused = (joined <= self._limit(classes)).logical_not_()
@@ -165,19 +173,20 @@ class JointCalibration(nn.Module):
         if self.mode != "marginal":
             own = self.law.p_values(joined, classes) if self.mode == "class-conditional" else self.table[place[-1]]
             p_values = torch.cat([p_values[:-1], own[None]])
-        return Judged((*columns, *p_values), ranks, refused, bool(refused.any()))
+        return Judged((*scores.to(joined).T, joined, *p_values), ranks, refused, bool(refused.any()))
 
     def judge_few(self, scores: Sequence[Sequence[float]]) -> Judged:
         """The same for a few rows on the CPU, from D scores each; not in the mode "class-conditional"."""
         found, ranks, n, limit = [], [], self._n, self._few_limit
         for row in scores:
-            known = [*row, self._lookup.join(row)]
-            places = self._lookup.places(known)
+            lowered = [score - slack for score, slack in zip(row, self._few_slack, strict=True)]
+            joined = self._lookup.join(lowered)
+            places = self._lookup.places([*lowered, joined])
             p_values = [(1 + n - place) / (n + 1) for place in places]
             ranks.append(p_values[-1])
             if self.mode != "marginal":
                 p_values[-1] = self.table[places[-1]].item()
-            found.append(known + p_values)
+            found.append([*row, joined, *p_values])
         refused = [not row[len(self.names)] <= limit for row in found]
         numbers = torch.tensor(found, dtype=torch.float64).unbind(1)
         marks = torch.tensor(refused, dtype=torch.bool)
@@ -187,6 +196,10 @@ class JointCalibration(nn.Module):
         """P-value of each detector and of the decision, by name, each (N,) float64."""
         numbers = self.judge(scores, classes).numbers
         return dict(zip((*self.names, COMBINED), numbers[len(self.names) + 1 :], strict=True))
+
+    def _lowered(self, scores: Tensor) -> Tensor:
+        """New scores (N, D) as they are compared: (N, D) float64."""
+        return scores.to(self.slack) - self.slack
 
     def _limit(self, classes: Tensor | None) -> Tensor:
         """The threshold, of each row in the mode "class-conditional": -infinity without calibration rows."""
@@ -199,6 +212,7 @@ class JointCalibration(nn.Module):
     def _derive(self) -> None:
         """Everything that follows from the scores."""
         scores, classes = self.scores, self.classes
+        self.slack = _slack(scores)
         joined = self.join(scores)
         self.law = Calibration(joined, classes, self.alpha, self.mode, self.delta, self.history)
         self.joined = joined
@@ -215,11 +229,18 @@ class JointCalibration(nn.Module):
         if self.mode != "class-conditional":
             self._n = len(joined)
             self._lookup = Lookup.of(self.knots, self.heights, self.slopes, scores)
+            self._few_slack = self.slack.tolist()
             self._few_limit = float(self._lookup.ordered[-1][-round(self.law.level() * (self._n + 1))])
 
 
 def _derive_again(module: nn.Module, _: object) -> None:
     cast(JointCalibration, module)._derive()
+
+
+def _slack(scores: Tensor) -> Tensor:
+    """How far rounding may move a score, for each detector: (D,), from calibration scores (n, D)."""
+    rounding = (_ROUNDING * scores.abs().median(dim=0).values).clamp(min=_LEAST_ROUNDING)
+    return torch.minimum(rounding, _MOST_ROUNDING * scores.std(dim=0, correction=0))
 
 
 class Shares(NamedTuple):

@@ -151,7 +151,8 @@ class Guard(nn.Module):
 
         The calibration rows are split by content and seed. Without `fit`, 40 % of them fit the detectors. With several
         detectors, a fifth of the rest (20 to 500 rows) puts their scores on one scale. All others calibrate: they are
-        the n of the guarantee. Equal inputs stay in one part.
+        the n of the guarantee. Equal inputs stay in one part, but for those that occur more than ten times as often as
+        the median input: traffic brings them again and again, so they are in every part.
         Args:
             model: Returns logits (N, K >= 2); in eval mode. May be compiled; if it ran before, call
                 torch.compiler.reset(), since compiled code keeps no place for a new hook. Any callable will do where

@@ -76,7 +76,7 @@ def test_top_k_shows_exact_probabilities_of_k_classes():
 def test_rounding_keeps_the_argmax_and_sums_to_one(rows, digits):
     logits = torch.tensor(rows)
     shown = Rounded(digits)(logits)
-    top = logits.softmax(dim=1).argmax(dim=1)
+    top = logits.argmax(dim=1)
     assert torch.equal(shown.argmax(dim=1), top) and bool((shown >= 0).all())
     torch.testing.assert_close(shown.sum(dim=1), torch.ones(len(rows)))
     others = shown.scatter(1, top[:, None], -1.0).amax(dim=1)
