@@ -35,6 +35,7 @@ from aidefend.validate.spec import InputSpec
 from aidefend.validate.tasks import TASKS, Task, check_task
 
 _PURPOSES = ("fit", "reference", "calibration")
+_MOST_CLASSES = 2**24  # a file may claim any number, and one row of it is held
 _OFTEN = 10  # times the median number of copies
 
 
@@ -63,7 +64,7 @@ class Facts:
     def __post_init__(self) -> None:
         check_choice(self.task, TASKS, "task")
         check_choice(self.promise, MODES, "promise")
-        check_int(self.num_classes, "num_classes", 2 if self.task == "classification" else 0)
+        check_int(self.num_classes, "num_classes", 2 if self.task == "classification" else 0, _MOST_CLASSES)
         check_choice(self.logits_dtype, ("float16", "bfloat16", "float32", "float64"), "logits_dtype")
 
     @property
@@ -337,7 +338,9 @@ def run_rows(
                 features.append(outputs.features)
                 logits.append(outputs.logits)
                 labels.append(y)
-                inputs.append(x if keep_inputs else x[:0])
+                if keep_inputs:
+                    _check_size(x, inputs)
+                    inputs.append(x)
     check_not_empty(len(logits), f"rows for {name} that satisfy the input specification")
     known = [y for y in labels if y is not None]
     rows = CleanRows(
@@ -363,6 +366,13 @@ def _check_width(found: Tensor, before: list[Tensor]) -> None:
             "Expected as many features for every size of input.",
             [Offender("", reason, cure)],
         )
+
+
+def _check_size(x: Tensor, before: list[Tensor]) -> None:
+    if before and x.shape[1:] != before[0].shape[1:]:
+        cure = "Take detectors of features and logits, or one guard for each size"
+        rule = "inputs of one size, since a detector looks at the inputs themselves"
+        raise refuse(rule, "calibration_loader", [tuple(before[0].shape[1:]), tuple(x.shape[1:])], cure)
 
 
 def rows_a_pass(spec: InputSpec, x: Tensor, batch_size: int) -> int:

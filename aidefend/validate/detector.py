@@ -10,6 +10,8 @@ from torch import Tensor
 from aidefend._core.checks import check_labels, check_not_empty, check_same_rows, check_tensor, refuse
 from aidefend._core.modules import Model
 
+_LARGEST = 1e150
+
 
 class FittedDetector(Protocol):
     """What `Detector.fit` returns: judges rows and never changes."""
@@ -174,6 +176,15 @@ def check_fit(features: Tensor, logits: Tensor | None, labels: Tensor | None) ->
     if logits is None:
         return torch.zeros(len(features), dtype=torch.int64, device=features.device)
     return logits.argmax(dim=1)
+
+
+def check_squares(features: Tensor) -> Tensor:
+    """Features (N, d) in float64, without gradients, small enough for a covariance."""
+    rows = features.detach().double()
+    if rows.numel() and float(rows.abs().max()) > _LARGEST:
+        cure = "Choose another layer, scale it, or take NearestNeighbours"
+        raise refuse(f"features of at most {_LARGEST:g}: the covariance has their squares", "features", features, cure)
+    return rows
 
 
 def wide(values: Tensor) -> Tensor:

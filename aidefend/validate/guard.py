@@ -203,8 +203,9 @@ class Guard(nn.Module):
         check_choice(task, TASKS, "task")
         detectors = _DETECTORS[1:] if task == "regression" and detectors is _DETECTORS else detectors
         rows = (calibration_loader, spec, detectors, alpha, fit, layer, train_ids, seed, batch_size)
-        parts = calibrate(model, *rows, promise, delta, task)
-        return cls(model, parts, mode, output, collaborators)
+        with torch.inference_mode(False):  # tensors of that mode could never take part in a gradient
+            parts = calibrate(model, *rows, promise, delta, task)
+            return cls(model, parts, mode, output, collaborators)
 
     def forward(self, x: object, principal: str | None = None) -> GuardDecision:
         """Judge and answer one batch. Never raises because of x or of a collaborator.
@@ -216,8 +217,6 @@ class Guard(nn.Module):
         Raises: ConfigurationError: the guard was closed.
         Cost: One forward pass, a reduction over x, the detectors; a hash of each row when `report` is read.
         """
-        if self._closed:
-            raise refuse("an open guard", "guard", "closed", "Calibrate or load it again")
         started = time.perf_counter()
         # one look for the whole call, the monitors first: recalibration replaces them last, so that a new drift monitor
         # never sees a rank among the old calibration rows
@@ -280,7 +279,12 @@ class Guard(nn.Module):
         except Exception as error:
             return self._refuse(rows, failure(step, error)), ran
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise refuse("an open guard", "guard", "closed", "Calibrate or load it again")
+
     def _panel(self) -> Panel:
+        self._check_open()
         return Panel(self.model, self._capture, self.detectors, self.calibration, self.output, self.mode, self._blank)
 
     def _refuse(self, rows: int, reason: str) -> Verdict:
@@ -324,11 +328,13 @@ class Guard(nn.Module):
             old calibration stays in force.
         Cost: One forward pass over the rows, and the detectors' scores.
         """
+        self._check_open()
         collaborators = self.collaborators
         given = collaborators.watched_anew(drift)
-        parts, entry = recalibrated(
-            self.model, self._capture, self._parts(), calibration_loader, reason, used_ids, batch_size
-        )
+        with torch.inference_mode(False):
+            parts, entry = recalibrated(
+                self.model, self._capture, self._parts(), calibration_loader, reason, used_ids, batch_size
+            )
         check_band(drift, parts.calibration.n)
         if collaborators.log is not None:
             collaborators.log.append({"event": "guard.recalibrated", "resource": collaborators.resource, **entry})
@@ -399,8 +405,9 @@ class Guard(nn.Module):
             file of another kind.
         """
         given = Collaborators(policy, budget, log, metrics, queries=queries, drift=drift)
-        parts, mode, output, collaborators = read_guard(path, model, given, output, autoencoder)
-        return cls(model, parts, mode, output, collaborators)
+        with torch.inference_mode(False):
+            parts, mode, output, collaborators = read_guard(path, model, given, output, autoencoder)
+            return cls(model, parts, mode, output, collaborators)
 
     def train(self, mode: bool = True) -> "Guard":
         """A guard stays in eval mode: its calibration holds for no other."""
@@ -411,7 +418,7 @@ class Guard(nn.Module):
         return self
 
     def close(self) -> None:
-        """Remove the hook from the model. A closed guard refuses to be called."""
+        """Remove the hook from the model. A closed guard refuses to be called, attacked and recalibrated."""
         self._capture.close()
         self._closed = True
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aidefend._core.checks import check_tensor, refuse
-from aidefend.validate.detector import check_fit, check_outputs, check_width, wide
+from aidefend.validate.detector import check_fit, check_outputs, check_squares, check_width, wide
 
 _SMALLEST_SHRINKAGE = 1e-6
 _SMALLEST_SHARE = 1e-12  # of the variance between classes, below which a direction is rounding
@@ -174,7 +174,7 @@ def _wide_rows(features: Tensor) -> Tensor:
     if not 1 <= features.shape[1] <= _MOST_FEATURES:
         rule = f"1 to {_MOST_FEATURES} features: the covariance has their square"
         raise refuse(rule, "features", features, "Choose a layer with fewer, or NearestNeighbours")
-    return features.detach().double()
+    return check_squares(features)
 
 
 def _whitened(rows: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:

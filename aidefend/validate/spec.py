@@ -181,9 +181,9 @@ class InputSpec:
         return memory_fault(x)
 
     def smallest_row(self) -> Tensor:
-        """Zeros (1, ...) of the smallest shape that the rules allow, whether or not they lie in the range."""
+        """Zeros (1, ...) of the smallest shape that the rules allow, in or out of the range; one number in memory."""
         sizes = (size[0] if isinstance(size, tuple) else size for size in self.shape)
-        return torch.zeros(1, *sizes, dtype=self.dtype)
+        return torch.zeros((), dtype=self.dtype).expand(1, *sizes)
 
     def clip(self, x: Tensor) -> Tensor:
         """The rows with what the rules clip clipped, else x itself; differentiable."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from aidefend._core.checks import check_int, check_kind, check_tensor, refuse
-from aidefend.validate.detector import check_fit, check_outputs, check_wide_logits, check_width, wide
+from aidefend.validate.detector import check_fit, check_outputs, check_squares, check_wide_logits, check_width, wide
 
 _MOST_FEATURES = 10_000
 
@@ -53,7 +53,7 @@ class ViM:
         given = check_wide_logits(features, logits).detach().double()
         check_fit(features, logits, labels)
         self._check_width(features)
-        rows = features.detach().double()
+        rows = check_squares(features)
         origin = -_offset(rows, given, self.head)
         gaps = rows - origin
         squares, axes = torch.linalg.eigh(gaps.T @ gaps / len(rows))  # ascending

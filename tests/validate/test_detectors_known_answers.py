@@ -8,7 +8,7 @@ import torch
 from aidefend import ConfigurationError
 from aidefend._core.neighbours import k_nearest
 from aidefend._core.stats import roc_auc
-from aidefend.validate import Energy, Mahalanobis, MaxLogit, MaxSoftmax, NearestNeighbours, RelativeMahalanobis
+from aidefend.validate import Energy, Mahalanobis, MaxLogit, MaxSoftmax, NearestNeighbours, RelativeMahalanobis, ViM
 
 
 def stream(seed=0):
@@ -195,3 +195,13 @@ def test_classes_may_have_any_numbers_and_labels_default_to_predictions():
 def test_a_covariance_that_no_memory_holds_is_refused():
     with pytest.raises(ConfigurationError, match="1 to 10000 features"):
         Mahalanobis().fit(torch.zeros(2, 10_001), torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("detector", [Mahalanobis(), RelativeMahalanobis(), ViM()], ids=repr)
+def test_features_whose_squares_are_no_numbers_are_refused_with_the_cure(detector):
+    """Planted violation: an error of the linear algebra, which names neither the argument nor a cure."""
+    features = 1e200 * torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.raises(ConfigurationError, match=r"at most 1e\+150.*NearestNeighbours"):
+        detector.fit(features, features)
+    near = features / 1e51
+    assert bool(torch.isfinite(detector.fit(near, near / 1e149).score(near, near / 1e149)).all())

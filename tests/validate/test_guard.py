@@ -447,6 +447,10 @@ def test_closing_removes_the_hook_and_fails_closed():
     assert sum(len(module._forward_pre_hooks) for module in network.modules()) == 0
     with pytest.raises(ConfigurationError, match="open guard"):
         guard(TEST)
+    for use in (guard.attackable, lambda: guard.recalibrate(CALIBRATION, reason="why")):
+        with pytest.raises(ConfigurationError, match="an open guard"):
+            found = use()
+            found(TEST)
 
 
 def test_a_guard_that_is_dropped_leaves_no_hook():

@@ -257,3 +257,19 @@ def test_other_restorations_before_the_same_weights_are_another_model(tmp_path):
     for other in (purified(6), model(), Purify([BitDepth(5, (-30.0, 30.0))]).around(model()).eval()):
         with pytest.raises(ConfigurationError, match="modules or shapes differ"):
             Guard.load(tmp_path / "guard", other)
+
+
+@pytest.mark.parametrize("change", [("facts", "num_classes", 10**12), ("spec", "shape", [10**12])])
+def test_sizes_that_a_file_claims_take_no_memory(change, tmp_path):
+    guard_of([Energy()]).save(tmp_path / "guard")
+    with safetensors.safe_open(tmp_path / "guard", "pt") as file:
+        header = json.loads(file.metadata()["guard"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    part, name, value = change
+    header[part][name] = value
+    safetensors.torch.save_file(arrays, tmp_path / "guard", {"guard": json.dumps(header)})
+    if part == "facts":
+        with pytest.raises(ConfigurationError, match="num_classes"):
+            Guard.load(tmp_path / "guard", model())
+    else:  # rules that no request satisfies
+        assert not Guard.load(tmp_path / "guard", model())(TEST).accepted.any()

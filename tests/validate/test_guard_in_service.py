@@ -110,3 +110,25 @@ def test_everything_at_once_under_inference_mode_around_a_compiled_half_precisio
     )
     assert [event["rows"] for event in recorder.events] == [83, 83]
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("make", ["calibrate", "load", "recalibrate"])
+def test_a_guard_that_was_made_in_inference_mode_can_be_attacked_and_moved(make, tmp_path):
+    """Planted violation: its arrays were tensors of that mode, which no gradient may pass."""
+    before = guard_of()
+    before.save(tmp_path / "guard")
+    network = model()
+    with torch.inference_mode():
+        if make == "calibrate":
+            guard = guard_of(network)
+        elif make == "load":
+            guard = Guard.load(tmp_path / "guard", network)
+        else:
+            guard = before
+            guard.recalibrate(rows(300, 9), reason="a new day")
+        assert guard(TEST).accepted.any()
+    x = TEST[:4].clone().requires_grad_()
+    guard.attackable()(x).square().sum().backward()
+    assert bool((x.grad != 0).any(dim=1).all())
+    guard.double()
+    assert guard(TEST.double()[:2]).reasons[0] == ("input: wrong dtype",)

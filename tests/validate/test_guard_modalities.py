@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 from torch import nn
 
+from aidefend import ConfigurationError
 from aidefend.validate import (
     GEN,
     BitDepth,
@@ -169,3 +170,26 @@ def test_every_detector_serves_every_kind_of_input(kind, tmp_path):
         guard.close()
     with Guard.calibrate(network, clean, spec, [Ensemble()], ALPHA) as guard:
         assert guard.detection(strange).value > 0.5
+
+
+class Pooled(nn.Module):
+    """Sequences of any length."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(x.mean(dim=1))
+
+
+def test_sequences_of_several_lengths_and_the_detectors_that_cannot_have_them():
+    stream = torch.Generator().manual_seed(0)
+    batches = [torch.randn(30, length, 4, generator=stream) for length in (3, 5, 7) * 8]
+    spec = InputSpec.infer(iter(batches))
+    assert spec.shape == ((3, 7), 4)
+    with Guard.calibrate(Pooled().eval(), iter(batches), spec, [Energy(), NearestNeighbours(k=5)], 0.05) as guard:
+        assert all(guard(batch).accepted.double().mean() > 0.8 for batch in batches[:3])
+        assert guard(torch.zeros(2, 9, 4)).reasons[0] == ("input: wrong shape",)
+    with pytest.raises(ConfigurationError, match=r"inputs of one size.*detectors of features and logits"):
+        Guard.calibrate(Pooled().eval(), iter(batches), spec, [Energy(), Consistency()], 0.05)

@@ -487,3 +487,17 @@ def test_in_a_guard_the_flagged_call_is_answered_and_the_account_ends_later():
     assert guard(rows(5, 6)[0], principal="bob").accepted.any()
     monitor._store.run = None  # a store that is away
     assert guard(x, principal="bob").reasons[0][0].startswith("error: queries failed")
+
+
+def test_more_classes_than_an_account_counts_are_refused_at_calibration():
+    """Planted violation: an error of struct at the first row of a class beyond 32,767."""
+    streams = [(x, torch.zeros(len(x), 2**15)) for x, _ in days(2)]
+    with pytest.raises(ConfigurationError, match="at most 32767 classes"):
+        check_streams(streams)
+
+
+def test_any_name_that_a_front_end_can_make_is_an_account():
+    streams = days(60)
+    with QueryMonitor.calibrate(streams, MemoryStore(), alpha=0.05) as monitor:
+        x = probes(150)
+        assert monitor.watch("\ud800", x, model(x)).flagged and not monitor.standing("\ud801").flagged

@@ -20,6 +20,7 @@ from aidefend.validate.queries.trail import STATISTICS, Shared, Trail
 
 _LEAST_REFERENCE = 20
 _PAIRS = 20_000
+_MOST_CLASSES = 2**15 - 1  # every account keeps a count of each
 _UNITS = dict.fromkeys(STATISTICS, 1.0) | {"near": 4.0, "haze": 2.0, "lateral": 4.0, "volume": 16.0, "shared": 2.0}
 
 
@@ -63,6 +64,9 @@ def _check_stream(number: int, stream: Any) -> Stream:
             f"{name} with queries and logits (n, K >= 2)", name, stream, "Leave out principals without queries"
         )
     seconds = stream[2] if len(stream) == 3 else range(len(x))
+    if outputs.shape[1] > _MOST_CLASSES:
+        cure = "Pass the logits of groups of classes, to calibrate and to watch"
+        raise refuse(f"at most {_MOST_CLASSES} classes", name, outputs, cure)
     times = np.asarray(seconds, dtype=np.float64)
     if times.shape != (len(x),) or not np.isfinite(times).all() or bool((np.diff(times) < 0).any()):
         raise refuse(f"{name}[2] to be rising seconds, one a query", name, times.shape, "Sort the queries by time")

@@ -68,7 +68,7 @@ class Sketcher:
 
     def name(self, principal: str) -> bytes:
         """What stands for a principal in a store: 16 bytes that say nothing without the key."""
-        return self._hash(b"principal", principal.encode(), 16)
+        return self._hash(b"principal", principal.encode("utf-8", "surrogatepass"), 16)
 
     def _hash(self, purpose: bytes, data: bytes, size: int) -> bytes:
         return hashlib.blake2b(data, digest_size=size, key=self._subkey, person=purpose[:16]).digest()
