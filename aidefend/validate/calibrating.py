@@ -326,7 +326,8 @@ def run_rows(
 ) -> CleanRows:
     """One pass over all rows that satisfy the specification."""
     features: list[Tensor] = []
-    logits, labels, inputs, refused = [], [], [], 0
+    inputs: list[Tensor] = []
+    logits, labels, refused = [], [], 0
     for batch in progress(batches, f"guard: {name}", len(batches)):
         for part in _slices(batch, rows_a_pass(spec, batch.x, batch_size)):
             x, y, bad = _checked(part, spec, device_of(model))
