@@ -33,14 +33,16 @@ class LabelNoise(NamedTuple):
     as for a model that predicts the labels as they are given, with their errors.
 
     Args:
-        inverse: (K, K) float64, q = prediction @ inverse; of the confusion, or the identity.
-        usual: (K,) float64, logarithm of the mean of q over the rows labelled so; infinite where there are none.
+        classes: (S,) int64 ascending, those that were given as labels. No other one is taken for a true class.
+        inverse: (S, S) float64, q = prediction @ inverse; of the confusion, or the identity.
+        usual: (S,) float64, logarithm of the mean of q over the rows labelled so.
         exponent: Above 1 where a prediction is less sure than it may be, below 1 where it is too sure.
         confusion: (true class, given label) float64; each row sums to one.
         error_share: Expected share of wrong labels, in [0, 1].
         threshold: The score above which a label is called wrong, where it is not the prediction itself.
     """
 
+    classes: Places
     inverse: Floats
     usual: Floats
     exponent: float
@@ -52,23 +54,29 @@ class LabelNoise(NamedTuple):
         """(N,) probability that a label is wrong, NaN for a label that was never given; logits (N, K), labels (N,)."""
         found = np.empty(len(labels))
         for part, given, place in _parts(logits, labels):
-            weights = self._weights(part, given)
-            with np.errstate(invalid="ignore"):  # a label that was never given: 0 / 0
-                found[place] = 1 - _own(weights, given) / weights.sum(axis=0)
+            own = self._places(given)
+            weights = self._weights(part, own)
+            with np.errstate(invalid="ignore"):  # no class is possible: 0 / 0
+                found[place] = np.where(own >= 0, 1 - _own(weights, own) / weights.sum(axis=0), np.nan)
         return torch.from_numpy(found)
 
     def likely(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """(N,) int64: the most likely true class."""
+        """(N,) int64: the most likely true class; of a label that was never given any."""
         found = np.empty(len(labels), dtype=np.int64)
         for part, given, place in _parts(logits, labels):
-            found[place] = self._weights(part, given).argmax(axis=0)
+            found[place] = self.classes[self._weights(part, self._places(given)).argmax(axis=0)]
         return torch.from_numpy(found)
 
-    def _weights(self, logits: Floats, labels: Places) -> Floats:
-        """(K, N), in proportion to the probability of each true class, given the prediction and the label."""
-        chances = _softmax(logits.T.copy())
+    def _places(self, labels: Places) -> Places:
+        """(N,) places in `classes`, -1 for a label that was never given."""
+        found = np.searchsorted(self.classes, labels).clip(max=len(self.classes) - 1)
+        return np.where(self.classes[found] == labels, found, -1)
+
+    def _weights(self, logits: Floats, places: Places) -> Floats:
+        """(S, N), in proportion to the probability of each true class, given the prediction and the label."""
+        chances = _among(_softmax(logits.T.copy()), self.classes)
         true = _sharpened(_relative(_unmixed(chances, self.inverse), self.usual), self.exponent)
-        true *= _given(self.confusion, labels)
+        true *= _given(self.confusion, places)
         return true
 
 
@@ -102,11 +110,13 @@ def _parts(logits: Tensor, labels: Tensor) -> Iterator[tuple[Floats, Places, sli
 
 
 class _Sample(NamedTuple):
-    """Rows: columns (K, n), labels (n,), how many rows each stands for (n,), whether another label is predicted (n,).
+    """Rows of S classes (S,) that were given as labels, numbered from 0.
 
-    `rows` (K,): how many rows all those of a label stand for.
+    Columns (S, n), labels (n,), how many rows each stands for (n,), whether another label is predicted (n,); `rows`
+    (S,): how many rows all those of a label stand for.
     """
 
+    classes: Places
     columns: Floats
     labels: Places
     standing: Floats
@@ -154,34 +164,42 @@ def _sampled(logits: Mapping[int, Tensor], counts: Mapping[int, float]) -> _Samp
     numbers = np.cumsum(~contested) - (np.cumsum(agreeing) - agreeing)[places]  # from 1, in each label
     most = max(1, _AGREEING // len(sizes))
     kept = np.flatnonzero(contested | (numbers <= most))
-    places, labels, contested = places[kept], labels[kept], contested[kept]
+    places, contested = places[kept], contested[kept]
     each = np.array([counts[label] for label in logits]) / sizes
     standing = np.where(contested, each[places], (each * (agreeing / most).clip(min=1))[places])
-    columns = rows[kept].T.copy()
+    classes = np.sort(np.array(list(logits)))
+    labels, columns = np.searchsorted(classes, labels[kept]), _among(_softmax(rows[kept].T.copy()), classes)
     masses = np.bincount(labels, standing, len(columns)).astype(np.float64)
-    return _Sample(_softmax(columns), labels, standing, contested, masses)
+    return _Sample(classes, columns, labels, standing, contested, masses)
 
 
 def _based(sample: _Sample, inverse: Floats, confusion: Floats, exponent: float) -> _Fit:
     true = _unmixed(sample.columns, inverse)
     usual = np.log(_usual(sample, true))
-    return _Fit(LabelNoise(inverse, usual, exponent, confusion), sample._replace(columns=_relative(true, usual)))
+    return _Fit(
+        LabelNoise(sample.classes, inverse, usual, exponent, confusion), sample._replace(columns=_relative(true, usual))
+    )
 
 
 def _usual(sample: _Sample, columns: Floats) -> Floats:
-    """(K,) mean of each class's column over the rows with its label; infinite where there are none."""
+    """(S,) mean of each class's column over the rows with its label."""
     sums = np.bincount(sample.labels, _own(columns, sample.labels) * sample.standing, len(columns))
-    return np.where(sample.rows > 0, sums / np.maximum(sample.rows, 1e-300), np.inf)
+    return sums / sample.rows
+
+
+def _among(columns: Floats, classes: Places) -> Floats:
+    """(S, n) of the columns (K, n), those of the classes."""
+    return columns if len(classes) == len(columns) else columns[classes]
 
 
 def _own(columns: Floats, labels: Places) -> Floats:
-    """(n,) of the columns (K, n), the entry of each row's label."""
+    """(n,) of the columns (S, n), the entry of each row's label."""
     found: Floats = columns[labels, np.arange(len(labels))]
     return found
 
 
 def _given(confusion: Floats, labels: Places) -> Floats:
-    """(K, n) of the confusion, the column of each row's label."""
+    """(S, n) of the confusion, the column of each row's label."""
     return confusion.take(labels, axis=1)
 
 
@@ -199,7 +217,7 @@ def _unmixed(chances: Floats, inverse: Floats) -> Floats:
 
 
 def _relative(true: Floats, usual: Floats) -> Floats:
-    """(K, n) logarithms, less the usual ones and so that the largest of each row is 0; written into `true`."""
+    """(S, n) logarithms, less the usual ones and so that the largest of each row is 0; written into `true`."""
     np.log(true, out=true)
     true -= usual[:, None]
     true -= true.max(axis=0)
@@ -220,22 +238,19 @@ def _counted(sample: _Sample) -> Floats:
     guesses, highest = sure.argmax(axis=0), sure.max(axis=0)
     joint = np.bincount(sample.labels * size + guesses, sample.standing * (highest >= 0), minlength=size * size)
     joint = joint.reshape(size, size)  # (given, true)
-    joint[np.diag_indices(size)] += (sample.rows > 0) & (joint.sum(axis=1) == 0)
+    joint[np.diag_indices(size)] += joint.sum(axis=1) == 0
     joint *= (sample.rows / joint.sum(axis=1).clip(min=1e-300))[:, None]
-    return _confusion(joint / joint.sum(), sample.rows > 0)
+    return _confusion(joint / joint.sum())
 
 
-def _confusion(joint: Floats, seen: Flags) -> Floats:
-    """P(given | true) from the joint of (given, true), between classes that were seen, (K,) bool."""
-    inside = _pairs(seen) & ~np.eye(len(seen), dtype=bool)
-    wrong = np.where(inside, joint, 0.0)
-    mean = wrong.sum() / max(1, int(inside.sum()))
-    wrong = np.where(inside, (wrong + _SHRINKAGE * mean) / (1 + _SHRINKAGE), 0.0)
-    return _mostly_right((wrong + np.diag(joint.diagonal())).T)
-
-
-def _pairs(seen: Flags) -> Flags:
-    return seen[:, None] & seen
+def _confusion(joint: Floats) -> Floats:
+    """P(given | true) from the joint of (given, true)."""
+    right = np.diag(joint.diagonal())
+    wrong = joint - right
+    mean = wrong.sum() / max(1, len(joint) * (len(joint) - 1))
+    wrong = (wrong + _SHRINKAGE * mean) / (1 + _SHRINKAGE)
+    np.fill_diagonal(wrong, 0.0)
+    return _mostly_right((wrong + right).T)
 
 
 def _mostly_right(masses: Floats) -> Floats:
@@ -277,7 +292,7 @@ def _sharper(fit: _Fit, steps: tuple[int, ...]) -> _Fit:
 
 
 def _posterior(sample: _Sample, noise: LabelNoise) -> Floats:
-    """(K, n) probability of each true class."""
+    """(S, n) probability of each true class."""
     weights = _sharpened(sample.columns, noise.exponent)
     weights *= _given(noise.confusion, sample.labels)
     weights /= weights.sum(axis=0)
@@ -289,8 +304,7 @@ def _expected(sample: _Sample, noise: LabelNoise) -> Floats:
     weights = _posterior(sample, noise) * sample.standing
     size = len(weights)
     masses = np.stack([np.bincount(sample.labels, row, size) for row in weights])
-    seen = sample.rows > 0
-    return _mostly_right(masses + _pairs(seen) / seen.sum())
+    return _mostly_right(masses + 1 / size)
 
 
 def _decided(fit: _Fit) -> LabelNoise:

@@ -306,3 +306,16 @@ def test_planted_scores_without_the_confusion(monkeypatch):
     monkeypatch.setattr(label_noise, "_mostly_right", lambda _: np.ones((4, 4)))
     monkeypatch.setattr(np.linalg, "pinv", lambda _: np.eye(4))
     assert ranking() < honest - 0.005
+
+
+def test_classes_that_were_never_given_change_nothing_and_take_no_room():
+    """One key of a database among the labels would otherwise make matrices of all numbers below it."""
+    block, _, _ = noisy(rate=0.2, kind="symmetric", sharpness=2.0)
+    wide = torch.full((len(block["labels"]), 3000), -1e9, dtype=torch.float64)
+    spread = torch.tensor([0, 700, 701, 2999])
+    wide[:, spread] = block["logits"].double()
+    other = {**block, "logits": wide, "features": wide, "labels": spread[block["labels"]]}
+    few, many = fitted(block), fitted(other)
+    assert few._model().confusion.shape == many._model().confusion.shape == (4, 4)
+    assert torch.allclose(few.score(block), many.score(other)) and torch.equal(few.issues(block), many.issues(other))
+    assert torch.equal(spread[few.suggestions(block)], many.suggestions(other))
