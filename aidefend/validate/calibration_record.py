@@ -23,6 +23,9 @@ def summarise(facts: Facts, calibration: JointCalibration, mode: str, rows_a_day
         f"false positives: {rate.value:.3%} on average over calibration sets; with this one, between {rate.low:.3%} "
         f"and {rate.high:.3%} (95 %); the specification refused {facts.refused_n} further calibration rows."
     )
+    if missing := _classes_without_rows(facts, calibration):
+        named = f"{', '.join(map(str, missing[:20]))}{', ...' if len(missing) > 20 else ''}"
+        text += f"\nno calibration rows, so that every row is refused, of {len(missing)} predicted classes: {named}."
     if rows_a_day is None:
         return text
     alarms = calibration.law.alarms_a_day(rows_a_day)
@@ -34,6 +37,13 @@ def in_force(calibration: JointCalibration, drifted: bool) -> dict[str, Any]:
     setting = {"alpha": calibration.alpha, "n": calibration.n, "detectors": list(calibration.names)}
     setting |= {} if calibration.mode == "marginal" else {"promise": calibration.mode}
     return setting | ({"drift_alarm": True} if drifted else {})
+
+
+def _classes_without_rows(facts: Facts, calibration: JointCalibration) -> list[int]:
+    """Classes that no calibration row was predicted as, where the threshold is that of the class."""
+    if calibration.mode != "class-conditional":
+        return []
+    return sorted({*range(facts.num_classes)} - {*calibration.classes.tolist()})
 
 
 def _bound(facts: Facts) -> bool:
@@ -51,6 +61,8 @@ def calibration_evidence(
     """Rate of false positives with its interval, what the specification refused, alarms a day, shares found."""
     setting: dict[str, Any] = {**dataclasses.asdict(facts), "detectors": list(calibration.names), "mode": mode}
     setting["follows"] = len(calibration.history)
+    if missing := _classes_without_rows(facts, calibration):
+        setting["classes_without_calibration_rows"] = missing[:100]
     seen = calibration.n + facts.refused_n
     rate = _finding(
         "guard.false_positive_rate",

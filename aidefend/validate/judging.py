@@ -21,6 +21,7 @@ from aidefend.validate.spec_result import SpecResult
 
 Mode = Literal["enforce", "monitor", "shadow"]
 _FEW = 1024  # numbers that plain Python adds up sooner than a tensor operation starts
+_NO_CLASS = "detector: a predicted class without calibration rows"
 Watch = Callable[[Tensor, Tensor], Watched]
 
 
@@ -191,6 +192,9 @@ def _opinion(panel: Panel, outputs: Outputs, x: Tensor) -> _Opinion:
     numbers, own = judged.numbers, slice(len(names), -1)
     lowest = torch.stack(numbers[own])[:, judged.refused].argmin(dim=0).tolist() if judged.some else []
     remarks = [f"detector: unlike the calibration data ({names[i]})" for i in lowest]
+    if judged.some and panel.calibration.mode == "class-conditional":
+        strangers = numbers[-1][judged.refused].isnan().tolist()
+        remarks = [_NO_CLASS if alone else remark for alone, remark in zip(strangers, remarks, strict=True)]
     scores, p_values = (dict(zip(names, half, strict=True)) for half in (numbers[: len(names)], numbers[len(names) :]))
     return _Opinion(scores, p_values, judged.ranks, judged.refused, remarks)
 

@@ -271,6 +271,31 @@ def test_the_monitor_sees_scored_rows_alone_and_its_failure_refuses():
         guard.follow("a monitor")
 
 
+class WithSpare(torch.nn.Module):
+    """Three classes as ever, and a fourth for rows that begin with a large number."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = model()
+
+    def forward(self, x):
+        return torch.cat([self.inner(x), 50 * (x[:, :1] - 20)], dim=1)
+
+
+def test_a_predicted_class_without_calibration_rows_is_refused_and_named():
+    guard = guard_of(network=WithSpare().eval(), promise="class-conditional", layer="inner.2")
+    spare = torch.cat([torch.full((2, 1), 29.0), TEST[:2, 1:]], dim=1)
+    decision = guard(torch.cat([TEST[:5], spare]))
+    assert decision.accepted.tolist() == [True] * 5 + [False] * 2
+    assert decision.reasons[-1] == ("detector: a predicted class without calibration rows",)
+    assert decision.p_values["combined"].isnan().tolist() == [False] * 5 + [True] * 2
+    assert "every row is refused, of 1 predicted classes: 3." in guard.summary()
+    assert guard.to_evidence().findings[0].setting["classes_without_calibration_rows"] == [3]
+    whole = guard_of(promise="class-conditional")
+    assert "no calibration rows" not in whole.summary()
+    assert "classes_without_calibration_rows" not in whole.to_evidence().findings[0].setting
+
+
 @pytest.mark.parametrize("mode", ["monitor", "shadow"])
 def test_a_drift_monitor_that_fails_changes_no_answer_where_nothing_is_enforced(mode):
     """Planted violation: it refused every row in the mode that promises the answers of the bare model."""

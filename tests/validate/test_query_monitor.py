@@ -13,7 +13,7 @@ from aidefend.validate import Capacity, Energy, Guard, MemoryStore, QueryMonitor
 from aidefend.validate.queries.calibrating import check_streams, replay_scores
 from aidefend.validate.queries.rules import paced
 from aidefend.validate.queries.trail import STATISTICS
-from tests.validate.query_world import CLASSES, FakeRedis, day, days, model, probes
+from tests.validate.query_world import CLASSES, FEATURES, FakeRedis, day, days, model, probes
 from tests.validate.small_world import model as guarded_model
 from tests.validate.small_world import rows
 
@@ -501,3 +501,14 @@ def test_any_name_that_a_front_end_can_make_is_an_account():
     with QueryMonitor.calibrate(streams, MemoryStore(), alpha=0.05) as monitor:
         x = probes(150)
         assert monitor.watch("\ud800", x, model(x)).flagged and not monitor.standing("\ud801").flagged
+
+
+def test_steps_that_32_bits_do_not_hold_are_steps():
+    """Planted violation: in float64, the queries of a finite difference passed for one that is asked again."""
+    streams = [(x.double(), model(x).double()) for x, _ in days(60)]
+    with QueryMonitor.calibrate(streams, MemoryStore(), alpha=0.05) as monitor:
+        x = torch.full((40, FEATURES), 0.3, dtype=torch.float64)
+        again = monitor.watch("retries", x, model(x.float()).double())
+        tiny = x + 1e-12 * torch.arange(40, dtype=torch.float64)[:, None]
+        moved = monitor.watch("eve", tiny, model(x.float()).double())
+        assert not again.flagged and moved.flagged and moved.score > 2 * again.score

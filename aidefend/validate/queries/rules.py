@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from aidefend._core.checks import check_int, check_number, check_probability, check_tensor, refuse
@@ -149,7 +150,9 @@ def join(units: Array) -> Array:
 
 
 def read_rows(x: Tensor, outputs: Tensor) -> tuple[Floats, Array]:
-    """Flattened rows (n, F) and logits (n, K) with zeros for what is not finite.
+    """Flattened rows (n, F) and logits (n, K) with zeros for what is not finite; rows of 64 bits keep all of them.
+
+    Rows that rounding to 32 bits made equal would pass for one row that is asked again: gradients are found so.
 
     Raises: ConfigurationError: not tensors, or not one row of outputs for each row.
     """
@@ -157,7 +160,8 @@ def read_rows(x: Tensor, outputs: Tensor) -> tuple[Floats, Array]:
     check_tensor(outputs, "outputs", ndim=2, finite=False, floating=True, rows=len(x))
     if outputs.shape[1] < 2:
         raise refuse("outputs to be logits (n, K >= 2)", "outputs", outputs, "Pass the logits of the model")
-    flat = x.detach().reshape(len(x), math.prod(x.shape[1:])).float().nan_to_num(nan=0.0).cpu().numpy()
+    exact = torch.float64 if x.dtype in (torch.float64, torch.int64) else torch.float32
+    flat = x.detach().reshape(len(x), math.prod(x.shape[1:])).to(exact).nan_to_num(nan=0.0).cpu().numpy()
     logits = outputs.detach().double().nan_to_num(nan=0.0, posinf=1e30, neginf=-1e30).cpu().numpy()
     return flat, logits
 
