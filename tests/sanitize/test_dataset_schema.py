@@ -1,5 +1,7 @@
 """DatasetSchema: clean data pass in silence, each planted fault is found in its row, and the level holds."""
 
+import unicodedata
+
 import numpy as np
 import pyarrow
 import pytest
@@ -55,6 +57,7 @@ PLANTED = {
     "a lone surrogate": ("note", "abc\ud800", "text.surrogate", "note"),
     "a control character": ("note", "abc\x00", "text.control", "note"),
     "a replacement character": ("note", "caf\ufffd", "text.replacement", "note"),
+    "an accent behind its letter": ("note", "cafe\u0301", "text.decomposed", "note"),
     "Cyrillic in a Latin word": ("note", "p\u0430ypal", "text.homoglyph", "note"),
     "UTF-8 read as cp1252": ("note", "cafÃ©", "text.mojibake", "note"),
     "a text of 100,000 letters": ("note", "a" * 100_000, "range", "note.length"),
@@ -432,3 +435,18 @@ def test_the_reference_itself_is_described():
     found = ids(DatasetSchema.infer(table).to_evidence())
     assert {"duplicates", "conflicting_labels", "text.bidi", "missing_values", "type", "smallest_class"} == set(found)
     assert found["type"] == {"height"}
+
+
+def test_decomposed_letters_are_reported_and_their_copies_are_leakage():
+    words = [f"caf\u00e9 number {i}" for i in range(40)]
+    schema = DatasetSchema.infer({"text": words, "label": [i % 2 for i in range(40)]}, label="label")
+    apart = unicodedata.normalize("NFD", words[7])
+    assert apart != words[7]
+    fresh = [f"r\u00e9sum\u00e9 of day {i}" for i in range(39)]
+    evidence = schema.check({"text": [*fresh, apart], "label": [i % 2 for i in range(40)]})
+    assert evidence["schema.leakage"].setting["rows"] == [39]
+    assert evidence["schema.text.decomposed"].setting["rows"] == [39]
+    calm = schema.check({"text": fresh, "label": [i % 2 for i in range(39)]})
+    assert "schema.text.decomposed" not in {finding.id for finding in calm.findings}
+    known = DatasetSchema.infer({"text": [unicodedata.normalize("NFD", word) for word in words]})  # all are written so
+    assert "schema.text.decomposed" not in {finding.id for finding in known.check({"text": [apart] * 3}).findings}

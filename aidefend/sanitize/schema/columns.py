@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import math
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -168,7 +169,7 @@ def _of_objects(values: Sequence[Any]) -> Column:
         if kind in ("flag", "whole", "real"):
             numbers[row], hashes[row] = _number(entry), _hash_number(entry)
         elif kind == "text":
-            texts[row], hashes[row] = entry, _hash(b"text", entry.encode("utf-8", "surrogatepass"))
+            texts[row], hashes[row] = entry, _hash_text(entry)
         elif kind == "binary":
             hashes[row] = _hash(b"binary", bytes(entry))
         elif kind == "array":
@@ -233,6 +234,12 @@ def _hash_number(value: Any) -> int:
     if isinstance(value, int) and not -_EXACT <= value <= _EXACT:
         return value % 2**64 if -(2**63) <= value < 2**64 else _hash(b"whole", str(value).encode())
     return int(_bits(np.array([number]))[0])
+
+
+def _hash_text(text: str) -> int:
+    """The same for an accent on its letter and behind it: a reader sees no difference."""
+    composed = text if text.isascii() else unicodedata.normalize("NFC", text)
+    return _hash(b"text", composed.encode("utf-8", "surrogatepass"))
 
 
 def _hash_time(value: Any) -> int:

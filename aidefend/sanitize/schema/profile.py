@@ -1,5 +1,6 @@
 """What is remembered of data: bounded, mergeable statistics of every column and of the rows."""
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -191,4 +192,10 @@ def occurrences(columns: Mapping[str, Column]) -> dict[Measure, Mask]:
         if column.texts is not None:
             for trap, mask in trap_masks(column.texts).items():
                 found[f"text.{trap}", name] = np.array(mask, dtype=np.bool_)
+            found["text.decomposed", name] = np.array([*map(_decomposed, column.texts)], dtype=np.bool_)
     return {measure: mask for measure, mask in found.items() if mask.any()}
+
+
+def _decomposed(text: str | None) -> bool:
+    """Whether accents stand behind their letters, or signs that mean another one for it: not the normal form NFC."""
+    return text is not None and not text.isascii() and not unicodedata.is_normalized("NFC", text)

@@ -41,6 +41,7 @@ MEASURES: Mapping[str, Words] = {
     "shape": Words("Arrays of another shape or dtype", Severity.HIGH),
     "text.bidi": Words("Text that reorders what a reader sees", Severity.HIGH),
     "text.control": Words("Text with control characters", Severity.MEDIUM),
+    "text.decomposed": Words("Text that is not in the normal form NFC, so that equal words differ", Severity.LOW),
     "text.homoglyph": Words("Words that mix look-alike letters of two scripts", Severity.HIGH),
     "text.invisible": Words("Text with invisible characters", Severity.HIGH),
     "text.mojibake": Words("Text that was read in a wrong encoding", Severity.MEDIUM),
