@@ -27,7 +27,7 @@ from aidefend._core.random import derive_seed
 from aidefend.validate.calibration import JointCalibration, share_rows
 from aidefend.validate.conformal_law import MODES
 from aidefend.validate.conformal_law import Mode as Promise
-from aidefend.validate.detector import Detector, FittedDetector, Rows, score_columns, unique_names
+from aidefend.validate.detector import Detector, FittedDetector, Rows, is_detector, score_columns, unique_names
 from aidefend.validate.ensemble import Ensemble, fit_detector
 from aidefend.validate.features import PassCapture, healthy_rows
 from aidefend.validate.model_identity import identify, plain_modules, served, unwrapped
@@ -208,7 +208,7 @@ def score_rows_of(detectors: Sequence[FittedDetector], rows: CleanRows, model: M
 
 def check_detectors(detectors: Sequence[Detector]) -> None:
     """At least one configuration, each with `fit`."""
-    if not isinstance(detectors, list | tuple) or not detectors or not all(hasattr(d, "fit") for d in detectors):
+    if not isinstance(detectors, list | tuple) or not detectors or not all(map(is_detector, detectors)):
         raise refuse("a list of detectors", "detectors", detectors, "Pass for example [Energy(), NearestNeighbours()]")
 
 

@@ -12,12 +12,9 @@ from aidefend._core.stats import Interval
 from aidefend.validate.conformal import WHOLE, Calibration
 from aidefend.validate.conformal_law import Mode, least_calibration_rows
 from aidefend.validate.few_rows import Lookup
-from aidefend.validate.tail_surprise import Tails
+from aidefend.validate.tail_surprise import Tails, rounding_of
 
 COMBINED = "combined"
-_ROUNDING = 1e-5  # of a score: what batch size, thread count and the way of summing change in float32, with room
-_LEAST_ROUNDING = 1e-6  # of scores that are differences of numbers around 1, such as a cosine distance
-_MOST_ROUNDING = 1e-3  # of the spread of the scores: so little moves the rate by a share of about as much
 
 
 class Judged(NamedTuple):
@@ -212,7 +209,7 @@ class JointCalibration(nn.Module):
     def _derive(self) -> None:
         """Everything that follows from the scores."""
         scores, classes = self.scores, self.classes
-        self.slack = _slack(scores)
+        self.slack = rounding_of(scores)
         joined = self.join(scores)
         self.law = Calibration(joined, classes, self.alpha, self.mode, self.delta, self.history)
         self.joined = joined
@@ -235,12 +232,6 @@ class JointCalibration(nn.Module):
 
 def _derive_again(module: nn.Module, _: object) -> None:
     cast(JointCalibration, module)._derive()
-
-
-def _slack(scores: Tensor) -> Tensor:
-    """How far rounding may move a score, for each detector: (D,), from calibration scores (n, D)."""
-    rounding = (_ROUNDING * scores.abs().median(dim=0).values).clamp(min=_LEAST_ROUNDING)
-    return torch.minimum(rounding, _MOST_ROUNDING * scores.std(dim=0, correction=0))
 
 
 class Shares(NamedTuple):

@@ -63,7 +63,9 @@ class Calibration:
     Guarantee: the table, for rows that are exchangeable with the calibration rows; for the first two modes the rate is
         below the value only where scores tie. Drift and attack void it; so do calibration rows on which the model was
         trained or a detector fitted. Choose alpha before you look at the p-values. A row of a class that has no
-        calibration rows, or with a score that is NaN, is refused, and nothing is promised for it.
+        calibration rows, or with a score that is NaN, is refused, and nothing is promised for it. Scores are compared
+        to the last digit, which the size of a batch changes: where inputs come again and again, take a `Guard`, which
+        allows for it, or score every row alone.
     Args:
         scores: (n,) float64, higher = stranger; any detector's or the joint score of an `Ensemble`.
         classes: (n,) int64, the predicted class of each row; -1 in the modes that take no classes.

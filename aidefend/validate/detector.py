@@ -78,6 +78,11 @@ class Detector(Protocol):
         """
 
 
+def is_detector(value: object) -> bool:
+    """Whether it is a configuration: not the class of one, which has `fit`, too."""
+    return not isinstance(value, type) and callable(getattr(value, "fit", None))
+
+
 class Rows(NamedTuple):
     """Everything that a detector may look at, for the same N rows: features, logits, inputs, and the model.
 

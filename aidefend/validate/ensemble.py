@@ -17,6 +17,7 @@ from aidefend.validate.detector import (
     FittedInputDetector,
     Rows,
     check_fit,
+    is_detector,
     score_columns,
     unique_names,
 )
@@ -27,7 +28,7 @@ from aidefend.validate.mahalanobis import Mahalanobis, RelativeMahalanobis
 from aidefend.validate.nearest_neighbours import NearestNeighbours
 from aidefend.validate.odds import Odds
 from aidefend.validate.stored import SINGLE, describe_detector, detector_arrays, rebuild_detector, with_prefix
-from aidefend.validate.tail_surprise import Tails
+from aidefend.validate.tail_surprise import Tails, rounding_of
 
 Method = Literal["geometric", "harmonic", "bonferroni"]
 Asked = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -79,7 +80,7 @@ class Ensemble:
 
     def __post_init__(self) -> None:
         given = self.detectors
-        if not isinstance(given, list | tuple) or len(given) < 2 or not all(hasattr(one, "fit") for one in given):
+        if not isinstance(given, list | tuple) or len(given) < 2 or not all(map(is_detector, given)):
             raise refuse("two or more detectors", "detectors", given, "Pass for example [Energy(), ViM()]")
         object.__setattr__(self, "detectors", tuple(given))
         check_choice(self.method, _METHODS, "method")
@@ -246,10 +247,11 @@ class FittedEnsemble(nn.Module):
     ) -> dict[str, Tensor]:
         """Conformal p-values of the members against the rows held back, and "combined": each (N,) float64.
 
-        Guarantee: for a row that is exchangeable with those, P(p <= a) <= a for each, under every dependence.
+        Guarantee: for a row that is exchangeable with those, P(p <= a) <= a for each, under every dependence; what ties
+            but for rounding counts as a tie.
         """
-        scores = score_columns(self.members, Rows(features, logits, x, model))
         own = cast(Tensor, self.reference)
+        scores = score_columns(self.members, Rows(features, logits, x, model)) - rounding_of(own)
         each = [conformal_p_values(scores[:, i], own[:, i]) for i in range(len(self.members))]
         joint = combine_p_values(torch.stack(each, dim=1), cast(Method, self.method))
         return {**dict(zip(self.member_names, each, strict=True)), "combined": joint}

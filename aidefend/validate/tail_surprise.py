@@ -7,6 +7,9 @@ from torch import Tensor
 
 _TAILS = (0.5, 0.25, 0.1, 0.05, 0.02, 0.01)
 _ROWS_IN_TAIL = 5
+_ROUNDING = 1e-5  # of a score: what batch size, thread count and the way of summing change in float32, with room
+_LEAST_ROUNDING = 1e-6  # of scores that are differences of numbers around 1, such as a cosine distance
+_MOST_ROUNDING = 1e-3  # of the spread of the scores: so little moves the rate by a share of about as much
 
 
 class Tails(NamedTuple):
@@ -48,3 +51,9 @@ def _knots(scores: Tensor, levels: list[float], heights: Tensor) -> tuple[Tensor
     excess = (scores[scores > knots[-1]] - knots[-1]).mean().nan_to_num(nan=0.0)
     last = 1 / torch.clamp(excess, min=1e-6 * spread)
     return knots, torch.cat([heights.diff() / knots.diff(), last[None]])
+
+
+def rounding_of(scores: Tensor) -> Tensor:
+    """How far rounding may move a score, for each detector: (D,), from scores of clean rows (n, D), n >= 1."""
+    rounding = (_ROUNDING * scores.abs().median(dim=0).values).clamp(min=_LEAST_ROUNDING)
+    return torch.minimum(rounding, _MOST_ROUNDING * scores.std(dim=0, correction=0)).nan_to_num(nan=0.0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from aidefend.validate import Energy, Guard, Mahalanobis, MaxSoftmax, NearestNeighbours
+from aidefend.validate import Energy, Ensemble, Guard, Mahalanobis, MaxSoftmax, NearestNeighbours
 from aidefend.validate.calibration import JointCalibration
 
 ALPHA, ROWS = 0.05, 3000
@@ -114,3 +114,14 @@ def test_rounding_decides_nothing_and_what_lies_apart_is_judged_as_before(mode):
         assert torch.equal(few.refused, exact.refused[:16]) and torch.equal(few.ranks, exact.ranks[:16])
     assert bool((calibration.slack <= 1e-3 * scores.std(dim=0)).all()) and bool((calibration.slack > 0).all())
     assert int(exact.refused.sum()) > 0
+
+
+def test_p_values_of_an_ensemble_do_not_fall_by_rounding():
+    """Planted violation: a row that ties with all rows held back, but for its last digit, had the smallest p-value."""
+    features = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    features[torch.arange(200) % 10 > 0] = 4.0
+    fitted = Ensemble([Mahalanobis(), NearestNeighbours(k=5)]).fit(features)
+    frequent = torch.full((1, 6), 4.0)
+    for moved in (frequent, frequent * (1 + 3e-7), frequent * (1 - 3e-7)):
+        assert all(float(p) > 0.5 for p in fitted.p_values(moved).values())
+    assert float(fitted.p_values(-10 * frequent)["combined"]) < 0.2

@@ -14,6 +14,7 @@ from aidefend import ConfigurationError, IncompatibleModel, InputRejected
 from aidefend._core.batches import content_ids
 from aidefend.validate import (
     Energy,
+    Ensemble,
     Guard,
     InputSpec,
     KeyedNoise,
@@ -600,3 +601,12 @@ def test_a_row_in_quarantine_is_refused_and_marked():
     assert decision.accepted.tolist() == [True, False, False]
     assert decision.quarantined.tolist() == [False, True, False]
     assert decision.reasons[1] == ("quarantine: out of range",) and not guard("no tensor").quarantined.any()
+
+
+@pytest.mark.parametrize("wrong", ["energy", [], [Energy], [Energy(), NearestNeighbours], [None], Energy()])
+def test_what_is_no_list_of_detectors_is_refused_with_the_cure(wrong):
+    """Planted violation: a class in place of a detector ended in an AttributeError, or in a word about regression."""
+    with pytest.raises(ConfigurationError, match=r"a list of detectors.*\[Energy\(\), NearestNeighbours\(\)\]"):
+        guard_of(detectors=wrong)
+    with pytest.raises(ConfigurationError, match="two or more detectors"):
+        Ensemble(wrong)
