@@ -1,8 +1,6 @@
 """From a model and clean data to everything that a guard needs."""
 
 import dataclasses
-import statistics
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,12 +29,12 @@ from aidefend.validate.detector import Detector, FittedDetector, Rows, is_detect
 from aidefend.validate.ensemble import Ensemble, fit_detector
 from aidefend.validate.features import PassCapture, healthy_rows
 from aidefend.validate.model_identity import identify, plain_modules, served, unwrapped
+from aidefend.validate.row_reuse import count_inputs, frequent_inputs, reused_inputs
 from aidefend.validate.spec import InputSpec
 from aidefend.validate.tasks import TASKS, Task, check_task
 
 _PURPOSES = ("fit", "reference", "calibration")
 _MOST_CLASSES = 2**24  # a file may claim any number, and one row of it is held
-_OFTEN = 10  # times the median number of copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,14 +231,13 @@ def _split(
     batches: list[Batch], fit: Any, order: _Order, train_ids: Collection[str] | None, batch_size: int
 ) -> dict[str, list[Batch]]:
     """Rows by purpose. Equal inputs stay together, but for frequent ones; the split depends on content and seed."""
-    counts = Counter(input_id(row_id) for batch in batches for row_id in batch.ids)
-    names = set(counts)
-    check_not_empty(len(names), "calibration_loader")
+    counts = count_inputs(row_id for batch in batches for row_id in batch.ids)
+    check_not_empty(len(counts), "calibration_loader")
     fit_batches = [] if fit is None else list(iterate(fit, batch_size))
-    _check_apart(names, (row_id for batch in fit_batches for row_id in batch.ids), "fit")
-    _check_apart(names, train_ids or (), "train_ids")
-    share_rows(len(names), *order[:-1])  # enough different rows
-    frequent = _frequent(counts)
+    _check_apart(counts, (row_id for batch in fit_batches for row_id in batch.ids), "fit")
+    _check_apart(counts, train_ids or (), "train_ids")
+    share_rows(len(counts), *order[:-1])  # enough different rows
+    frequent = frequent_inputs(counts)
     units = {_unit(row_id, frequent) for batch in batches for row_id in batch.ids}
     shares = share_rows(len(units), *order[:-1])
     ranked = sorted(units, key=lambda name: derive_seed(order.seed, "calibration", name))
@@ -253,18 +250,12 @@ def _split(
     return parts
 
 
-def _frequent(counts: Mapping[str, int]) -> set[str]:
-    """Inputs that traffic brings again and again, such as an empty form: not data that was copied as a whole.
-
-    In service they come as often as in the calibration data. Kept together in one part, an input that is a fifth of the
-    traffic would be missing in the calibration rows, and refused if it is unlike the others.
-    """
-    least = _OFTEN * max(1.0, statistics.median(counts.values()))
-    return {name for name, count in counts.items() if count > least}
-
-
 def _unit(row_id: str, frequent: Collection[str]) -> str:
-    """What the split moves as one: an input with all its copies, or one copy of a frequent input."""
+    """What the split moves as one: an input with all its copies, or one copy of a frequent input.
+
+    Kept together, an input that is a fifth of the traffic could be missing in the calibration rows, and would be
+    refused if it is unlike the others.
+    """
     name = input_id(row_id)
     return row_id if name in frequent else name
 
@@ -279,8 +270,8 @@ def _of_purpose(batches: list[Batch], purpose: Mapping[str, str], frequent: Coll
     return found
 
 
-def _check_apart(names: set[str], other: Iterable[str], name: str) -> None:
-    if shared := names & {input_id(row_id) for row_id in other}:
+def _check_apart(counts: Mapping[str, int], other: Iterable[str], name: str) -> None:
+    if shared := reused_inputs(counts, other):
         rule = f"calibration rows that are not in {name}: rows that were used before score too low"
         found = f"{len(shared)} shared inputs"
         raise refuse(rule, name, found, "Calibrate on rows that were held out from training and fitting")

@@ -162,10 +162,11 @@ class Guard(nn.Module):
             spec: Hard rules; None infers them from the rows that fit the detectors.
             detectors: Configurations, at least one.
             alpha: Rate of false positives of the whole decision, in (0, 1).
-            fit: Other clean rows for the detectors, for example training data; none of the calibration rows.
+            fit: Other clean rows for the detectors, for example training data; none of the calibration rows, but for
+                inputs that traffic brings again and again (see above).
             layer: The module whose input is the feature vector, or its name; None = the Linear that runs last.
-            train_ids: Content ids of the training rows: calibration rows among them are refused. An id depends on
-                dtype and shape, so take ids of rows as the model sees them.
+            train_ids: Content ids of the training rows: calibration rows among them are refused, again but for such
+                inputs. An id depends on dtype and shape, so take ids of rows as the model sees them.
             seed: Of the split.
             mode: See the class.
             output: A callable from logits (N, K) to N rows, such as `LabelOnly()`; None = the logits themselves. One

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from aidefend._core.batches import input_id, iterate
+from aidefend._core.batches import iterate
 from aidefend._core.checks import check_int, check_items, check_kind, check_not_empty, refuse
 from aidefend._core.modules import Model, preserve
 from aidefend.validate.calibrating import (
@@ -18,6 +18,7 @@ from aidefend.validate.calibrating import (
     score_rows_of,
 )
 from aidefend.validate.features import PassCapture
+from aidefend.validate.row_reuse import count_inputs, reused_inputs
 
 
 def recalibrated(
@@ -35,10 +36,10 @@ def recalibrated(
     check_int(batch_size, "batch_size")
     check_mode(model)
     batches = list(iterate(data, batch_size))
-    names = {input_id(row) for batch in batches for row in batch.ids}
-    check_not_empty(len(names), "calibration_loader")
+    counts = count_inputs(row for batch in batches for row in batch.ids)
+    check_not_empty(len(counts), "calibration_loader")
     used = () if used_ids is None else check_items(used_ids, str, "used_ids", "Pass the content ids of used rows")
-    if shared := names.intersection(map(input_id, used)):
+    if shared := reused_inputs(counts, used):
         rule = "calibration rows that neither trained the model nor fitted a detector: such rows score too low"
         raise refuse(rule, "calibration_loader", f"{len(shared)} shared inputs", "Calibrate on rows held out")
     with preserve(model), torch.no_grad():

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from aidefend.validate import Energy, Ensemble, Guard, Mahalanobis, MaxSoftmax, NearestNeighbours
+from aidefend import ConfigurationError
+from aidefend._core.batches import content_ids
+from aidefend.validate import Calibration, Energy, Ensemble, Guard, Mahalanobis, MaxSoftmax, NearestNeighbours
 from aidefend.validate.calibration import JointCalibration
 
 ALPHA, ROWS = 0.05, 3000
@@ -125,3 +127,23 @@ def test_p_values_of_an_ensemble_do_not_fall_by_rounding():
     for moved in (frequent, frequent * (1 + 3e-7), frequent * (1 - 3e-7)):
         assert all(float(p) > 0.5 for p in fitted.p_values(moved).values())
     assert float(fitted.p_values(-10 * frequent)["combined"]) < 0.2
+
+
+def test_a_frequent_input_may_have_been_trained_on_and_no_other_may():
+    """Planted violation: who left the blank form out of the calibration rows, as the error said, had it refused."""
+    x, test = forms(0)
+    train = torch.cat([forms(7)[0], x[:1] if (x[0] != 4).any() else x[1:2]])
+    blank = torch.full((1, 6), 4.0)
+    with Guard.calibrate(network(), x, alpha=ALPHA, train_ids=content_ids(blank), fit=forms(7)[0]) as guard:
+        assert guard(blank).accepted.all() and (~guard(test).accepted).double().mean() < 2 * ALPHA
+        guard.recalibrate(forms(3)[0], reason="a new day", used_ids=content_ids(blank))
+        assert guard(blank).accepted.all()
+        with pytest.raises(ConfigurationError, match="1 shared inputs"):
+            guard.recalibrate(x, reason="a new day", used_ids=content_ids(train))
+    for options in ({"train_ids": content_ids(train)}, {"fit": train}):
+        with pytest.raises(ConfigurationError, match="1 shared inputs"):
+            Guard.calibrate(network(), x, alpha=ALPHA, **options)
+    ids, scores = content_ids(x), torch.rand(ROWS, generator=torch.Generator().manual_seed(0))
+    assert Calibration.of(scores, ALPHA, ids=ids, used_ids=content_ids(blank)).n == ROWS
+    with pytest.raises(ConfigurationError, match="1 shared inputs"):
+        Calibration.of(scores, ALPHA, ids=ids, used_ids=content_ids(train))
