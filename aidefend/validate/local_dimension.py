@@ -12,6 +12,7 @@ from aidefend._core.neighbours import k_nearest
 from aidefend.validate.detector import check_fit, check_outputs, check_width, wide
 
 _LARGEST = 1e6
+_SAME = 1e-5  # of the largest number of a row: what rounding makes of the distance of equal rows, with room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +20,14 @@ class LocalDimension:
     """Maximum-likelihood estimate of the local intrinsic dimension (LID) around a row, among clean rows.
 
     A row off the clean data sees all of them at about the same distance, which reads as a high dimension.
-    Guarantee: none under attack. Rows on top of a clean row have a low dimension, never NaN.
+    Guarantee: none under attack. Rows on top of a clean row, but for rounding, have a low dimension, never NaN; on top
+        of k of them it is 0.
     Args:
         k: Neighbours of the estimate, >= 2. The bank (the rows given to `fit`) must hold at least k rows.
     Cost: One N x M x d matrix product against the M rows of the bank.
     Source: Ma et al. 2018, equation 4 (estimator of Amsaleg et al. 2015). Differs: neighbours come from the whole bank
-        in place of a minibatch, of one layer and without a classifier on top; values end at 1e6.
+        in place of a minibatch, of one layer and without a classifier on top; values end at 1e6, and distances
+        begin at 1e-5 of the largest number of a usual row: those of equal rows are rounding, whose ratios say anything.
     Example:
         >>> line = torch.linspace(0, 1, 101)[:, None] * torch.ones(1, 3)
         >>> fitted = LocalDimension(k=20).fit(line)
@@ -61,6 +64,7 @@ class FittedLocalDimension(nn.Module):
             raise refuse(f"at least k={k} rows of at least one feature to fit on", "features", bank, cure)
         self.k = k
         self.register_buffer("bank", bank)
+        self.register_buffer("least", _SAME * bank.double().abs().amax(dim=1).median(), persistent=False)
 
     def score(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """-1 / mean log(r_i / r_k): (N,) in [0, 1e6], higher = stranger."""
@@ -68,11 +72,13 @@ class FittedLocalDimension(nn.Module):
         bank = cast(Tensor, self.bank)
         check_width(features, bank.shape[1])
         distances = k_nearest(wide(features).to(bank.dtype), bank, self.k)[0]
-        farthest = distances[:, -1:]
         tiny = torch.finfo(distances.dtype).tiny
-        # all zero where k copies lie there: dimension 0; all of one length where they are beyond numbers: the highest
-        ratios = (distances / farthest.clamp(min=tiny)).nan_to_num(nan=1.0).clamp(min=tiny)
-        return 1 / (-ratios.log().mean(dim=1)).clamp(min=1 / _LARGEST)
+        least = max(tiny, float(cast(Tensor, self.least)))
+        apart = distances.clamp(min=least)
+        # all of one length where they are beyond numbers: the highest dimension
+        ratios = (apart / apart[:, -1:]).nan_to_num(nan=1.0).clamp(min=tiny)
+        dimension = 1 / (-ratios.log().mean(dim=1)).clamp(min=1 / _LARGEST)
+        return torch.where(distances[:, -1] > least, dimension, 0.0)
 
     def settings(self) -> Mapping[str, Any]:
         """Its configuration as JSON types."""

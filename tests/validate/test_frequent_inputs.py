@@ -9,7 +9,16 @@ from torch import nn
 
 from aidefend import ConfigurationError
 from aidefend._core.batches import content_ids
-from aidefend.validate import Calibration, Energy, Ensemble, Guard, Mahalanobis, MaxSoftmax, NearestNeighbours
+from aidefend.validate import (
+    Calibration,
+    Energy,
+    Ensemble,
+    Guard,
+    LocalDimension,
+    Mahalanobis,
+    MaxSoftmax,
+    NearestNeighbours,
+)
 from aidefend.validate.calibration import JointCalibration
 
 ALPHA, ROWS = 0.05, 3000
@@ -50,13 +59,16 @@ def test_a_frequent_input_is_not_refused_for_want_of_its_copies(detector):
             assert guard(blank[None]).accepted.all()
 
 
-@pytest.mark.parametrize("detectors", [[Energy()], [NearestNeighbours(k=20)], [Energy(), NearestNeighbours(k=20)]])
+SETS = [[Energy()], [NearestNeighbours(k=20)], [Energy(), NearestNeighbours(k=20)], [LocalDimension()], [Ensemble()]]
+
+
+@pytest.mark.parametrize("detectors", SETS, ids=repr)
 def test_what_ties_with_the_threshold_is_judged_alike_in_a_batch_alone_and_in_the_view(detectors):
     """Planted violation: rounding of another batch size decided, so that a fifth of the rows was refused one by one."""
-    for seed in range(6):
+    for seed in range(3):
         calibration, test = forms(seed)
         with Guard.calibrate(network(), calibration, detectors=detectors, alpha=ALPHA, seed=seed) as guard:
-            rows = torch.cat([test[:200], calibration[:600]])
+            rows = torch.cat([test[:100], calibration[:300]])
             together = guard(rows).accepted
             assert torch.equal(together, torch.cat([guard(row[None]).accepted for row in rows]))
             assert torch.equal(together, torch.cat([guard(part).accepted for part in rows.split(17)]))
@@ -147,3 +159,18 @@ def test_a_frequent_input_may_have_been_trained_on_and_no_other_may():
     assert Calibration.of(scores, ALPHA, ids=ids, used_ids=content_ids(blank)).n == ROWS
     with pytest.raises(ConfigurationError, match="1 shared inputs"):
         Calibration.of(scores, ALPHA, ids=ids, used_ids=content_ids(train))
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15, 1e100])
+def test_the_local_dimension_on_top_of_clean_rows_does_not_hang_on_rounding(scale):
+    """Planted violation: a row beside k copies by its last digit had the highest dimension of all, not the lowest."""
+    dtype = torch.float64 if scale > 1e30 else torch.float32
+    bank = torch.randn(200, 4, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    bank[:50] = 3.0
+    fitted = LocalDimension(k=20).fit(bank * scale)
+    row = torch.full((1, 4), 3.0, dtype=dtype)
+    for moved in (row, row * (1 + 3e-7), row * (1 - 3e-7)):
+        assert fitted.score(moved * scale).item() == 0
+    assert fitted.score((row + 0.5) * scale).item() > 100  # beside its copies, all of them equally far
+    beside = bank[60:61] * (1 + 3e-7)
+    assert fitted.score(beside * scale).item() == pytest.approx(fitted.score(bank[60:61] * scale).item(), rel=1e-3)
