@@ -176,3 +176,8 @@ def test_a_guard_takes_an_ensemble_as_one_detector_and_writes_it(tmp_path):
     decision, again = guard(test), Guard.load(tmp_path / "guard", network)(test)
     assert not decision.accepted[50:].any() and decision.accepted[:50].float().mean() > 0.8
     assert torch.equal(decision.p_values["ensemble"], again.p_values["ensemble"])
+
+
+def test_no_more_rows_are_held_back_than_scales_need():
+    fitted = Ensemble([Column(0), Column(1)], reference=0.5).fit(rows(5000, 0))
+    assert len(fitted.reference) == 2000

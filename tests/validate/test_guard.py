@@ -610,3 +610,31 @@ def test_what_is_no_list_of_detectors_is_refused_with_the_cure(wrong):
         guard_of(detectors=wrong)
     with pytest.raises(ConfigurationError, match="two or more detectors"):
         Ensemble(wrong)
+
+
+class Bounded(nn.Module):
+    """Finite logits whatever the features are."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        features = self.body(x) / (x[:, :1] - 7).clamp(max=0)
+        return torch.nan_to_num(self.head(features), nan=0.0, posinf=9.0, neginf=-9.0)
+
+
+@pytest.mark.parametrize("rows_at_once", [5, 200])
+def test_features_that_are_no_numbers_refuse_their_row_alone(rows_at_once):
+    torch.manual_seed(0)
+    guard = Guard.calibrate(
+        Bounded().eval(), CALIBRATION[0].clamp(max=6.5), InputSpec((6,)), fit=FIT[0].clamp(max=6.5), alpha=0.05
+    )
+    x = rows(rows_at_once, 3)[0].clamp(max=6.5)
+    before = guard(x)
+    x[2, 0] = 7.5
+    decision = guard(x)
+    assert decision.reasons[2] == ("model: output not finite",) and not decision.accepted[2]
+    others = torch.arange(rows_at_once) != 2
+    assert torch.equal(decision.accepted[others], before.accepted[others])
+    assert guard.attackable()(x)[2].tolist() == [0, 0, 0, 1]

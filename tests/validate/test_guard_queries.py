@@ -132,3 +132,26 @@ def test_a_saved_guard_asks_for_its_monitor_again(tmp_path):
 def test_a_monitor_without_the_method_is_refused_when_the_guard_is_made(stranger):
     with pytest.raises(ConfigurationError, match=r"queries with \.watch\(\)"):
         guard_of(stranger)
+
+
+class Silent(torch.nn.Module):
+    """No numbers for rows with a negative first feature."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = model()
+
+    def forward(self, x):
+        return torch.where(x[:, :1] < 0, torch.nan, self.inner(x))
+
+
+def test_it_sees_rows_for_which_the_model_gives_no_numbers():
+    """An attacker learns from a refusal, too."""
+    watcher = Watcher()
+    clean = CALIBRATION[0].abs(), CALIBRATION[1]
+    options = {"detectors": [Energy()], "alpha": 0.05, "queries": watcher, "layer": "inner.2"}
+    with Guard.calibrate(Silent().eval(), clean, **options) as guard:
+        x = TEST.abs()
+        x[1, 0] = -1e-3
+        assert guard(x, principal="team-a").reasons[1] == ("model: output not finite",)
+    assert torch.equal(watcher.seen[0][1], x) and watcher.seen[0][2][1].isnan().all()

@@ -186,3 +186,9 @@ def test_each_states_what_it_does_not_stop(kind):
     promise = " ".join(kind.__doc__.partition("Guarantee:")[2].partition("Returns:")[0].split())
     after = promise.partition("not stop")[2]
     assert "membership inference" in after and ("clone" in after or "distillation" in after), promise
+
+
+def test_noise_tells_inputs_of_the_same_numbers_and_another_shape_apart():
+    noisy, logits, x = KeyedNoise(KEY), torch.zeros(1, 3), torch.rand(1, 4)
+    shown = [noisy(logits, x.reshape(1, *shape)) for shape in ((4,), (2, 2), (4, 1))]
+    assert not torch.equal(shown[0], shown[1]) and not torch.equal(shown[0], shown[2])

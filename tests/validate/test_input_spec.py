@@ -384,3 +384,10 @@ def _converted(rows, dtype):
         if bool((exact > torch.iinfo(dtype).max).any() | (exact < torch.iinfo(dtype).min).any())
         else exact.to(dtype)
     )
+
+
+def test_the_tolerance_is_a_share_of_the_larger_limit():
+    for low, high, edge in ((0.0, 1000.0, 1001.0), (-500.0, 2.0, 2.5), (0.0, 0.5, 0.501)):
+        spec = InputSpec((1,), torch.float64, low=low, high=high, tolerance=1e-3)
+        inside, outside = edge - 1e-4, edge + 1e-4
+        assert spec.check(torch.tensor([[inside], [outside]], dtype=torch.float64)).accepted.tolist() == [True, False]

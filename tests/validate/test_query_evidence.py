@@ -206,3 +206,14 @@ def test_surprises_average_one_on_what_they_were_read_off():
     assert (law.surprises(strange)[0] > 4).all() and (law.surprises(strange)[1] > 3).all()
     back = Norms.from_dict(law.to_dict())
     assert all(np.array_equal(getattr(back, name), getattr(law, name)) for name in law.to_dict())
+
+
+def test_a_crowd_of_many_accounts_stays_small():
+    """Planted violation: a crowd that remembered all who ever joined would grow without end."""
+    store, sizes = MemoryStore(), []
+    for i in range(100):
+        row = (np.full(WIDTH, 1e-4 * i, np.float32), b"%08d" % i, 0, float(i), 9.0, 1e6, b"%08d" % i)
+        shared = store.run(lambda session, row=row: join_crowd(session, [b"mark"], *row), float(i), 1e6)
+        name = store.run(lambda session: session.get("shared", b"mark"), float(i), 1e6)
+        sizes.append(len(store.run(lambda session, name=name: session.get("shared", name), float(i), 1e6)))
+    assert max(sizes) == sizes[-1] == sizes[30] and shared.size > 90
