@@ -334,3 +334,17 @@ def test_a_detector_end_to_end_on_a_table():
     share = calibration.refused(fitted.score(torch.zeros(300, 0), logits[600:])).double().mean()
     low, high = calibration.expected_share(300)[1:]
     assert low <= float(share) <= high
+
+
+@pytest.mark.parametrize("alpha", [1 - 0.9, 0.1 + 0.2, 3 * 0.1, 0.7 - 0.4, 1 / 3, 0.07, 0.29])
+@pytest.mark.parametrize("n", [9, 29, 99, 299, 999])
+def test_an_alpha_with_a_wrong_last_digit_is_the_one_that_was_meant(alpha, n):
+    """Decision, p-value, threshold and level agree where alpha (n + 1) is whole but for rounding."""
+    if n < least_calibration_rows(alpha):
+        return
+    calibration = Calibration.of(torch.arange(float(n)), alpha=alpha)
+    rank = round(alpha * (n + 1)) if abs(alpha * (n + 1) - round(alpha * (n + 1))) < 1e-9 else int(alpha * (n + 1))
+    scores = torch.arange(n + 1) - 0.5
+    assert int(calibration.refused(scores).sum()) == rank
+    assert torch.equal(calibration.refused(scores), scores > calibration.threshold())
+    assert calibration.level() == rank / (n + 1)

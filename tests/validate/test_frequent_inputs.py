@@ -174,3 +174,13 @@ def test_the_local_dimension_on_top_of_clean_rows_does_not_hang_on_rounding(scal
     assert fitted.score((row + 0.5) * scale).item() > 100  # beside its copies, all of them equally far
     beside = bank[60:61] * (1 + 3e-7)
     assert fitted.score(beside * scale).item() == pytest.approx(fitted.score(bank[60:61] * scale).item(), rel=1e-3)
+
+
+def test_few_rows_join_equal_surprises_as_many_rows_do():
+    column = torch.randn(300, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    twice = column.repeat(1, 2)  # the same detector twice: their surprises are equal to the last digit
+    calibration = JointCalibration.of(("a", "a-2"), twice[:200], twice[200:], ALPHA)
+    rows = torch.cat([twice[:10], twice[:4] + 9])
+    few, many = calibration.judge_few(rows.tolist()), calibration.judge(rows)
+    torch.testing.assert_close(torch.stack(few.numbers), torch.stack(many.numbers))
+    assert torch.equal(few.refused, many.refused)

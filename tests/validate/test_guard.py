@@ -1,6 +1,7 @@
 """The guard around a model: verdicts by row, refusals in calibration, modes, no trace, threads, compiled models."""
 
 import copy
+import dataclasses
 import gc
 import math
 import shutil
@@ -638,3 +639,12 @@ def test_features_that_are_no_numbers_refuse_their_row_alone(rows_at_once):
     others = torch.arange(rows_at_once) != 2
     assert torch.equal(decision.accepted[others], before.accepted[others])
     assert guard.attackable()(x)[2].tolist() == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("caps", [{"max_rows": 7}, {"max_bytes": 7 * 24}])
+def test_caps_on_requests_are_no_reason_to_refuse_calibration_rows(caps):
+    spec = InputSpec((6,), low=-30.0, high=30.0, **caps)
+    guard = guard_of(spec=spec)
+    assert guard.facts.refused_n == 0 and guard.facts == dataclasses.replace(guard_of().facts, refused_n=0)
+    assert guard(TEST[:8]).reasons[0] != () and guard(TEST[:7]).accepted.any()
+    assert guard.detection(strange(30)).value == 1
