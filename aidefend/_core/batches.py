@@ -103,9 +103,14 @@ def content_ids(x: Tensor, y: Tensor | None = None) -> tuple[str, ...]:
     return ContentIds().of(x, y)
 
 
+def sample_id(row_id: str) -> str:
+    """The part of a content id that names input and label, without the ordinal of equal rows."""
+    return row_id.partition("#")[0]
+
+
 def input_id(row_id: str) -> str:
     """The part of a content id that names the input alone, without label and ordinal."""
-    return row_id.partition("#")[0].partition("-")[0]
+    return sample_id(row_id).partition("-")[0]
 
 
 def _hash_rows(rows: Tensor) -> list[str]:

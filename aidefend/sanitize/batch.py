@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aidefend._core.batches import content_ids
+from aidefend._core.batches import content_ids, sample_id
 from aidefend._core.checks import check_same_rows, refuse
 from aidefend._core.frames import column_batches, is_frame
 from aidefend._core.samples import Samples
@@ -137,7 +137,7 @@ def _ids(
         raise
     except Exception:
         return None
-    ids = [row_id.partition("#")[0] for row_id in content_ids(rows, y)]
+    ids = [sample_id(row_id) for row_id in content_ids(rows, y)]
     return (
         ids if exact is None else [row_id if same else None for row_id, same in zip(ids, exact.tolist(), strict=True)]
     )

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from aidefend._core.checks import check_items, check_labels, check_same_rows, check_tensor, refuse
 
+LARGEST_CLASS = 32_767  # a class for each number up to the largest label has its place in memory
+
 
 class Rows(NamedTuple):
     """A checked block: ids, features (N, d) float64, labels (N,) int64, and which rows hold finite features only."""

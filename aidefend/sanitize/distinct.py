@@ -5,6 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from aidefend._core.batches import sample_id
 from aidefend.sanitize.decide import Decision, Verdict
 from aidefend.sanitize.features import Features
 
@@ -20,7 +21,7 @@ class Distinct:
     """
 
     def __init__(self, found: Features) -> None:
-        contents = [row_id.partition("#")[0] for row_id in found.ids]
+        contents = [sample_id(row_id) for row_id in found.ids]
         usable = found.usable.nonzero().flatten().tolist()
         place: dict[str, int] = {}
         twins = [place.setdefault(contents[row], len(place)) for row in usable]

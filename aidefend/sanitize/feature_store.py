@@ -17,6 +17,7 @@ from aidefend._core.batches import Batch, iterate
 from aidefend._core.checks import check_callable, check_flag, check_int, check_path, check_tensor, refuse
 from aidefend._core.modules import Model
 from aidefend._core.storage import atomic_path, canonical_json, write_atomic
+from aidefend.sanitize.block import LARGEST_CLASS
 from aidefend.sanitize.choose import Detector, named_detectors
 from aidefend.sanitize.feature_shards import (
     FORMAT,
@@ -30,7 +31,6 @@ from aidefend.sanitize.feature_shards import (
     widths,
 )
 from aidefend.sanitize.features import Features, Layer, check_still, extract_features
-from aidefend.sanitize.mixed_table import LARGEST_CLASS
 from aidefend.sanitize.texts import refuse_texts
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aidefend._core.batches import sample_id
 from aidefend._core.stats import wilson
 from aidefend.sanitize.caps import Cap, words_of_caps
 from aidefend.sanitize.decide import POWER, SMALLEST_CLASS, Decision, Verdict, smallest_detectable
@@ -119,9 +120,9 @@ class RowVerdicts:
 
     def _spread_to_copies(self, found: Features) -> None:
         """Equal rows are interchangeable: where one is in a group, all are."""
-        first = {found.ids[row].partition("#")[0]: row for row in self.in_group.nonzero().flatten().tolist()}
+        first = {sample_id(found.ids[row]): row for row in self.in_group.nonzero().flatten().tolist()}
         for row in (~self.in_group).nonzero().flatten().tolist():
-            twin = first.get(found.ids[row].partition("#")[0])
+            twin = first.get(sample_id(found.ids[row]))
             if twin is not None:
                 self.in_group[row], self.scores[row], self.p_values[row] = True, self.scores[twin], self.p_values[twin]
                 self._remarks[row] = [*self._remarks[twin][:2], "equal to a row of the group"]

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -84,9 +85,12 @@ class KeptSampler(Sampler[int]):
 
     def _setting(self) -> dict[str, Any]:
         """What two samplers that draw the same rows on the same steps have in common."""
-        rows = hashlib.sha256(self.kept.long().numpy().tobytes()).hexdigest()
         setting = {"seed": self.seed, "shuffle": self.shuffle, "world_size": self.world_size}
-        return {**setting, "kept": len(self.kept), "rows": rows}
+        return {**setting, "kept": len(self.kept), "rows": self._digest}
+
+    @cached_property
+    def _digest(self) -> str:
+        return hashlib.sha256(self.kept.long().numpy().tobytes()).hexdigest()
 
     def _order(self) -> list[int]:
         rows = self.kept

@@ -13,9 +13,10 @@ from aidefend._core.checks import check_callable, check_tensor, refuse
 from aidefend._core.modules import Model
 from aidefend._core.naming import columns_of, paired
 from aidefend._core.samples import LABEL_KEYS
+from aidefend.sanitize.block import LARGEST_CLASS
 from aidefend.sanitize.features import Features, Layer, extract_features, predictor, read_samples
 from aidefend.sanitize.items import Items
-from aidefend.sanitize.mixed_table import LARGEST_CLASS, MixedTable, encoded, numbers_of, row_text
+from aidefend.sanitize.mixed_table import MixedTable, encoded, numbers_of, row_text
 from aidefend.sanitize.raw_table import RawTable, class_numbers, listed, raw_table, rows_of
 from aidefend.sanitize.table_items import Column, TableItems, plain_columns
 from aidefend.sanitize.text_encoder import TextEncoder

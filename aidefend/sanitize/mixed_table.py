@@ -14,12 +14,12 @@ from torch import Tensor
 
 from aidefend._core.checks import check_same_rows, refuse
 from aidefend._core.storage import canonical_json
+from aidefend.sanitize.block import LARGEST_CLASS
 from aidefend.sanitize.raw_table import RawTable, listed, missing
 from aidefend.sanitize.table_items import FEWEST, Column
 
 MISSING = "(missing)"
 _MOST = 512  # values of a column with a cell of their own
-LARGEST_CLASS = 32_767  # a class for each number up to the largest label has its place in memory
 _RARE = 8  # cells that all rarer values share
 
 

@@ -18,9 +18,9 @@ from aidefend._core.checks import (
 )
 from aidefend._core.random import derive_seed
 from aidefend.sanitize.base_models import Bases, MakeModel, NetworkBases, RidgeBases
+from aidefend.sanitize.block import LARGEST_CLASS
 from aidefend.sanitize.election import Certificate, Method, majority, run_off, spread_majority
 from aidefend.sanitize.features import finite_rows, read_samples
-from aidefend.sanitize.mixed_table import LARGEST_CLASS
 
 
 class PartitionEnsemble:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from aidefend._core.batches import sample_id
 from aidefend._core.checks import check_callable, check_items, check_kind, check_number, check_same_rows, refuse
 from aidefend._core.report import Report
 from aidefend._core.storage import atomic_path, canonical_json, plain
@@ -63,7 +64,7 @@ class ScreenReport(Report):
         if len(now) != len(self):
             cure = "Pass the same data set"
             raise refuse(f"the {len(self)} samples that were judged", "dataset", f"{len(now)} samples", cure)
-        differ = [content_of(mine) != content_of(other) for mine, other in zip(self.ids, now, strict=True)]
+        differ = [sample_id(mine) != sample_id(other) for mine, other in zip(self.ids, now, strict=True)]
         return torch.tensor(differ, dtype=torch.bool).nonzero().flatten()
 
     def _subset(self, dataset: Any, indices: Tensor) -> Subset[Any]:
@@ -182,11 +183,6 @@ class ScreenReport(Report):
 def _words_of(entry: Mapping[str, Any]) -> str:
     """What a released row says of its release."""
     return f"{_RELEASED}{entry['by']}: {entry['why']}"
-
-
-def content_of(row_id: str) -> str:
-    """The id without the ordinal of equal rows."""
-    return row_id.partition("#")[0]
 
 
 def _last(releases: Sequence[Mapping[str, Any]]) -> str:

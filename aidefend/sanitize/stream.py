@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from aidefend._core.batches import Batch, iterate
+from aidefend._core.batches import Batch, iterate, sample_id
 from aidefend._core.checks import check_int, refuse
 from aidefend._core.modules import Model
 from aidefend._core.naming import columns_of
@@ -24,7 +24,7 @@ from aidefend.sanitize.findings import SCORE, THREAT
 from aidefend.sanitize.provenance import read_names, removals
 from aidefend.sanitize.sample import ClassSample
 from aidefend.sanitize.screen import screen
-from aidefend.sanitize.screen_report import ScreenReport, content_of
+from aidefend.sanitize.screen_report import ScreenReport
 from aidefend.sanitize.separation import discriminant, held_out_log_odds, inverse_covariance, whitened, whitening
 from aidefend.sanitize.stream_remarks import StreamRemarks, stream_remarks
 
@@ -132,7 +132,7 @@ class StreamReport:
             if mine is None or other is None:
                 rule = f"the {len(self)} samples that were judged"
                 raise refuse(rule, "data", f"{row} samples" if other is None else "more", "Pass the same data")
-            if content_of(mine) != content_of(other):
+            if sample_id(mine) != sample_id(other):
                 differ.append(row)
         return torch.tensor(differ, dtype=torch.int64)
 

@@ -17,7 +17,8 @@ from aidefend._core.frames import is_frame, is_hugging_face, is_stored, raw_colu
 from aidefend._core.naming import paired
 from aidefend._core.parts import going_on, is_map_style, read_row
 from aidefend._core.samples import LABEL_KEYS, Samples
-from aidefend.sanitize.mixed_table import LARGEST_CLASS, class_names, class_of
+from aidefend.sanitize.block import LARGEST_CLASS
+from aidefend.sanitize.mixed_table import class_names, class_of
 from aidefend.sanitize.raw_table import listed, missing, raw_table
 
 TEXT_KEYS = ("text", "texts", "sentence", "document")

@@ -100,7 +100,7 @@ def calibrate_rules(
     every, bounds = _replay(rules, reference), _bounds(reference)
     usual = np.stack([_usual(kind, bounds) for kind in (every, paced(every))])
     rules = dataclasses.replace(rules, usual=usual)
-    highest = np.array([join(rules.units(every[i:j])).max(axis=1) for i, j in bounds])  # (n, 2)
+    highest = np.array([join(rules.units(every[i:j])).max(axis=0) for i, j in bounds])  # (n, 2)
     plain, held = np.quantile(highest, 1 - promise.alpha, axis=0)
     rules = dataclasses.replace(rules, weight=float(plain / held) if plain > 0 and held > 0 else 1.0)
     scores = np.sort(replay_scores(rules, rest))[::-1]

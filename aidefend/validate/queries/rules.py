@@ -73,10 +73,9 @@ class Rules:
         return answer(self.sketcher, flat, logits)
 
     def units(self, statistics: Array) -> Array:
-        """(2, ..., S) from (..., S): how many benign units each lies beyond the benign median, as it is and `paced`."""
-        both = np.stack([statistics, paced(statistics)])
-        medians, sizes = (part.reshape(2, *[1] * (both.ndim - 2), -1) for part in np.moveaxis(self.usual, -1, 0))
-        found: Array = np.maximum(both - medians, 0.0) / sizes
+        """(..., 2, S) from (..., S): how many benign units each lies beyond the benign median, as it is and `paced`."""
+        both = np.stack([statistics, paced(statistics)], axis=-2)
+        found: Array = np.maximum(both - self.usual[..., 0], 0.0) / self.usual[..., 1]
         return found
 
     def scores(self, statistics: Array, *, own: bool = False) -> Array:
@@ -88,8 +87,8 @@ class Rules:
             statistics: By `STATISTICS`.
             own: Without what others have asked.
         """
-        plain, held = join(self.units(statistics)[..., ~SHARED if own else slice(None)])
-        found: Array = np.maximum(plain, self.weight * held)
+        roots = join(self.units(statistics)[..., ~SHARED if own else slice(None)])
+        found: Array = np.maximum(roots[..., 0], self.weight * roots[..., 1])
         return found
 
     def leading(self, statistics: Array) -> str:
